@@ -1,0 +1,259 @@
+"""Plan: the one value that flows through the house.
+
+A frozen, typed value whose JSON form round-trips exactly. Planners make it, cost models judge it,
+the stage actors execute it, reports draw it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raypar.errors import PlanError, did_you_mean
+
+PLAN_FORMAT = 1
+RECOMPUTE_POLICIES = ("none", "selective", "full")
+
+
+@dataclass(frozen=True, slots=True)
+class MeshSlice:
+    """The devices one stage runs on.
+
+    Attributes:
+        devices: Cluster-wide device indices, in mesh order (row-major).
+        shape: Mesh shape; its product is ``len(devices)``.
+        axes: One name per mesh axis; ``"data"`` holds the replicas.
+    """
+
+    devices: tuple[int, ...]
+    shape: tuple[int, ...]
+    axes: tuple[str, ...] = ("data",)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPolicy:
+    """What a stage keeps between its forward and its backward pass.
+
+    Attributes:
+        recompute: ``none`` saves all that backward needs; ``selective`` recomputes the cheap ops
+            (element-wise, norms, dropout masks) from saved matmul-like results; ``full`` saves the
+            stage's inputs only and recomputes the forward pass.
+    """
+
+    recompute: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage: a contiguous range of ops on one mesh slice.
+
+    Attributes:
+        first: Canonical id of the first op.
+        last: Canonical id of the last op (inclusive).
+        mesh: The devices.
+        memory: What is saved and what is recomputed.
+        sharding: Sharding choices that differ from the layer group's default (op id → spec text).
+        predicted: Predicted figures (``forward_s``, ``backward_s``, ``peak_bytes``, ...), if known.
+    """
+
+    first: str
+    last: str
+    mesh: MeshSlice
+    memory: MemoryPolicy = MemoryPolicy()
+    sharding: dict[str, str] = field(default_factory=dict)
+    predicted: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleSpec:
+    """Which schedule runs, and where every stage sits.
+
+    Attributes:
+        name: A registered schedule: ``gpipe``, ``1f1b``, ``interleaved_1f1b``, ``zero_bubble_h1``.
+        placement: For every stage its (rank group, chunk): stages of one rank group share a mesh
+            slice, and chunk counts them in stage order.
+    """
+
+    name: str
+    placement: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one model is split over one cluster.
+
+    Attributes:
+        graph_hash: Hash of ops, shapes and edges of the graph the plan was made for.
+        params_hash: Weaker hash of the parameters' names and shapes.
+        torch: The torch version range it was made with.
+        cluster: Shape of the cluster: devices per node, in node order.
+        device: Device kind of the cluster (a key of the device table).
+        global_batch: Samples of one step.
+        microbatches: M: each step's batch is cut into M contiguous equal parts.
+        batch_dims: For every example tensor (flattened), its batch dim or None for broadcast.
+        schedule: Name and placement.
+        stages: In graph order; together they cover every op once.
+        predicted: Predicted figures of the whole step (``step_s``, ...), if known.
+        planner: Name of the planner that made it.
+        format: Number of this JSON form.
+    """
+
+    graph_hash: str
+    params_hash: str
+    torch: str
+    cluster: tuple[int, ...]
+    device: str
+    global_batch: int
+    microbatches: int
+    batch_dims: tuple[int | None, ...]
+    schedule: ScheduleSpec
+    stages: tuple[StagePlan, ...]
+    predicted: dict[str, float] = field(default_factory=dict)
+    planner: str = "manual"
+    format: int = PLAN_FORMAT
+
+    @property
+    def replicas(self) -> int:
+        """D: data-parallel replicas of every stage."""
+        return len(self.stages[0].mesh.devices)
+
+    @property
+    def local_batch(self) -> int:
+        """Samples that one replica sees in one microbatch."""
+        return self.global_batch // (self.microbatches * self.replicas)
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """Every device in use, ascending."""
+        return tuple(sorted({d for s in self.stages for d in s.mesh.devices}))
+
+    def to_json(self) -> str:
+        """The plan as JSON text; `from_json` gives back an equal plan."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            PlanError: The text is no JSON, names an unknown or lacks a needed key, holds a value
+                of the wrong type, or has a newer format number.
+        """
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"the plan is not valid JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise PlanError(f"a plan is a JSON object, found {type(raw).__name__}")
+        found = raw.get("format", PLAN_FORMAT)
+        if isinstance(found, int) and found > PLAN_FORMAT:
+            raise PlanError(
+                f"the plan has format {found}, this raypar reads up to {PLAN_FORMAT}: upgrade raypar"
+            )
+        return _build(cls, raw, "plan")
+
+    def save(self, path: str | Path) -> None:
+        """Writes the JSON form to `path`."""
+        Path(path).write_text(self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Reads a plan file.
+
+        Raises:
+            PlanError: No such file, or not a plan.
+        """
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read plan file {str(path)!r}: {error}") from None
+        return cls.from_json(text)
+
+    def diff(self, other: Plan) -> list[str]:
+        """One line for every field that differs: ``path: mine → theirs``."""
+        lines: list[str] = []
+        _diff("", dataclasses.asdict(self), dataclasses.asdict(other), lines)
+        return lines
+
+
+def _diff(path: str, mine: Any, theirs: Any, lines: list[str]) -> None:
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in [*mine, *(k for k in theirs if k not in mine)]:
+            _diff(f"{path}.{key}" if path else key, mine.get(key), theirs.get(key), lines)
+    elif isinstance(mine, (list, tuple)) and isinstance(theirs, (list, tuple)) and path == "stages":
+        for i in range(max(len(mine), len(theirs))):
+            a = mine[i] if i < len(mine) else None
+            b = theirs[i] if i < len(theirs) else None
+            _diff(f"{path}[{i}]", a, b, lines)
+    elif mine != theirs:
+        lines.append(f"{path}: {mine} → {theirs}")
+
+
+_TUPLES: dict[tuple[str, str], Any] = {
+    ("Plan", "stages"): StagePlan,
+    ("Plan", "schedule"): ScheduleSpec,
+    ("StagePlan", "mesh"): MeshSlice,
+    ("StagePlan", "memory"): MemoryPolicy,
+}
+
+
+def _build(cls: type, raw: Any, where: str) -> Any:
+    if not isinstance(raw, dict):
+        raise PlanError(f"{where}: expected an object, found {raw!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in raw:
+        if key not in fields:
+            raise PlanError(f"{where}: unknown key {key!r}.{did_you_mean(key, fields)}")
+    values: dict[str, Any] = {}
+    for name, spec in fields.items():
+        optional = (
+            spec.default is not dataclasses.MISSING or spec.default_factory is not dataclasses.MISSING
+        )
+        if name not in raw:
+            if not optional:
+                raise PlanError(f"{where}: key {name!r} is missing")
+            continue
+        values[name] = _value(cls.__name__, name, str(spec.type), raw[name], f"{where}.{name}")
+    return cls(**values)
+
+
+def _value(owner: str, name: str, kind: str, raw: Any, where: str) -> Any:
+    nested = _TUPLES.get((owner, name))
+    if nested is not None:
+        if kind.startswith("tuple"):
+            if not isinstance(raw, list):
+                raise PlanError(f"{where}: expected a list, found {raw!r}")
+            return tuple(_build(nested, item, f"{where}[{i}]") for i, item in enumerate(raw))
+        return _build(nested, raw, where)
+
+    def integer(v: Any) -> bool:
+        return isinstance(v, int) and not isinstance(v, bool)
+
+    checks: dict[str, Any] = {
+        "str": lambda v: isinstance(v, str),
+        "int": integer,
+        "tuple[int, ...]": lambda v: isinstance(v, list) and all(map(integer, v)),
+        "tuple[str, ...]": lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
+        "tuple[int | None, ...]": lambda v: (
+            isinstance(v, list) and all(x is None or integer(x) for x in v)
+        ),
+        "tuple[tuple[int, int], ...]": lambda v: (
+            isinstance(v, list)
+            and all(isinstance(x, list) and len(x) == 2 and all(map(integer, x)) for x in v)
+        ),
+        "dict[str, str]": lambda v: (
+            isinstance(v, dict) and all(isinstance(x, str) for x in v.values())
+        ),
+        "dict[str, float]": lambda v: (
+            isinstance(v, dict)
+            and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in v.values())
+        ),
+    }
+    if not checks[kind](raw):
+        raise PlanError(f"{where}: expected {kind}, found {raw!r}")
+    if kind.startswith("tuple[tuple"):
+        return tuple(tuple(x) for x in raw)
+    return tuple(raw) if kind.startswith("tuple") else raw

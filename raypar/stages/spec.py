@@ -1,0 +1,116 @@
+"""What is shipped to a rank, and what a rank reports: plain picklable values, no Ray, no fx."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from raypar.schedules.instructions import Instruction
+from raypar.schedules.io import Edge
+
+OptimizerFn = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
+"""Builds the optimizer from one rank's own parameters."""
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage as one rank holds it (see `raypar.stages.compile` for how it is made).
+
+    Attributes:
+        index: The stage's number in the plan.
+        nodes: The stage's forward graph as data (`raypar.programs.wire`), never code.
+        recompute: ``none``, ``selective`` or ``full``.
+        loss_scale: What the loss of one microbatch is multiplied with to sum up to the global
+            loss; None where the stage does not make the loss.
+    """
+
+    index: int
+    nodes: dict[str, Any]
+    recompute: str
+    loss_scale: float | None
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """All that one rank needs to hold its stages and run steps.
+
+    Attributes:
+        rank: This rank's number in the run, 0-based; replica r of rank group g is
+            ``g * replicas + r``.
+        world: Number of ranks in the run.
+        group: Its rank group (the row of the schedule it executes).
+        replica: Its replica number.
+        replicas: D.
+        microbatches: M.
+        global_batch: Samples of a step.
+        device: Cluster-wide device index from the plan.
+        stages: The stages it holds, ascending.
+        instructions: Its instruction list, the same for every step.
+        edges: Every value that crosses between stages of the plan.
+        rank_group_of: For every stage of the plan, its rank group.
+        inputs: Example-tensor names (``in:0``, ...) its stages read.
+        batch_dims: For every example tensor its batch dim, or None for broadcast.
+        shared: Parameter name → the rank groups that hold a copy (tied over stages), ascending.
+        model_fn: Builds the model.
+        loss_fn: Maps the model's output (and batch) to the loss, or None.
+        optimizer: Builds the optimizer from the rank's own parameters.
+        clip_norm: Global gradient norm limit, or None.
+        seed: Seed of initialisation and of dropout.
+        default_dtype: `torch.get_default_dtype()` where the plan was compiled, as text.
+        threads: torch threads for this rank, or None to leave them alone.
+        keep_gradients: Keep a copy of every step's gradients (equivalence tests).
+    """
+
+    rank: int
+    world: int
+    group: int
+    replica: int
+    replicas: int
+    microbatches: int
+    global_batch: int
+    device: int
+    stages: tuple[StageSpec, ...]
+    instructions: tuple[Instruction, ...]
+    edges: tuple[Edge, ...]
+    rank_group_of: tuple[int, ...]
+    inputs: tuple[str, ...]
+    batch_dims: tuple[int | None, ...]
+    shared: dict[str, tuple[int, ...]]
+    model_fn: Callable[[], torch.nn.Module]
+    loss_fn: Callable[..., torch.Tensor] | None
+    optimizer: OptimizerFn
+    clip_norm: float | None = None
+    seed: int = 0
+    default_dtype: str = "float32"
+    threads: int | None = None
+    keep_gradients: bool = False
+
+
+@dataclass
+class StepReport:
+    """What a rank tells of one finished step.
+
+    Attributes:
+        step: Step number, 0-based.
+        loss: This rank's share of the global loss (the shares of all ranks add up to it); None on
+            ranks without the loss stage.
+        grad_norm: Global gradient norm before clipping (equal on every rank).
+        applied: Whether the optimizer step was applied.
+        non_finite: Where this rank first saw a NaN or infinity ("stage 1 loss", "stage 0
+            gradients", ...), or None.
+        seconds: Wall time of the step here, and of parts of it: ``total``, ``compute``, ``recv``
+            (waiting for activations and gradients), ``sync`` (waiting for gradient buckets),
+            ``optimizer``, ``data`` (waiting for input).
+        peak_saved: Stage → most bytes held between forward and backward at once.
+    """
+
+    step: int
+    loss: float | None = None
+    grad_norm: float | None = None
+    applied: bool = True
+    non_finite: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_saved: dict[int, int] = field(default_factory=dict)
