@@ -1,0 +1,51 @@
+"""The backend for CPU tensors between processes."""
+
+from __future__ import annotations
+
+from raypar.comm._exchange import ExchangeGroup
+from raypar.comm.group import DEFAULT_TIMEOUT_S
+from raypar.comm.mailbox import Mailbox
+from raypar.comm.rendezvous import Address, connect
+from raypar.errors import CommError
+
+
+class GlooGroup(ExchangeGroup):
+    """Ranks in different processes, CPU tensors."""
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        rank: int,
+        size: int,
+        address: Address | None,
+        *,
+        host: str = "127.0.0.1",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> GlooGroup:
+        """Connects this process with the others; all ranks call it, at any time, concurrently.
+
+        Args:
+            name: The group's name, equal on all ranks, for example ``"world"``.
+            rank: This process's rank.
+            size: Number of ranks.
+            address: What rank 0's `raypar.comm.rendezvous.Rendezvous` gave; unused for size 1.
+            host: Host name or IP of this machine as the others reach it.
+            timeout_s: Deadline of the connecting and, later, of every wait, in seconds.
+
+        Raises:
+            CommTimeoutError: Some ranks did not join in time.
+            CommError: The rendezvous or a peer cannot be reached, or `rank` does not fit `size`.
+        """
+        if not 0 <= rank < size:
+            raise CommError(f"{name}: a group of {size} has ranks 0 to {size - 1}, not {rank}")
+        if size == 1:
+            return cls(Mailbox(name, 0, 1, {}), [0], name=name, timeout_s=timeout_s)
+        if address is None:
+            raise CommError(
+                f"{name} rank {rank}: {size} ranks need a rendezvous; pass the address that "
+                "Rendezvous(host).address gave in rank 0's process"
+            )
+        links = connect(name, rank, size, address, host=host, timeout_s=timeout_s)
+        box = Mailbox(name, rank, size, links)
+        return cls(box, range(size), name=name, timeout_s=timeout_s)
