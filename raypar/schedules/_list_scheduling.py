@@ -56,7 +56,10 @@ class _Walk:
     def allowed(self, stage: int, rank: int) -> bool:
         """Whether the limits let `stage` take in one more microbatch."""
         forward = self.started[Kind.FORWARD]
-        if forward[stage] - self.finished[Kind.BACKWARD_INPUT][stage] >= self.limits.in_flight[stage]:
+        if (
+            forward[stage] - self.finished[Kind.BACKWARD_INPUT][stage]
+            >= self.limits.in_flight[stage]
+        ):
             return False
         weight = self.finished[Kind.BACKWARD_WEIGHT]
         held = forward[stage] - weight[stage]

@@ -33,7 +33,11 @@ class Durations:
 
     @classmethod
     def uniform(
-        cls, n_stages: int, forward: float = 1, backward_input: float = 1, backward_weight: float = 1
+        cls,
+        n_stages: int,
+        forward: float = 1,
+        backward_input: float = 1,
+        backward_weight: float = 1,
     ) -> Durations:
         """The same times for every stage."""
         return cls(
@@ -172,13 +176,17 @@ def _figures(stages: int, chunks: int, microbatches: int) -> list[tuple[str, flo
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints bubbles and peaks of every registered schedule at equal F, I and W."""
-    parser = argparse.ArgumentParser(prog="python -m raypar.schedules.timing", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m raypar.schedules.timing", description=main.__doc__
+    )
     parser.add_argument("--stages", type=int, nargs="*", default=[2, 3, 4, 5, 6, 7, 8])
     parser.add_argument("--microbatches", type=int, help="default: twice the stages")
     parser.add_argument("--chunks", type=int, default=2, help="chunks per rank of interleaved_1f1b")
     args = parser.parse_args(argv)
     print("F = I = W = 1 per rank group, transfers free; peak: (stage, microbatch) pairs alive")
-    print(f"{'S':>2} {'M':>4}  {'schedule':<20} {'step':>7} {'bubble':>7} {'of 1f1b':>8} {'peak':>5}")
+    print(
+        f"{'S':>2} {'M':>4}  {'schedule':<20} {'step':>7} {'bubble':>7} {'of 1f1b':>8} {'peak':>5}"
+    )
     for stages in args.stages:
         microbatches = args.microbatches or 2 * stages
         rows = _figures(stages, args.chunks, microbatches)

@@ -1,5 +1,4 @@
-"""Zero-bubble H1: weight gradients fill the bubble (Qi et al. 2023, arXiv:2401.10241, section 2.1).
-"""
+"""Zero-bubble H1: weight gradients fill the bubble (Qi et al., arXiv:2401.10241, section 2.1)."""
 
 from __future__ import annotations
 
@@ -31,7 +30,9 @@ class ZeroBubbleH1(Schedule):
         self, placement: Placement, microbatches: int, splits: Sequence[bool]
     ) -> list[list[Action]]:
         depths = block_depths(placement, microbatches)
-        filled = [(sum(depths[s] for s in group), len(group)) for group in placement.stages if group]
+        filled = [
+            (sum(depths[s] for s in group), len(group)) for group in placement.stages if group
+        ]
         total, count = max(filled, key=lambda pair: pair[0] / pair[1])
         budget = [len(group) * total // count for group in placement.stages]
         held = [max(depths)] * placement.n_stages
