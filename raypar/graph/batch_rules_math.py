@@ -1,0 +1,278 @@
+"""Batch rules of element-wise ops, reductions and products."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from raypar.graph.batch_rules import (
+    Batch,
+    Const,
+    Mixing,
+    Ramp,
+    Reduced,
+    State,
+    States,
+    aligned,
+    describe,
+    dim_list,
+    every_output,
+    only_batch,
+    or_const,
+    reduced_over,
+    register,
+    scaled,
+)
+
+if TYPE_CHECKING:
+    from raypar.graph.batch import Call
+
+_ELEMENTWISE = """
+abs acos acosh addcdiv addcmul asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or
+bitwise_xor __and__ __or__ __xor__ ceil celu clamp clamp_max clamp_min clip copysign cos cosh
+deg2rad digamma elu eq erf erfc erfinv exp exp2 expm1 fill floor floor_divide fmax fmin fmod frac
+ge gelu greater greater_equal gt hardshrink hardsigmoid hardswish hardtanh heaviside hypot
+isfinite isinf isnan isclose ldexp le leaky_relu lerp less less_equal lgamma log log10 log1p log2
+log_sigmoid logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt
+masked_fill maximum minimum mish nan_to_num ne nextafter not_equal pow prelu rad2deg reciprocal
+relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus
+softshrink softsign sqrt square tan tanh threshold trunc where xlogy isneginf isposinf special_expm1
+special_erf special_xlogy special_log1p special_expit gcd lcm positive
+polar
+""".split()
+
+
+@register(*_ELEMENTWISE)
+def elementwise(call: Call) -> States:
+    """Any function of single elements: states must be equal, and unscaled."""
+    for name, value in call.args.items():
+        if not isinstance(value, fx.Node) and call.number(name)[1]:
+            raise Mixing(f"{call.name} is applied with a number that grows with the batch")
+    return or_const(aligned(call, call.tensors(), len(call.out.shape)))
+
+
+@register("neg", "negative", "real", "imag", "conj", "zeros_like", "ones_like", "full_like",
+          "empty_like")
+def unary_linear(call: Call) -> States:
+    state = call.state(call.args["self"])
+    if call.name.endswith("_like"):
+        return Batch(state.dim, state.outer) if isinstance(state, Batch) else Const()
+    if isinstance(state, Ramp):
+        raise Mixing(describe(call, state))
+    return state
+
+
+@register("to", "_to_copy", "type_as", "_to_cpu", "float", "double")
+def convert(call: Call) -> States:
+    state = call.state(call.args["self"])
+    if isinstance(state, Reduced) and not call.out.is_floating_point():
+        # Truncation does not commute with the sum; integer to integer does.
+        if call.args["self"].meta["val"].is_floating_point():
+            raise Mixing("a value reduced over the batch is truncated")
+    return state
+
+
+@register("mul", "multiply")
+def multiply(call: Call) -> States:
+    left, right = call.args["self"], call.args["other"]
+    if not isinstance(right, fx.Node):
+        return scaled(_no_ramp(call, call.state(left)), call.number("other")[1])
+    a, b = call.state(left), call.state(right)
+    if isinstance(a, Const):
+        a, b, left, right = b, a, right, left
+    if isinstance(b, Const):
+        if isinstance(a, (Reduced, Const)):
+            return scaled(a, b.power)
+        if isinstance(a, Batch):
+            ndim = len(call.out.shape)
+            moved = Batch(a.dim + ndim - len(call.shape(left)), a.outer, a.power)
+            return scaled(moved, b.power)
+    if isinstance(a, Batch) and isinstance(b, Batch):
+        ndim = len(call.out.shape)
+        x = a.dim + ndim - len(call.shape(left)), a.outer
+        if x == (b.dim + ndim - len(call.shape(right)), b.outer):
+            return Batch(*x, a.power + b.power)
+        raise Mixing(f"{call.name} meets samples along different dims")
+    raise Mixing(describe(call, a if isinstance(a, (Reduced, Ramp)) else b))
+
+
+@register("div", "divide", "true_divide")
+def divide(call: Call) -> States:
+    if call.args.get("rounding_mode") is not None:
+        return elementwise(call)
+    left, right = call.args["self"], call.args["other"]
+    if not isinstance(right, fx.Node):
+        return scaled(_no_ramp(call, call.state(left)), -call.number("other")[1])
+    a, b = call.state(left), call.state(right)
+    if isinstance(b, Const) and isinstance(a, (Reduced, Const)):
+        return scaled(a, -b.power)
+    ndim = len(call.out.shape)
+    if isinstance(b, Const) and isinstance(a, Batch):
+        moved = Batch(a.dim + ndim - len(call.shape(left)), a.outer, a.power)
+        return scaled(moved, -b.power)
+    if isinstance(b, Reduced):
+        raise Mixing("the divisor is reduced over the batch and depends on parameters")
+    return or_const(aligned(call, [left, right], ndim))
+
+
+def _no_ramp(call: Call, state: State) -> State:
+    if isinstance(state, Ramp):
+        raise Mixing(describe(call, state))
+    return state
+
+
+@register("add", "sub", "subtract", "rsub")
+def add(call: Call) -> States:
+    left, right = call.args["self"], call.args["other"]
+    call.same("alpha")
+    a = call.state(left)
+    if not isinstance(right, fx.Node):
+        if call.number("other")[1]:
+            raise Mixing(f"{call.name} is applied with a number that grows with the batch")
+        b: State = Const()
+    else:
+        b = call.state(right)
+    for mine, theirs in ((a, b), (b, a)):
+        if isinstance(mine, Reduced):
+            if theirs == mine or (mine.power == -1 and theirs == Const()):
+                return mine
+            raise Mixing("a value reduced over the batch is added to one that is not")
+    if isinstance(a, Batch) and isinstance(b, Batch) and a.power == b.power:
+        ndim = len(call.out.shape)
+        x = a.dim + ndim - len(call.shape(left)), a.outer
+        if x == (b.dim + ndim - len(call.shape(right)), b.outer):
+            return Batch(*x, a.power)
+    if isinstance(a, Const) and a == b:
+        return a
+    return or_const(aligned(call, call.tensors(), len(call.out.shape)))
+
+
+@register("apply_mask")
+def apply_mask(call: Call) -> States:
+    return or_const(aligned(call, [call.args["x"], call.args["mask"]], len(call.out.shape)))
+
+
+@register("sum", "mean", "nansum")
+def total(call: Call) -> States:
+    value = call.args["self"]
+    state = call.state(value)
+    if isinstance(state, Reduced):
+        if call.name == "nansum":
+            raise Mixing(describe(call, state))
+        return state
+    if not isinstance(state, Batch):
+        raise Mixing(describe(call, state))
+    dims = dim_list(call.args.get("dim"), len(call.shape(value)))
+    kept = reduced_over(state, dims, bool(call.args.get("keepdim")))
+    if kept is not None:
+        return kept
+    return Reduced(state.power - (call.name == "mean"))
+
+
+@register("amax", "amin", "any", "all", "argmax", "argmin", "max", "min", "prod", "var", "std",
+          "logsumexp", "norm", "linalg_vector_norm", "softmax", "log_softmax", "_softmax",
+          "_log_softmax", "cumsum", "cumprod", "sort", "argsort", "topk", "median", "var_mean",
+          "std_mean", "special_softmax", "special_log_softmax", "softmin", "glu", "kthvalue",
+          "cummax", "cummin", "logcumsumexp", "diff", "count_nonzero", "flip", "roll", "renorm",
+          "aminmax", "quantile", "frobenius_norm", "linalg_norm", "norm_except_dim",
+          "special_logsumexp")
+def along_dims(call: Call) -> States:
+    """Ops that work along some dims, one or several outputs: fine off the batch dim."""
+    args = call.args
+    if isinstance(args.get("other"), fx.Node):
+        return elementwise(call)  # max(a, b), min(a, b)
+    state = only_batch(call, args["self"])
+    if state is None:
+        raise Mixing(f"{call.name} depends on the batch size")
+    for key in ("dim", "dims", "k", "correction", "unbiased", "shifts"):
+        if key in args:
+            call.same(key)
+    ndim = len(call.shape(args["self"]))
+    dims = dim_list(args.get("dim", args.get("dims")), ndim)
+    if call.name == "topk" and args.get("dim") is None:
+        dims = [ndim - 1]
+    if call.name in ("argmax", "argmin", "max", "min") and args.get("dim") is None:
+        dims = list(range(ndim))
+    if state.dim in dims:
+        raise Mixing(f"{call.name} works along the batch dim")
+    first = call.out[0] if isinstance(call.out, (list, tuple)) else call.out
+    keeps = len(first.shape) == ndim
+    kept = reduced_over(state, dims, keeps)
+    assert kept is not None
+    return every_output(call, kept)
+
+
+@register("matmul", "bmm", "mm", "mv", "dot", "vdot", "inner")
+def matmul(call: Call) -> States:
+    names = [n for n in call.args if isinstance(call.args[n], fx.Node)]
+    left, right = call.args[names[0]], call.args[names[1]]
+    a, b = only_batch(call, left), only_batch(call, right)
+    na, nb = len(call.shape(left)), len(call.shape(right))
+    a_contracted, b_contracted = na - 1, max(nb - 2, 0)
+    if a is not None and b is not None and a.dim == a_contracted and b.dim == b_contracted:
+        if a.outer != b.outer:
+            raise Mixing("matmul meets samples along different dims")
+        return Reduced()
+    if (a is not None and a.dim == a_contracted) or (b is not None and b.dim == b_contracted):
+        raise Mixing("matmul sums over the batch dim of one operand only")
+    ndim = len(call.out.shape)
+    found: list[Batch] = []
+    if a is not None:
+        found.append(Batch(a.dim + (ndim - na if na > 1 and nb > 1 else 0), a.outer))
+    if b is not None:
+        if b.dim == nb - 1 and nb > 1:
+            found.append(Batch(ndim - 1, b.outer))
+        else:
+            found.append(Batch(b.dim + ndim - nb + (1 if na == 1 and nb > 1 else 0), b.outer))
+    if len(found) == 2 and found[0] != found[1]:
+        raise Mixing("matmul pairs every sample with every other")
+    return found[0]
+
+
+@register("addmm")
+def add_matmul(call: Call) -> States:
+    args = call.args
+    call.same("alpha", "beta")
+    state = only_batch(call, args["mat1"])
+    if only_batch(call, args["mat2"]) or only_batch(call, args["self"]):
+        raise Mixing("the weight of addmm comes from the batch")
+    if state is None or state.dim != 0:
+        raise Mixing("addmm sums over the batch dim")
+    return state
+
+
+@register("linear")
+def linear(call: Call) -> States:
+    state = only_batch(call, call.args["input"])
+    for name in ("weight", "bias"):
+        if only_batch(call, call.args[name]) is not None:
+            raise Mixing("the weight of a linear op comes from the batch")
+    if state is None or state.dim == len(call.shape(call.args["input"])) - 1:
+        raise Mixing("linear sums over the batch dim")
+    return state
+
+
+@register("einsum")
+def einsum(call: Call) -> States:
+    equation = call.args["equation"].replace(" ", "")
+    operands = call.args["tensors"]
+    if "." in equation:
+        raise Mixing("einsum with an ellipsis has no batch rule")
+    if "->" not in equation:
+        raise Mixing("einsum without an output has no batch rule")
+    left, result = equation.split("->")
+    letters: set[tuple[str, int]] = set()
+    for term, value in zip(left.split(","), operands, strict=True):
+        state = only_batch(call, value)
+        if state is not None:
+            if len(set(term)) != len(term):
+                raise Mixing("einsum takes a diagonal")
+            letters.add((term[state.dim], state.outer))
+    if len(letters) != 1:
+        raise Mixing("einsum meets samples along different dims")
+    letter, outer = letters.pop()
+    for term, value in zip(left.split(","), operands, strict=True):
+        if letter in term and only_batch(call, value) is None:
+            raise Mixing("einsum sums over the batch dim of one operand only")
+    return Batch(result.index(letter), outer) if letter in result else Reduced()

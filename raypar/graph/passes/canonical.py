@@ -1,0 +1,106 @@
+"""Canonical forms.
+
+Batch norm has explicit running statistics, cross-entropy is a sum over a count, and a view is a
+reshape: whether memory happens to be contiguous differs between batch sizes and on either side of
+a cut, and must not change which ops there are.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from raypar.errors import CaptureError
+from raypar.graph.passes.emit import Emitter, aten, bound_args, is_op, op_name
+
+_MEAN, _SUM = 1, 2
+
+
+def canonicalize(graph: fx.Graph) -> None:
+    """Rewrites what hides a state change or a batch-wide count inside one op."""
+    for node in list(graph.nodes):
+        if not is_op(node):
+            continue
+        name = op_name(node)
+        if node.target is aten.contiguous.default:
+            _replace(graph, node, node.args[0])
+        elif node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+        elif name == "batch_norm":
+            _batch_norm(graph, node)
+        elif name == "instance_norm":
+            _instance_norm(node)
+        elif name in ("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d"):
+            _mean_over_count(graph, node)
+
+
+def _replace(graph: fx.Graph, node: fx.Node, new: Any) -> None:
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _batch_norm(graph: fx.Graph, node: fx.Node) -> None:
+    b = bound_args(node)
+    if not b["training"]:
+        return
+    emit = Emitter(graph, node)
+    mean, var = b["running_mean"], b["running_var"]
+    if mean is None:
+        value = b["input"].meta["val"]
+        kwargs = {"dtype": value.dtype, "device": value.device}
+        channels = [value.shape[1]]
+        result = emit(
+            aten._native_batch_norm_legit_functional.default,
+            b["input"],
+            b["weight"],
+            b["bias"],
+            emit(aten.zeros.default, channels, **kwargs),
+            emit(aten.ones.default, channels, **kwargs),
+            True,
+            b["momentum"],
+            b["eps"],
+        )
+        _replace(graph, node, emit(operator.getitem, result, 0, like=node.meta["val"]))
+        return
+    args = (b["input"], b["weight"], b["bias"], mean, var, True, b["momentum"], b["eps"])
+    result = emit(aten._native_batch_norm_legit_functional.default, *args)
+    values = result.meta["val"]
+    for buffer, index in ((mean, 3), (var, 4)):
+        new = emit(operator.getitem, result, index, like=values[index])
+        # A plain write; the functionalize pass, which runs next, turns it into an update.
+        emit(aten.copy_.default, buffer, new, like=buffer.meta["val"])
+    _replace(graph, node, emit(operator.getitem, result, 0, like=values[0]))
+
+
+def _instance_norm(node: fx.Node) -> None:
+    b = bound_args(node)
+    if b["use_input_stats"] and b["running_mean"] is not None:
+        raise CaptureError(
+            f"{node.meta.get('source')}: instance_norm with running statistics in training is not "
+            "supported; set track_running_stats=False"
+        )
+
+
+def _mean_over_count(graph: fx.Graph, node: fx.Node) -> None:
+    b = bound_args(node)
+    target = b["target"]
+    if b["reduction"] != _MEAN or target.meta["val"].is_floating_point():
+        return
+    emit = Emitter(graph, node)
+    inputs = b["self"]
+    kwargs: dict[str, Any] = {k: v for k, v in b.items() if k not in ("self", "target")}
+    kwargs["reduction"] = _SUM
+    total = emit(node.target, inputs, target, **kwargs)
+    counted = emit(aten.ne.Scalar, target, b["ignore_index"])
+    dtype = total.meta["val"].dtype
+    if b["weight"] is None:
+        count = emit(aten.to.dtype, emit(aten.sum.default, counted), dtype)
+    else:
+        zeros = emit(aten.zeros_like.default, target)
+        safe = emit(aten.where.self, counted, target, zeros)
+        weights = emit(aten.index.Tensor, b["weight"], [safe])
+        weights = emit(aten.mul.Tensor, weights, counted)
+        count = emit(aten.sum.default, weights)
+    _replace(graph, node, emit(aten.div.Tensor, total, count))

@@ -1,0 +1,69 @@
+"""Small tools that every clean-up pass uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from raypar.compat import FakeTensor, OpOverload, argument_defaults, pytree, schema_name
+
+aten = torch.ops.aten
+
+
+def value_of(node: Any) -> Any:
+    """A node's fake value; anything else as it is."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def op_name(node: fx.Node) -> str:
+    """``linear`` for ``aten.linear.default``; a function's own name for Python functions."""
+    if isinstance(node.target, OpOverload):
+        return schema_name(node.target).split("::")[1]
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def is_op(node: fx.Node) -> bool:
+    """Whether the node calls a torch operator."""
+    return node.op == "call_function" and isinstance(node.target, OpOverload)
+
+
+def bound_args(node: fx.Node) -> dict[str, Any]:
+    """The call's arguments by schema name, defaults filled in."""
+    assert isinstance(node.target, OpOverload)
+    names = argument_defaults(node.target)
+    bound = dict(names)
+    bound.update({name: value for (name, _), value in zip(names, node.args, strict=False)})
+    bound.update(node.kwargs)
+    return bound
+
+
+def fake_call(target: Any, args: Any, kwargs: Any) -> Any:
+    """Runs `target` on the fake values of its node arguments; gives a fake result."""
+    values = pytree.tree_map(value_of, (args, kwargs))
+    mode = next(
+        (v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, FakeTensor)), None
+    )
+    if mode is None:
+        return target(*values[0], **values[1])
+    with mode, torch.no_grad():
+        return target(*values[0], **values[1])
+
+
+class Emitter:
+    """Writes new nodes in front of `anchor`, with fake values and the anchor's origin."""
+
+    def __init__(self, graph: fx.Graph, anchor: fx.Node) -> None:
+        self.graph = graph
+        self.anchor = anchor
+
+    def __call__(self, target: Any, *args: Any, like: Any = None, **kwargs: Any) -> fx.Node:
+        """Adds one call; `like` gives the fake value where running the call would not."""
+        with self.graph.inserting_before(self.anchor):
+            node = self.graph.call_function(target, args, kwargs)
+        for key in ("module_path", "source", "autocast"):
+            if key in self.anchor.meta:
+                node.meta[key] = self.anchor.meta[key]
+        node.meta["val"] = fake_call(target, args, kwargs) if like is None else like
+        return node
