@@ -11,6 +11,7 @@ ascending), which every limit lets pass, or a backward, which no limit holds bac
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,10 @@ class _Walk:
         self.started = {kind: [0] * n for kind in _KINDS}
         self.finished = {kind: [0] * n for kind in _KINDS}
         self.last = n - 1
+        # Every block takes equally long, however many stages it is made of.
+        blocks = placement.blocks
+        whole = math.lcm(*(len(block) for block in blocks))
+        self.slot = [whole // len(block) for block in blocks for _ in block]
 
     def allowed(self, stage: int, rank: int) -> bool:
         """Whether the limits let `stage` take in one more microbatch."""
@@ -132,7 +137,7 @@ class _Walk:
                 whole = kind is Kind.BACKWARD_INPUT and not (self.splits and self.splits[stage])
                 shown = Kind.BACKWARD if whole and self.splits is None else kind
                 self.orders[rank].append(Action(shown, stage, mb))
-                heapq.heappush(running, (clock + (2 if whole else 1), rank, action))
+                heapq.heappush(running, (clock + self.slot[stage] * (1 + whole), rank, action))
                 idle[rank] = False
             if not running:
                 return self.orders
@@ -151,7 +156,8 @@ def list_schedule(
 ) -> list[list[Action]]:
     """Runs the greedy walk.
 
-    A forward, an input half and a weight half take one slot each; an undivided backward takes two.
+    A forward, an input half and a weight half of a block take one slot each, an undivided backward
+    takes two; the stages of a block share its time equally.
 
     Args:
         placement: Where the stages sit.

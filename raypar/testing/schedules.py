@@ -15,6 +15,7 @@ left out. Needs hypothesis (extra `dev`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -164,7 +165,7 @@ def takes_the_time_of_its_work(schedule: Schedule, examples: int = 30) -> None:
             assert [span.instruction for span in spans] == [
                 ins for ins in lists[rank] if ins.kind in COMPUTE
             ]
-            assert all(a.end <= b.start for a, b in zip(spans, spans[1:], strict=False))
+            assert all(a.end <= b.start for a, b in pairwise(spans))
 
     _for_plans(schedule, check, examples)
 
