@@ -1,0 +1,1 @@
+"""Who does what when: schedules, instruction lists, their compiler and their checker."""

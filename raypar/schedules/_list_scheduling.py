@@ -184,3 +184,8 @@ def block_depths(placement: Placement, microbatches: int) -> list[int]:
         for stage in block:
             depths[stage] = min(microbatches, len(blocks) - index)
     return depths
+
+
+def rank_groups_in_use(placement: Placement) -> int:
+    """Number of rank groups that hold a stage."""
+    return sum(1 for group in placement.stages if group)

@@ -1,5 +1,4 @@
-"""The walk of `raypar.schedules.check`: every rank group's state, and what each instruction asks of
-it."""
+"""The walk of `raypar.schedules.check`: what each instruction asks of its rank group's state."""
 
 from __future__ import annotations
 

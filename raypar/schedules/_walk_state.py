@@ -1,4 +1,4 @@
-"""What the walk of `raypar.schedules.check` keeps per rank group, and how it shows where it stands."""
+"""What the walk of `raypar.schedules.check` keeps per rank group, and shows of it in errors."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ others read what it left. Gradients go back the same way: on each such rank grou
 sum into ``grad:x``, and after the last of them one message returns (``2SB3[x>0]`` and
 ``0RB3[x<2]``). The source's rank group adds what comes from each of them, and what its own
 targets computed, before the source's backward reads the sum. Edges that are not differentiable
-have no gradient. A message is identified by its direction, edge, target stage and microbatch, and
-is sent once a step; ranks must match by that, not by order of arrival alone.
+have no gradient. `Instruction.message` identifies a message, equal on both sides and sent once a
+step: ranks match by it, since two ranks may send in another order than the peer receives in.
 
 Around one compute instruction: the RECVs it needs, the compute, the SENDs of what it made
 complete, then FREE of every value that is not needed any more on this rank group. A FREE only

@@ -21,6 +21,7 @@ class GPipe(Schedule):
     def orders(
         self, placement: Placement, microbatches: int, splits: Sequence[bool]
     ) -> list[list[Action]]:
+        """All forwards, then all backwards. See `Schedule.orders`."""
         many = [microbatches] * placement.n_stages
         budget = [microbatches * len(stages) for stages in placement.stages]
         limits = Limits(many, many, budget, forward_first=True)

@@ -78,6 +78,20 @@ class Instruction:
             return f"{text}[{self.value}]"
         return f"{text}[{self.value}{'<' if self.kind in RECV else '>'}{self.peer}]"
 
+    @property
+    def message(self) -> tuple[str, str, int, int, int] | None:
+        """What identifies the message of a transfer, equal for its SEND and its RECV.
+
+        Returns:
+            ``("F" or "B", value, microbatch, sending stage, receiving stage)``, unique within a
+            step; None for what is no complete transfer.
+        """
+        stage, mb, value, peer = self.stage, self.microbatch, self.value, self.peer
+        if stage is None or mb is None or value is None or peer is None:
+            return None
+        ends = (peer, stage) if self.kind in RECV else (stage, peer)
+        return (self.kind.value[1], value, mb, *ends)
+
     @classmethod
     def parse(cls, text: str) -> Instruction:
         """Reads what `str()` wrote.
@@ -102,6 +116,7 @@ class Instruction:
                 raise ValueError
         except ValueError:
             raise ScheduleError(
-                f"{text!r} is not an instruction; examples: 2F0, 2RF0[x<1], 2SB0[x>1], 2SYNC, OPTIMIZER"
+                f"{text!r} is not an instruction; examples: 2F0, 2RF0[x<1], 2SB0[x>1], 2SYNC, "
+                "OPTIMIZER"
             ) from None
         return found

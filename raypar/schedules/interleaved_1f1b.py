@@ -62,6 +62,7 @@ class InterleavedOneFOneB(Schedule):
     def orders(
         self, placement: Placement, microbatches: int, splits: Sequence[bool]
     ) -> list[list[Action]]:
+        """The order of the full grid, without what is not there. See `Schedule.orders`."""
         grid = _lay_out(placement)
         result: list[list[Action]] = [[] for _ in placement.stages]
         for device, rank in enumerate(grid.rows):

@@ -119,7 +119,7 @@ def ideal_timeline(
         ScheduleError: The lists deadlock (`check_lists` says how).
     """
     cost: Transfer = transfer if callable(transfer) else lambda _: float(transfer)
-    arrivals: dict[tuple[object, ...], float] = {}
+    arrivals: dict[tuple[object, ...] | None, float] = {}
     at = [0] * len(lists)
     clock = [0.0] * len(lists)
     spans: list[list[Span]] = [[] for _ in lists]
@@ -130,13 +130,11 @@ def ideal_timeline(
             while at[rank] < len(program):
                 ins = program[at[rank]]
                 if ins.kind in RECV:
-                    key = (ins.kind.value[1], ins.value, ins.microbatch, ins.peer, ins.stage)
-                    if key not in arrivals:
+                    if ins.message not in arrivals:
                         break
-                    clock[rank] = max(clock[rank], arrivals[key])
+                    clock[rank] = max(clock[rank], arrivals[ins.message])
                 elif ins.kind in SEND:
-                    key = (ins.kind.value[1], ins.value, ins.microbatch, ins.stage, ins.peer)
-                    arrivals[key] = clock[rank] + cost(ins)
+                    arrivals[ins.message] = clock[rank] + cost(ins)
                 elif ins.kind in COMPUTE:
                     end = clock[rank] + durations.of(ins)
                     spans[rank].append(Span(ins, clock[rank], end))
@@ -193,9 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         base = next((bubble for name, _, bubble, _ in rows if name == "1f1b"), 0.0)
         for name, step, bubble, peak in rows:
             ratio = f"{bubble / base:8.2f}" if base else f"{'-':>8}"
-            print(
-                f"{stages:>2} {microbatches:>4}  {name:<20} {step:>7g} {bubble:>7g} {ratio} {peak:>5}"
-            )
+            figures = f"{step:>7g} {bubble:>7g} {ratio} {peak:>5}"
+            print(f"{stages:>2} {microbatches:>4}  {name:<20} {figures}")
 
 
 if __name__ == "__main__":

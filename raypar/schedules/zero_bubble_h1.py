@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raypar.schedules._list_scheduling import Limits, block_depths, list_schedule
+from raypar.schedules._list_scheduling import (
+    Limits,
+    block_depths,
+    list_schedule,
+    rank_groups_in_use,
+)
 from raypar.schedules.base import Action, Placement, Schedule
 
 
@@ -15,10 +20,10 @@ class ZeroBubbleH1(Schedule):
     needed or nothing else can run. With equal times the bubble is (S - 1)(F + I - W), against
     1F1B's (S - 1)(F + I + W).
 
-    Memory: 1F1B's first stage holds S microbatches, its last stage one. Here every stage may hold
-    as many as 1F1B's fullest, so the highest peak over the rank groups is the same, and the later
-    ones rise to it. With several stages per rank group the mean number held per stage is what may
-    not exceed that of 1F1B's fullest rank group.
+    Memory: plain 1F1B's first stage holds S microbatches, its last stage one. Here every stage may
+    hold S, so that the highest peak over the rank groups is the same, and the later ones rise to
+    it. With several stages per rank group, n rank groups may hold n microbatches' worth of all
+    their stages each: what 1F1B would hold if they were one stage.
 
     Stages whose backward does not divide do all of it in the input half and the (empty) weight
     half follows at once.
@@ -29,11 +34,9 @@ class ZeroBubbleH1(Schedule):
     def orders(
         self, placement: Placement, microbatches: int, splits: Sequence[bool]
     ) -> list[list[Action]]:
+        """1F1B with divided backwards. See `Schedule.orders`."""
         depths = block_depths(placement, microbatches)
-        filled = [
-            (sum(depths[s] for s in group), len(group)) for group in placement.stages if group
-        ]
-        total, count = max(filled, key=lambda pair: pair[0] / pair[1])
-        budget = [len(group) * total // count for group in placement.stages]
+        n = rank_groups_in_use(placement)
+        budget = [n * len(stages) for stages in placement.stages]
         held = [max(depths)] * placement.n_stages
         return list_schedule(placement, microbatches, splits, Limits(depths, held, budget))

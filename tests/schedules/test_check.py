@@ -144,7 +144,8 @@ def test_waiting_for_each_other_shows_the_grid() -> None:
     with pytest.raises(ScheduleError) as caught:
         check_lists(lists, io, 1)
     text = str(caught.value)
-    assert "0SF0[x>1]" in text and "not here" in text and ">>0SF0[x>1]<<" in text
+    assert "not here" in text
+    assert ">>0SF0[x>1]<<" in text
 
     lists = compile_schedule("1f1b", io, 1)
     sends = [str(ins) for ins in lists[0]].index("0SF0[x>1]")
@@ -159,7 +160,8 @@ def test_waiting_for_each_other_shows_the_grid() -> None:
     text = str(caught.value)
     assert "rank group 0 waits at 2RF0[y<1] for rank group 1 (stage 1), which stands at" in text
     assert "rank group 1 waits at 1RF0[x<0] for rank group 0 (stage 0), which stands at" in text
-    assert ">>2RF0[y<1]<<" in text and ">>1RF0[x<0]<<" in text
+    assert ">>2RF0[y<1]<<" in text
+    assert ">>1RF0[x<0]<<" in text
 
 
 def test_a_message_that_nobody_sends() -> None:
@@ -167,7 +169,9 @@ def test_a_message_that_nobody_sends() -> None:
     words = [str(ins) for ins in lists[1]]
     del lists[1][words.index("1SB1[x0>0]")]
     del lists[1][[str(ins) for ins in lists[1]].index("1DEL1[grad:x0]")]
-    with pytest.raises(ScheduleError, match="has finished without sending it|never freed"):
+    with pytest.raises(
+        ScheduleError, match=r"rank group 0 waits at 0RB1.*which has finished without sending it"
+    ):
         check_lists(lists, chain_io(2, 2), 2)
 
 
@@ -213,23 +217,14 @@ def test_the_peak_of_a_rank_group_is_not_the_sum_of_its_stages_peaks() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(io=stage_ios(), microbatches=st.integers(1, 12))
-def test_zero_bubble_h1_stays_within_the_fullest_1f1b_rank_group(
+def test_zero_bubble_h1_holds_what_1f1b_on_whole_rank_groups_would(
     io: StageIO, microbatches: int
 ) -> None:
-    """Mean number held per stage of a rank group, against 1F1B's limit on its fullest one."""
     lists = compile_schedule("zero_bubble_h1", io, microbatches)
     report = check_lists(lists, io, microbatches)
-    blocks: list[list[int]] = []
-    for stage, rank in enumerate(io.rank_of):
-        if stage and io.rank_of[stage - 1] == rank:
-            blocks[-1].append(stage)
-        else:
-            blocks.append([stage])
-    limit = {s: min(microbatches, len(blocks) - i) for i, block in enumerate(blocks) for s in block}
-    means = [sum(limit[s] for s in held) / len(held) for held in report.stages]
     peaks = report.peak_saved_bytes((1,) * io.n_stages)
     for held, peak in zip(report.stages, peaks, strict=True):
-        assert peak <= max(len(held), len(held) * max(means))
+        assert peak <= len(held) * min(microbatches, len(report.stages))
 
 
 def test_long_schedules_show_the_place_only() -> None:
@@ -240,7 +235,8 @@ def test_long_schedules_show_the_place_only() -> None:
     with pytest.raises(ScheduleError) as caught:
         check_lists(lists, io, 64)
     text = str(caught.value)
-    assert len(text) < 4000 and ">>3SF40[x3>4]<<" in text
+    assert len(text) < 4000
+    assert ">>3SF40[x3>4]<<" in text
 
 
 @pytest.mark.parametrize(

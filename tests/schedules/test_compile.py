@@ -16,7 +16,7 @@ from raypar.schedules import registry
 from raypar.schedules.base import Action, Placement, Schedule
 from raypar.schedules.check import check_lists
 from raypar.schedules.compile import compile_schedule
-from raypar.schedules.instructions import Instruction, Kind
+from raypar.schedules.instructions import RECV, SEND, Instruction, Kind
 from raypar.schedules.io import Edge, StageIO
 from raypar.schedules.text import draw, format_lists, parse_lists
 from raypar.schedules.timing import Durations
@@ -53,6 +53,17 @@ def test_a_value_goes_once_to_each_rank_group_and_one_gradient_comes_back() -> N
         "1: GLOBALS 1RF0[x<0] 1RF0[mask<0] 1F0 3F0 3DEL0[x] 3DEL0[mask] 3B0 1B0 1SB0[x>0] "
         "1DEL0[grad:x] 3SYNC 1SYNC NORM OPTIMIZER"
     )
+
+
+def test_both_sides_of_a_transfer_name_the_same_message() -> None:
+    lists = compile_schedule("interleaved_1f1b", chain_io(4, 2), 3)
+    sent = [ins.message for program in lists for ins in program if ins.kind in SEND]
+    received = [ins.message for program in lists for ins in program if ins.kind in RECV]
+    assert sorted(map(str, sent)) == sorted(map(str, received))
+    assert len(set(sent)) == len(sent) == 3 * 3 * 2
+    assert Instruction.parse("2SB0[x>1]").message == ("B", "x", 0, 2, 1)
+    assert Instruction.parse("1RB0[x<2]").message == ("B", "x", 0, 2, 1)
+    assert Instruction.parse("1F0").message is None
 
 
 def test_input_gradients_leave_before_the_weight_half() -> None:
