@@ -172,7 +172,7 @@ class ExchangeGroup(Group):
         plain = self._one_per_rank(tensors, call)
         check_reducible(plain[0].dtype, "sum", call.text())
         for tensor in plain[1:]:
-            if not fits(tensor, _spec(plain[0])):
+            if not fits(tensor, plain[0]):
                 raise CommError(f"{call.text()}: unequal shapes {[tuple(t.shape) for t in plain]}")
         parts = [plain[self.rank]] * self.size
         self._swap(plain, parts, plain[self.rank], call)
@@ -391,10 +391,8 @@ class _Call:
                     return
                 value = one.value
                 assert value is not None
-                if form is not None and not fits(value, _spec(form)):
-                    self.pending.fail(
-                        CommError, f"from rank {rank}: {misfit(value, _spec(form))}"
-                    )
+                if form is not None and not fits(value, form):
+                    self.pending.fail(CommError, f"from rank {rank}: {misfit(value, form)}")
                     return
                 if parts is not None:
                     parts[rank] = value
@@ -426,7 +424,3 @@ def _plain(tensor: torch.Tensor, call: Callable[[], str]) -> torch.Tensor:
             "move it to the CPU, or use backend 'nccl'"
         )
     return tensor.detach().resolve_conj().resolve_neg().contiguous()
-
-
-def _spec(tensor: torch.Tensor) -> TensorSpec:
-    return TensorSpec(tuple(tensor.shape), tensor.dtype)

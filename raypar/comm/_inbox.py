@@ -10,7 +10,6 @@ import torch
 
 from raypar.comm._endpoint import readable
 from raypar.comm._work import Pending, fits
-from raypar.comm.group import TensorSpec
 from raypar.errors import CommAbortedError, CommError
 
 _RECENT = 3
@@ -60,11 +59,12 @@ class Inbox:
         elif failure is not None:
             pending.fail(*failure)
 
-    def claim(self, key: bytes, spec: TensorSpec) -> Pending | None:
+    def claim(self, key: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Pending | None:
         """The receive that is next for `key`, if it brought a buffer that the message fits."""
         with self._lock:
             waiting = self._waiting.get(key)
-            if not waiting or waiting[0].into is None or not fits(waiting[0].into, spec):
+            into = waiting[0].into if waiting else None
+            if waiting is None or into is None or into.dtype != dtype or into.shape != shape:
                 return None
             pending = self._pop(key, waiting)
             self._claimed = (key, pending)
@@ -87,10 +87,9 @@ class Inbox:
 
     def _hand(self, key: bytes, tensor: torch.Tensor, pending: Pending) -> None:
         into = pending.into
-        if into is not None and into is not tensor:
-            if fits(tensor, TensorSpec(tuple(into.shape), into.dtype)):
-                into.copy_(tensor)
-                tensor = into
+        if into is not None and into is not tensor and fits(tensor, into):
+            into.copy_(tensor)
+            tensor = into
         if not pending.complete(tensor) and into is None:
             with self._lock:  # its deadline won the race: the message belongs to the next receive
                 self._ready.setdefault(key, deque()).appendleft(tensor)

@@ -43,7 +43,7 @@ class Pending(Work):
         on_timeout: Callable[[Pending], None] | None = None,
     ) -> None:
         self._call = call
-        self._timeout_s = timeout_s
+        self._timeout_s = max(0.0, timeout_s)
         self.into = into
         self._then = then
         self._evidence = evidence
@@ -88,7 +88,7 @@ class Pending(Work):
     def wait(self) -> torch.Tensor | None:
         if not self.finished:
             began = time.monotonic()
-            if not self._gate.acquire(timeout=max(0.0, min(self._timeout_s, threading.TIMEOUT_MAX))):
+            if not self._gate.acquire(timeout=min(self._timeout_s, threading.TIMEOUT_MAX)):
                 self._expire(time.monotonic() - began)
             else:
                 self._gate.release()
@@ -104,8 +104,8 @@ class Pending(Work):
         evidence = self._evidence() if self._evidence is not None else ""
         self.fail(
             CommTimeoutError,
-            f"waited {waited:.1f} s{'; ' + evidence if evidence else ''}. If the peer is only slow, "
-            f"raise timeout_s (now {self._timeout_s:g}), for example to {4 * self._timeout_s:g}",
+            f"waited {waited:.1f} s{'; ' + evidence if evidence else ''}. If the peer is only "
+            f"slow, raise timeout_s (now {self._timeout_s:g}), for example to {4 * self._timeout_s:g}",
         )
         if self._on_timeout is not None:
             self._on_timeout(self)
@@ -152,12 +152,12 @@ class Ready(Work):
         return True
 
 
-def fits(tensor: torch.Tensor, spec: TensorSpec) -> bool:
-    """Whether `tensor` has the form that `spec` asks for."""
-    return tensor.dtype == spec.dtype and tuple(tensor.shape) == tuple(spec.shape)
+def fits(tensor: torch.Tensor, form: TensorSpec | torch.Tensor) -> bool:
+    """Whether `tensor` has the shape and dtype of `form`."""
+    return tensor.dtype == form.dtype and tuple(tensor.shape) == tuple(form.shape)
 
 
-def misfit(tensor: torch.Tensor, spec: TensorSpec) -> str:
+def misfit(tensor: torch.Tensor, spec: TensorSpec | torch.Tensor) -> str:
     """One clause about how the two differ."""
     return (
         f"expected shape {tuple(spec.shape)} {spec.dtype}, but the message has shape "

@@ -21,7 +21,6 @@ from raypar.comm import _frames
 from raypar.comm._endpoint import Endpoint
 from raypar.comm._inbox import Inbox, aborted_reason
 from raypar.comm._work import Pending
-from raypar.comm.group import TensorSpec
 from raypar.comm.rendezvous import Link
 from raypar.errors import CommAbortedError, CommError
 
@@ -190,7 +189,9 @@ class _Peer:
         self._unsent.append((key, rest, pending))
         if self._sender is None:
             self._sender = threading.Thread(
-                target=self._send_rest, name=f"raypar-send-{self._box.name}-{self._rank}", daemon=True
+                target=self._send_rest,
+                name=f"raypar-send-{self._box.name}-{self._rank}",
+                daemon=True,
             )
             self._sender.start()
         self._work.release()
@@ -260,8 +261,10 @@ class _Peer:
                     continue
                 start = self._take(head, view, start, end)
         except (OSError, EOFError) as error:
-            said = "closed the connection without a goodbye" if isinstance(error, EOFError) else (
-                f"broke the connection ({error})"
+            said = (
+                "closed the connection without a goodbye"
+                if isinstance(error, EOFError)
+                else (f"broke the connection ({error})")
             )
             self._lost(self._gone(f"{said}: its process has probably died"))
         except Exception as error:
@@ -269,7 +272,7 @@ class _Peer:
 
     def _take(self, head: _frames.Head, view: memoryview, start: int, end: int) -> int:
         """Reads one tensor; returns where the next frame starts in the scratch buffer."""
-        claimed = self.inbox.claim(head.key, TensorSpec(head.shape, head.dtype))
+        claimed = self.inbox.claim(head.key, head.shape, head.dtype)
         tensor = claimed.into if claimed is not None else None
         if tensor is None:
             tensor = torch.empty(head.shape, dtype=head.dtype)

@@ -12,6 +12,7 @@ import hmac
 import json
 import os
 import secrets
+import select
 import shutil
 import socket
 import struct
@@ -137,7 +138,7 @@ class _Join:
         except RuntimeError as error:
             raise CommError(
                 f"{self._who}: cannot reach the rendezvous at {address.host}:{address.port}: "
-                f"{_first_line(error)}; is rank 0's process alive, and its host reachable from here?"
+                f"{_first_line(error)}; is rank 0's process alive, and its host reachable?"
             ) from None
         self._prefix = f"raypar/{name}/{use}"
         self._folder = tempfile.mkdtemp(prefix="raypar-")
@@ -243,8 +244,6 @@ class _Join:
 
     def _accept(self, links: dict[int, Link]) -> None:
         """Takes the connections of all higher ranks."""
-        import select
-
         while len(links) < self._size - 1:
             left = self._deadline - time.monotonic()
             if left <= 0:

@@ -402,7 +402,9 @@ def _overlap(group: Group, device: str) -> None:
 
 def _gather_scatter(group: Group, device: str) -> None:
     n, rank = group.size, group.rank
-    table = [[values(10 * r + c, (4, 3), torch.float64, device) for c in range(n)] for r in range(n)]
+    table = [
+        [values(10 * r + c, (4, 3), torch.float64, device) for c in range(n)] for r in range(n)
+    ]
     for found, expected in zip(group.all_gather(table[rank][0].t(), name="g"), table, strict=True):
         _same(found, expected[0].t().contiguous())
     _close_enough(
@@ -465,10 +467,14 @@ def _subgroups(group: Group, device: str) -> None:
     spec = TensorSpec((5,), torch.float32)
     for rank in range(3):
         if rank != group.rank:
-            _same(_got(group.irecv(spec, rank, "t")), values(1000 + rank, (5,), torch.float32, device))
+            _same(
+                _got(group.irecv(spec, rank, "t")), values(1000 + rank, (5,), torch.float32, device)
+            )
     for i, part in reversed(mine):
         other = 1 - part.rank
-        _same(_got(part.irecv(spec, other, "t")), values(100 * i + other, (5,), torch.float32, device))
+        _same(
+            _got(part.irecv(spec, other, "t")), values(100 * i + other, (5,), torch.float32, device)
+        )
     nested = everyone.subgroup([0, 1], "nested")
     if nested is not None:
         assert [float(t) for t in nested.all_gather(torch.tensor(float(group.rank), device=device))] \
@@ -518,7 +524,9 @@ def _timeouts(group: Group, device: str) -> None:
     for part in (group.name, "rank 0", "recv", "mb 3", "from rank 1", "waited 0.4 s", "timeout_s"):
         assert part in text, f"{part!r} is not in: {text}"
     assert re.search(r"'other' \d\.\d s ago", text), text
-    text = _error(CommTimeoutError, group.all_reduce(torch.ones(3, device=device), name="norm").wait)
+    text = _error(
+        CommTimeoutError, group.all_reduce(torch.ones(3, device=device), name="norm").wait
+    )
     for part in ("rank 0", "all_reduce", "norm", "rank 1", "waited"):
         assert part in text, f"{part!r} is not in: {text}"
     # The message that came meanwhile is still there, and a retried receive works.
