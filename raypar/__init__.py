@@ -1,0 +1,115 @@
+"""raypar: pipeline- and data-parallel training of PyTorch models on Ray actors.
+
+The public names, and nothing else. They are imported at first use, so that `import raypar` costs
+neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+import raypar.plan as _plan_module
+from raypar.errors import (
+    CaptureError,
+    ClusterError,
+    CommAbortedError,
+    CommError,
+    CommTimeoutError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    OptimizerError,
+    PlanError,
+    RayparError,
+    ScheduleError,
+    StageDiedError,
+    TrainingError,
+)
+from raypar.plan import Plan
+
+if TYPE_CHECKING:
+    from raypar.graph.capture import capture
+    from raypar.graph.opgraph import OpGraph
+    from raypar.mesh.cluster import Cluster
+    from raypar.report.explain import explain
+    from raypar.search.config import SearchConfig
+    from raypar.search.plan import plan
+    from raypar.train.config import RunConfig, ScalingConfig
+    from raypar.train.result import Result
+    from raypar.train.trainer import Trainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "Cluster",
+    "ClusterError",
+    "CommAbortedError",
+    "CommError",
+    "CommTimeoutError",
+    "ConfigError",
+    "DataError",
+    "NonFiniteError",
+    "OpGraph",
+    "OptimizerError",
+    "Plan",
+    "PlanError",
+    "RayparError",
+    "Result",
+    "RunConfig",
+    "ScalingConfig",
+    "ScheduleError",
+    "SearchConfig",
+    "StageDiedError",
+    "Trainer",
+    "TrainingError",
+    "__version__",
+    "capture",
+    "explain",
+    "plan",
+]
+
+_HOMES = {
+    "Cluster": "raypar.mesh.cluster",
+    "OpGraph": "raypar.graph.opgraph",
+    "Result": "raypar.train.result",
+    "RunConfig": "raypar.train.config",
+    "ScalingConfig": "raypar.train.config",
+    "SearchConfig": "raypar.search.config",
+    "Trainer": "raypar.train.trainer",
+    "capture": "raypar.graph.capture",
+    "explain": "raypar.report.explain",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'raypar' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _PlanModule(types.ModuleType):
+    """Makes `raypar.plan` both the module of `Plan` and the function that makes one.
+
+    Importing a submodule binds it on its package, so a function of that name in the package would
+    be lost at the first ``import raypar.plan``; a module that can be called is never lost.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Plan:
+        made: Plan = importlib.import_module("raypar.search.plan").plan(*args, **kwargs)
+        return made
+
+
+_plan_module.__class__ = _PlanModule
+if not TYPE_CHECKING:
+    plan = sys.modules["raypar.plan"]

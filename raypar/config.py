@@ -1,0 +1,414 @@
+"""The YAML of a run: its schema, loader and overrides.
+
+Every key does something: what raypar cannot do yet has no key, and an unknown key is refused with
+the nearest right one. `surface()` lists all of them; a test freezes that list.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Hashable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from annotated_types import Ge, Gt, MinLen
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+
+from raypar.errors import ConfigError, did_you_mean
+
+Auto = Literal["auto"]
+Count = Annotated[int, Ge(1)]
+Text = Annotated[str, MinLen(1)]
+Target = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
+Kwargs = dict[str, Any]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(_Section):
+    """What is trained."""
+
+    target: Target = Field(
+        description="makes the model: a function or nn.Module class",
+        examples=["examples.models:gpt"],
+    )
+    kwargs: Kwargs = Field(default={}, description="its keyword arguments")
+    loss: Target | None = Field(
+        default=None,
+        description="loss(output, *batch); null: the model's output is the loss or has .loss",
+    )
+    precision: Literal["fp32", "fp64"] = Field(
+        default="fp32", description="dtype of parameters and of floating-point inputs"
+    )
+
+
+class DataConfig(_Section):
+    """What it is trained on."""
+
+    target: Target = Field(
+        description="called as target(global_batch=..., **kwargs); returns an iterable of batches",
+        examples=["examples.data:stdlib_bytes"],
+    )
+    global_batch: Count = Field(description="samples of one step", examples=[32])
+    kwargs: Kwargs = Field(default={}, description="its other keyword arguments")
+
+
+class MeshConfig(_Section):
+    """What it is trained on, seen as machines."""
+
+    num_workers: Annotated[int, Ge(0)] | Auto = Field(
+        default="auto",
+        description="stage actors; auto: the CPUs of the cluster; 0: one process, no Ray",
+    )
+
+
+class SearchSection(_Section):
+    """How the model is split."""
+
+    planner: Literal["uniform", "manual"] = Field(
+        default="uniform", description="uniform: stages balanced by work; manual: yours"
+    )
+    stages: Count | Auto = Field(default="auto", description="pipeline stages")
+    replicas: Count | Auto = Field(default="auto", description="data-parallel copies of each stage")
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none", description="what backward computes again instead of keeping it"
+    )
+    manual: Text | Kwargs | None = Field(
+        default=None, description="planner manual: a plan file, or fields that override uniform's"
+    )
+
+
+class TrainSection(_Section):
+    """How it is trained."""
+
+    steps: Count = Field(default=100, description="optimizer steps")
+    microbatches: Count | Auto = Field(
+        default="auto", description="equal parts of a batch that flow through the pipeline"
+    )
+    schedule: Literal["auto", "gpipe", "1f1b", "interleaved_1f1b", "zero_bubble_h1"] = Field(
+        default="auto", description="order of forward and backward passes"
+    )
+    clip_norm: Annotated[float, Gt(0)] | None = Field(
+        default=None, description="global gradient norm limit; null: no clipping"
+    )
+    seed: Annotated[int, Ge(0)] = Field(default=0, description="initialisation and dropout")
+
+
+class OptimizerConfig(_Section):
+    """What updates the parameters."""
+
+    target: Target = Field(
+        default="torch.optim:AdamW", description="called as target(parameters, **kwargs)"
+    )
+    kwargs: Kwargs = Field(default={}, description="its keyword arguments, such as lr")
+
+
+class RunSection(_Section):
+    """Where the files go: <storage_path>/<name>/."""
+
+    name: Text | None = Field(default=None, description="folder of this run; null: made up")
+    storage_path: Text = Field(default="runs", description="folder of all runs")
+
+
+class Config(_Section):
+    """A whole run; see `raypar config` for every key with its meaning."""
+
+    model: ModelConfig
+    data: DataConfig
+    mesh: MeshConfig = MeshConfig()
+    search: SearchSection = SearchSection()
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunSection = RunSection()
+
+    @field_validator("search")
+    @classmethod
+    def _manual_goes_with_its_planner(cls, search: SearchSection) -> SearchSection:
+        if search.planner == "manual" and search.manual is None:
+            raise ValueError(
+                "search.planner is 'manual' and search.manual is null: give a plan file or a "
+                "mapping of plan fields, such as search.manual: plan.json"
+            )
+        if search.planner != "manual" and search.manual is not None:
+            raise ValueError(
+                f"search.manual is given, but search.planner is {search.planner!r}, which would "
+                "ignore it: set search.planner: manual, or search.manual: null"
+            )
+        return search
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML text; `load_config` reads it back as an equal value."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, default_flow_style=False)
+
+    def resolved(self, **became: Any) -> Config:
+        """A copy in which every ``auto`` (or null) named by a dotted key has its final value.
+
+        Args:
+            **became: Dotted key → value, such as ``**{"search.stages": 2}``.
+
+        Raises:
+            ConfigError: A key that does not exist, or a value of the wrong type.
+        """
+        tree = self.model_dump()
+        for key, value in became.items():
+            _put(tree, key.split("."), value, key)
+        return _validate(tree, "the resolved configuration")
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Reads a YAML file and applies ``a.b=value`` overrides on top.
+
+    Args:
+        path: The file.
+        overrides: Texts ``dotted.key=value``; the value is read as YAML, so that ``3`` is a
+            number, ``null`` is nothing and ``{lr: 1e-3}`` is a mapping.
+
+    Raises:
+        ConfigError: No such file, not YAML, an unknown or repeated key, a value of the wrong
+            type, or an override without ``=``.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"cannot read config file {str(path)!r}: {reason}") from None
+    tree = _parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path}: a config is a mapping of {', '.join(Config.model_fields)}; "
+            f"found {_show(tree)}. `raypar config` prints a complete one"
+        )
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        key = key.strip()
+        if not equals or not all(key.split(".")):
+            raise ConfigError(
+                f"--set takes key=value with a dotted key, such as train.steps=20; got {override!r}"
+            )
+        _put(tree, key.split("."), _parse_yaml(value, f"--set {key}"), key)
+    return _validate(tree, str(path))
+
+
+def resolve_target(target: str, key: str) -> Callable[..., Any]:
+    """Imports ``module:name``; modules of the working directory are found too.
+
+    Args:
+        target: What to import; the name may be dotted (``module:Class.method``).
+        key: The config key it comes from, for the error.
+
+    Raises:
+        ConfigError: The module does not import, has no such name, or the name is not callable.
+    """
+    module_name, _, name = target.partition(":")
+    if not module_name or not name:
+        raise ConfigError(f"{key}: {target!r} is not of the form 'module:name'")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        if module_name == missing or module_name.startswith(missing + "."):
+            raise ConfigError(
+                f"{key}: there is no module {missing!r} (asked for {target!r}); looked in the "
+                f"working directory {os.getcwd()} and in the installed packages. Start raypar "
+                "where the module's folder is, or put that folder on PYTHONPATH"
+            ) from None
+        raise ConfigError(
+            f"{key}: importing {module_name!r} failed: it needs {missing!r}, which is not "
+            f"installed"
+        ) from error
+    except Exception as error:
+        raise ConfigError(
+            f"{key}: importing {module_name!r} failed: {type(error).__name__}: {error}"
+        ) from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            public = [n for n in dir(found) if not n.startswith("_")]
+            raise ConfigError(
+                f"{key}: module {module_name!r} has no {name!r}.{did_you_mean(part, public)}"
+            )
+        found = getattr(found, part)
+    if not callable(found):
+        raise ConfigError(
+            f"{key}: {target!r} is {_show(found)}, which cannot be called; name a function or class"
+        )
+    return typing.cast(Callable[..., Any], found)
+
+
+def default_yaml() -> str:
+    """Every key with its default and its meaning; needed keys hold an example's value."""
+    lines: list[str] = []
+    for section_name, section in Config.model_fields.items():
+        lines.append(f"{section_name}:  # {(_section(section).__doc__ or '').strip()}")
+        for name, info in _section(section).model_fields.items():
+            value = info.examples[0] if info.is_required() and info.examples else info.default
+            left = f"  {name}: {_inline(value)}"
+            needed = "needed; " if info.is_required() else ""
+            lines.append(f"{left:<42}  # {needed}{info.description} ({_expected(info)})")
+    return "\n".join(lines) + "\n"
+
+
+def surface() -> list[str]:
+    """One line for every key: its name, what it takes and its default."""
+    lines = []
+    for section_name, section in Config.model_fields.items():
+        for name, info in _section(section).model_fields.items():
+            default = "needed" if info.is_required() else f"default {_inline(info.default)}"
+            lines.append(f"{section_name}.{name}: {_expected(info)}; {default}")
+    return lines
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 with two traps closed: ``1e-3`` is a number, and a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            if isinstance(key, Hashable):
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        raise ConfigError(f"{where}{at}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from None
+
+
+def _put(tree: dict[str, Any], path: list[str], value: Any, key: str) -> None:
+    for depth, part in enumerate(path[:-1]):
+        below = tree.setdefault(part, {})
+        if below is None:
+            below = tree[part] = {}
+        if not isinstance(below, dict):
+            raise ConfigError(
+                f"--set {key}: {'.'.join(path[: depth + 1])} is {_show(below)}, which has no keys"
+            )
+        tree = below
+    tree[path[-1]] = value
+
+
+def _validate(tree: dict[str, Any], where: str) -> Config:
+    # An empty section ("mesh:" with nothing below) means its defaults.
+    tree = {k: {} if v is None and k in Config.model_fields else v for k, v in tree.items()}
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = dict.fromkeys(_problem(detail) for detail in error.errors())
+        text = "\n  ".join(problems)
+        raise ConfigError(f"{where}: {text}" if len(problems) == 1 else f"{where}:\n  {text}") from None
+
+
+def _problem(detail: Any) -> str:
+    """One pydantic error as a sentence: the key, what is there, what is expected."""
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    keys: list[str] = []
+    section: type[BaseModel] = Config
+    info: FieldInfo | None = None
+    loc = [str(part) for part in detail["loc"]]
+    for part in loc:
+        keys.append(part)
+        found = section.model_fields.get(part)
+        if found is None:
+            break
+        info = found
+        nested = found.annotation
+        if not (isinstance(nested, type) and issubclass(nested, BaseModel)):
+            break
+        section = nested
+    path = ".".join(keys)
+    if detail["type"] == "extra_forbidden":
+        return _unknown(keys, section)
+    if detail["type"] == "missing":
+        example = f", such as {info.examples[0]}" if info and info.examples else ""
+        return f"{path} is missing{example}"
+    expected = "a mapping" if info is None else _expected(info)
+    return f"{path}: expected {expected}; found {_show(detail['input'])}"
+
+
+def _unknown(keys: list[str], section: type[BaseModel]) -> str:
+    """Names the nearest right key; a right name in the wrong section is told as such."""
+    homes = [
+        f"{section_name}.{keys[-1]}"
+        for section_name, info in Config.model_fields.items()
+        if keys[-1] in _section(info).model_fields
+    ]
+    near = did_you_mean(keys[-1], section.model_fields)
+    if near and len(keys) > 1:
+        near = near.replace("'", f"'{'.'.join(keys[:-1])}.", 1)
+    hint = f" Did you mean {homes[0]!r}?" if homes else near
+    where = ".".join(keys[:-1]) or "a config"
+    return f"unknown key {'.'.join(keys)!r}.{hint} Keys of {where}: {', '.join(section.model_fields)}"
+
+
+def _section(info: FieldInfo) -> type[BaseModel]:
+    return typing.cast(type[BaseModel], info.annotation)
+
+
+def _expected(info: FieldInfo) -> str:
+    text = _kind(info.annotation)
+    return text + "".join(_bound(item) for item in info.metadata)
+
+
+def _kind(annotation: Any) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        base, *extra = typing.get_args(annotation)
+        return _kind(base) + "".join(_bound(item) for item in extra)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_kind(part) for part in typing.get_args(annotation))
+    if origin is Literal:
+        return " | ".join(str(value) for value in typing.get_args(annotation))
+    names = {int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    return names.get(annotation, "a mapping")
+
+
+def _bound(item: Any) -> str:
+    if isinstance(item, Ge):
+        return f" ≥ {item.ge}"
+    if isinstance(item, Gt):
+        return f" > {item.gt}"
+    if isinstance(item, FieldInfo):
+        return "".join(_bound(inner) for inner in item.metadata)
+    return " of the form module:name" if getattr(item, "pattern", None) else ""
+
+
+def _show(value: Any) -> str:
+    kinds = {dict: "mapping", list: "list", str: "text", bool: "boolean", int: "whole number"}
+    if value is None:
+        return "nothing"
+    text = repr(value)
+    return f"{text if len(text) < 60 else text[:57] + '...'} ({kinds.get(type(value), type(value).__name__)})"
+
+
+def _inline(value: Any) -> str:
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
+    return text.removesuffix("\n...").strip()
