@@ -1,0 +1,170 @@
+"""The stage actor: one rank of a run, in its own process on its own device.
+
+Methods of the ``control`` group answer while a step runs in the default group. The class is plain
+Python: the driver makes a Ray actor of it, with ``max_restarts=0`` and ``max_task_retries=0``,
+because Ray would otherwise run a step twice.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from raypar.stages.faults import Failure, failure_of
+
+
+@dataclass(frozen=True)
+class ActorInfo:
+    """Where an actor runs.
+
+    Attributes:
+        node_id: Ray's node id (hex).
+        ip: Address of the node.
+        pid: Process id.
+        gpus: Ids of the GPUs that Ray gave it.
+    """
+
+    node_id: str
+    ip: str
+    pid: int
+    gpus: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a call of `StageActor.run` answers; small, and readable without torch.
+
+    Attributes:
+        reports: The pickled step reports, in step order.
+        finished: Number of them.
+        stopped: The rank takes no further steps.
+        failure: What it raised, if it did.
+    """
+
+    reports: bytes
+    finished: int
+    stopped: bool
+    failure: Failure | None
+
+
+@dataclass(frozen=True)
+class Joining:
+    """How an actor joins the world.
+
+    Attributes:
+        backend: Name of the comm backend (``gloo``, ``nccl``).
+        address: Where the ranks meet (`raypar.comm.rendezvous.Address`), None for one rank.
+        name: The world's name.
+        timeout_s: Deadline of connecting and of every transfer, in seconds.
+    """
+
+    backend: str
+    address: Any
+    name: str
+    timeout_s: float
+
+
+class StageActor:
+    """Holds one rank. `setup` once, then `run` any number of times."""
+
+    def __init__(self) -> None:
+        self._worker: Any = None
+        self._world: Any = None
+        self._rendezvous: Any = None
+        self._standing = "starting"
+
+    def info(self) -> ActorInfo:
+        """Where this actor is."""
+        context = ray.get_runtime_context()
+        return ActorInfo(
+            context.get_node_id(),
+            ray.util.get_node_ip_address(),
+            os.getpid(),
+            tuple(map(str, context.get_accelerator_ids().get("GPU", []))),
+        )
+
+    def serve(self) -> Any:
+        """Opens the rendezvous of the run here, and returns its address."""
+        from raypar.comm.rendezvous import Rendezvous
+
+        self._rendezvous = Rendezvous(ray.util.get_node_ip_address())
+        return self._rendezvous.address
+
+    def setup(
+        self, joining: Joining, spec: Any, feed: Any, runner: Any
+    ) -> dict[str, float] | Failure:
+        """Joins the world and builds this rank's programs.
+
+        Returns:
+            Seconds of each part, or what went wrong.
+        """
+        began = time.perf_counter()
+        try:
+            import torch
+
+            from raypar.comm.registry import get_backend
+            from raypar.stages.worker import RankWorker
+
+            if spec.threads is not None:
+                torch.set_num_threads(spec.threads)
+            imported = time.perf_counter()
+            self._standing = "joining the other ranks"
+            self._world = get_backend(joining.backend).create(
+                joining.name,
+                spec.rank,
+                spec.world,
+                joining.address,
+                host=ray.util.get_node_ip_address(),
+                timeout_s=joining.timeout_s,
+            )
+            joined = time.perf_counter()
+            self._standing = "building its programs"
+            self._worker = RankWorker(spec, self._world, feed=feed, runner=runner)
+            self._standing = ""
+        except BaseException as error:
+            return failure_of(error, spec.rank)
+        return {
+            "import": imported - began,
+            "join": joined - imported,
+            "programs": time.perf_counter() - joined,
+        }
+
+    def run(self, first: int, count: int, until: int) -> Reply:
+        """Runs steps ``first`` to ``first + count - 1``; see `RankWorker.run`."""
+        chunk = self._worker.run(first, count, until)
+        return Reply(
+            pickle.dumps(chunk.reports, pickle.HIGHEST_PROTOCOL),
+            len(chunk.reports),
+            chunk.stopped,
+            chunk.failure,
+        )
+
+    def tensors(self, what: str) -> Any:
+        """``state`` or ``gradients`` of this rank, or a Failure."""
+        try:
+            return getattr(self._worker, what)()
+        except BaseException as error:
+            return failure_of(error, None)
+
+    @ray.method(concurrency_group="control")
+    def ping(self) -> int:
+        """Number of the step after the last finished one."""
+        return 0 if self._worker is None else int(self._worker.completed)
+
+    @ray.method(concurrency_group="control")
+    def positions(self) -> str:
+        """Where the rank stands."""
+        return str(self._standing or self._worker.positions())
+
+    @ray.method(concurrency_group="control")
+    def abort(self, reason: str) -> None:
+        """Ends the step under way."""
+        if self._worker is not None:
+            self._worker.abort(reason)
+        elif self._world is not None:
+            self._world.abort(reason)

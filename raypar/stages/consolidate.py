@@ -1,0 +1,77 @@
+"""The ranks' tensors put together again under the model's own names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from raypar.errors import TrainingError
+from raypar.stages.spec import RankSpec
+
+
+def consolidate(
+    spec: RankSpec, parts: Sequence[dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Builds the model's ``state_dict()`` from what the ranks own.
+
+    Tensors that no rank holds (unused parameters and buffers) have the value that the seed gives
+    them, which needs one build of the model on the CPU.
+
+    Args:
+        spec: Any rank's spec, for the model and the seed.
+        parts: Every rank's tensors under canonical names (of several tied names any one).
+
+    Raises:
+        TrainingError: A rank sent a tensor that the model does not have.
+    """
+    held = {name: tensor for part in parts for name, tensor in part.items()}
+    model = _build(spec, meta=True)
+    keys = _state_keys(model)
+    groups = _tied_groups(model)
+    unknown = sorted(set(held) - {n for names in groups.values() for n in names})
+    if unknown:
+        raise TrainingError(f"the ranks hold tensors that the model does not have: {unknown}")
+    found: dict[str, torch.Tensor] = {}
+    for name in keys:
+        owner = next((n for n in groups.get(name, [name]) if n in held), None)
+        if owner is not None:
+            found[name] = held[owner]
+    if len(found) < len(keys):
+        fresh = _build(spec, meta=False).state_dict()
+        found = {name: found.get(name, fresh[name]) for name in keys}
+    return found
+
+
+def _build(spec: RankSpec, *, meta: bool) -> torch.nn.Module:
+    if isinstance(spec.model_fn, torch.nn.Module):  # a module may be given instead of its maker
+        return spec.model_fn
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, spec.default_dtype.removeprefix("torch.")))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            if meta:
+                try:
+                    with torch.device("meta"):
+                        return spec.model_fn()
+                except Exception:  # some constructors read their values: build it for real
+                    torch.manual_seed(spec.seed)
+            return spec.model_fn()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _state_keys(model: torch.nn.Module) -> list[str]:
+    return [k for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)]
+
+
+def _tied_groups(model: torch.nn.Module) -> dict[str, list[str]]:
+    """Name → all names of the same tensor, itself among them."""
+    by_id: dict[int, list[str]] = {}
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        by_id.setdefault(id(tensor), []).append(name)
+    return {name: names for names in by_id.values() for name in names}

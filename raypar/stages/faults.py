@@ -1,0 +1,197 @@
+"""What went wrong on which rank, as plain values that cross processes, and which one was first.
+
+When one rank fails, its neighbours fail too: their transfers break. The root is found by kind: a
+dead process outranks an error that code raised, which outranks a broken or late transfer, which
+outranks a transfer that was aborted on purpose.
+
+This file imports no torch, so that the driver actor starts fast and stays small.
+"""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from raypar import errors
+from raypar.errors import (
+    CommAbortedError,
+    CommError,
+    CommTimeoutError,
+    RayparError,
+    StageDiedError,
+    TrainingError,
+)
+
+_TRACE_LINES = 30
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """What a rank is called.
+
+    Attributes:
+        rank: Its number in the run.
+        replica: Its replica number.
+        replicas: D.
+        device: Cluster-wide device index from the plan.
+        stages: The stages it holds.
+        needs_gpu: Whether its device is a GPU.
+        node: Address of its node, once known.
+    """
+
+    rank: int
+    replica: int = 0
+    replicas: int = 1
+    device: int = 0
+    stages: tuple[int, ...] = ()
+    needs_gpu: bool = False
+    node: str = ""
+
+    def __str__(self) -> str:
+        noun = "stage" if len(self.stages) == 1 else "stages"
+        stages = ", ".join(map(str, self.stages)) or "none"
+        replica = f" replica {self.replica}" if self.replicas > 1 else ""
+        node = f" on node {self.node}" if self.node else ""
+        return f"{noun} {stages}{replica} (rank {self.rank}{node})"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One rank's failure.
+
+    Attributes:
+        rank: The rank, or None for the run as a whole (placement, the driver).
+        step: The step it happened in; None outside of steps.
+        type_name: Class name of the error.
+        message: Its text.
+        trace: The last lines of its traceback.
+        original: The pickled error, where it can be pickled.
+        died: Whether the rank's process or node is gone.
+        severity: 0 for a root cause by its kind, higher for what others' failures bring about.
+    """
+
+    rank: int | None
+    step: int | None
+    type_name: str
+    message: str
+    trace: str = ""
+    original: bytes | None = None
+    died: bool = False
+    severity: int = 1
+
+
+@dataclass
+class Positions:
+    """Where every rank stood when the run failed (rank → text)."""
+
+    at: dict[int, str] = field(default_factory=dict)
+
+    def lines(self, infos: Sequence[RankInfo], without: Iterable[int] = ()) -> str:
+        """One indented line for every rank but those in `without`."""
+        skip = set(without)
+        return "".join(
+            f"\n  {info}: {self.at.get(info.rank, 'does not answer')}"
+            for info in infos
+            if info.rank not in skip
+        )
+
+
+def failure_of(error: BaseException, rank: int | None, step: int | None = None) -> Failure:
+    """Describes `error`, raised by `rank` in `step`."""
+    return Failure(
+        rank=rank,
+        step=step,
+        type_name=type(error).__name__,
+        message=str(error),
+        trace="\n".join(
+            "".join(traceback.format_exception(error)).rstrip().splitlines()[-_TRACE_LINES:]
+        ),
+        original=_pickled(error),
+        died=isinstance(error, StageDiedError),
+        severity=_severity(error),
+    )
+
+
+def root_failure(failures: Iterable[Failure]) -> Failure:
+    """The failure that the others follow from: the gravest kind, then the earliest step."""
+    return min(
+        failures,
+        key=lambda f: (f.severity, float("inf") if f.step is None else f.step, f.rank or 0),
+    )
+
+
+def to_exception(
+    failures: Sequence[Failure], infos: Sequence[RankInfo], positions: Positions
+) -> BaseException:
+    """The error to raise for a failed run.
+
+    raypar's own errors come back as they were raised; any other error becomes a TrainingError that
+    says which rank raised it in which step, with the original as its ``__cause__`` where it could
+    travel. Dead ranks and broken transfers are reported with every other rank's position.
+    """
+    root = root_failure(failures)
+    if root.died:
+        return _died([f for f in failures if f.died], infos, positions)
+    original = _unpickled(root.original)
+    own = isinstance(original, RayparError)
+    if own and not isinstance(original, CommError):
+        return original
+    where = "" if root.rank is None else f"{infos[root.rank]} "
+    when = "during start-up" if root.step is None else f"in step {root.step}"
+    if own or root.severity > 1:
+        kind = getattr(errors, root.type_name, CommError)
+        text = f"{where}failed {when}: {root.message}\nwhere the ranks stood:"
+        failed: BaseException = kind(text + positions.lines(infos))
+    else:
+        text = f"{where}raised {root.type_name} {when}: {root.message}"
+        failed = TrainingError(f"{text}\n{root.trace}" if root.trace else text)
+    failed.__cause__ = original
+    return failed
+
+
+def _died(
+    dead: Sequence[Failure], infos: Sequence[RankInfo], positions: Positions
+) -> StageDiedError:
+    ranks = sorted({f.rank for f in dead if f.rank is not None})
+    who = "; ".join(str(infos[r]) for r in ranks) or "the driver actor"
+    steps = [f.step for f in dead if f.step is not None]
+    when = f" in or near step {min(steps)}" if steps else ""
+    why = next((f.message for f in dead if f.message), "")
+    text = f"lost {who}{when}: {why}" if why else f"lost {who}{when}"
+    rest = positions.lines(infos, without=ranks)
+    if rest:
+        text += f"\nwhere the other ranks stood:{rest}"
+    return StageDiedError(text)
+
+
+def _severity(error: BaseException) -> int:
+    if isinstance(error, StageDiedError):
+        return 0
+    if isinstance(error, CommAbortedError):
+        return 4
+    if isinstance(error, CommTimeoutError):
+        return 3
+    return 2 if isinstance(error, CommError) else 1
+
+
+def _pickled(error: BaseException) -> bytes | None:
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)
+    except Exception:  # an error may hold anything: locks, sockets, generators
+        return None
+    return data if len(data) < 1 << 20 else None
+
+
+def _unpickled(data: bytes | None) -> BaseException | None:
+    if data is None:
+        return None
+    try:
+        error = pickle.loads(data)
+    except Exception:  # its class may not be importable here
+        return None
+    return error if isinstance(error, BaseException) else None
+
+

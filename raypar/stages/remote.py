@@ -1,0 +1,171 @@
+"""A run on Ray: the client's side. It holds the driver actor's handle, and reads its reports."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from raypar.comm.group import DEFAULT_TIMEOUT_S
+from raypar.errors import ClusterError, RayparError, StageDiedError
+from raypar.stages.driver import Driver, DriverSettings, Ended, Rows, RunFailure
+from raypar.stages.faults import Failure, to_exception
+from raypar.stages.run import OnReport, Run, StepResult, merge_reports, raise_if_not_finite
+from raypar.stages.seats import SeatSettings
+from raypar.stages.spec import RankSpec, StepReport
+from raypar.stages.worker import FeedFactory, RunnerFactory, info_of
+
+_POLL_S = 1.0
+_CLOSE_S = 15.0
+
+
+class RayRun(Run):
+    """Runs a plan's ranks on Ray actors, one per device.
+
+    Args:
+        specs: One per rank, by rank.
+        cluster: Devices per node, in node order, as the plan says.
+        feed: Makes every rank's input feed; None for programs without inputs. If it has a method
+            ``for_rank(rank)``, each rank is sent what that gives.
+        runner: Makes every rank's runner; None for the interpreter.
+        name: Beginning of the names of actors and placement groups.
+        use_gpu: Whether a device is a GPU, else a CPU core.
+        cpus_per_rank: CPUs reserved for each rank.
+        timeout_s: Deadline of every transfer, in seconds.
+        start_timeout_s: Deadline of bringing all ranks up, in seconds.
+        placement_timeout_s: Deadline of reserving the devices, in seconds.
+        steps_per_call: Steps in one actor call; None to fit calls of about 0.4 s.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[RankSpec],
+        *,
+        cluster: Sequence[int] = (),
+        feed: FeedFactory | None = None,
+        runner: RunnerFactory | None = None,
+        name: str = "raypar",
+        use_gpu: bool = False,
+        cpus_per_rank: float = 1.0,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        start_timeout_s: float = 300.0,
+        placement_timeout_s: float = 30.0,
+        steps_per_call: int | None = None,
+    ) -> None:
+        super().__init__(specs)
+        self.infos = [info_of(spec, needs_gpu=use_gpu) for spec in specs]
+        self.name = f"{name}-{secrets.token_hex(3)}"
+        self.driver_share: float | None = None
+        self._feed = feed
+        self._runner = runner
+        self._settings = DriverSettings(
+            self.name,
+            "nccl" if use_gpu else "gloo",
+            timeout_s,
+            start_timeout_s,
+            SeatSettings(self.name, tuple(cluster), cpus_per_rank, placement_timeout_s),
+            steps_per_call,
+        )
+        self._driver: Any = None
+
+    def start(self) -> dict[str, float]:
+        if not ray.is_initialized():
+            raise ClusterError(
+                "this process is not connected to Ray: call ray.init() or "
+                "raypar.train.session.connect(address) first"
+            )
+        began = time.perf_counter()
+        make = ray.remote(concurrency_groups={"poll": 1, "control": 2})(Driver)
+        self._driver = make.options(
+            num_cpus=0, max_restarts=0, max_task_retries=0, name=f"{self.name}/driver"
+        ).remote(self.infos, self._settings)
+        specs = [ray.put(spec) for spec in self._specs]
+        feeds = self._feed_refs()
+        runner = ray.put(self._runner)
+        started = self._ask(self._driver.start.remote(specs, feeds, [runner] * len(specs)))
+        if isinstance(started, RunFailure):
+            self._raise(started)
+        self.infos = list(started.infos)
+        return {**started.seconds, "total": time.perf_counter() - began}
+
+    def _feed_refs(self) -> list[Any]:
+        cut = getattr(self._feed, "for_rank", None)
+        if cut is not None:
+            return [ray.put(cut(spec.rank)) for spec in self._specs]
+        return [ray.put(self._feed)] * len(self._specs)
+
+    def train(self, first_step: int, steps: int, on_report: OnReport | None = None) -> None:
+        driver = self._open()
+        driver.train.remote(first_step, steps)
+        bad: StepResult | None = None
+        while True:
+            for event in self._ask(driver.poll.remote(_POLL_S)):
+                if isinstance(event, Ended):
+                    self.driver_share = event.cpu_s / max(event.wall_s, 1e-9)
+                    if bad is not None:
+                        raise_if_not_finite(bad)
+                    if event.failure is not None:
+                        self._raise(event.failure)
+                    return
+                for result in _results(event, len(self._specs)):
+                    bad = result if not result.applied else bad
+                    if on_report is not None:
+                        on_report(result)
+
+    def _collect(self, what: str) -> list[dict[str, torch.Tensor]]:
+        parts = self._ask(self._ask(self._open().tensors.remote(what)))
+        for rank, part in enumerate(parts):
+            if isinstance(part, Failure):
+                self._raise(RunFailure((part,)))
+            assert part is not None, rank
+        return list(parts)
+
+    def close(self) -> None:
+        driver, self._driver = self._driver, None
+        if driver is None or not ray.is_initialized():
+            return
+        try:
+            with contextlib.suppress(RayError, GetTimeoutError):
+                ray.get(driver.close.remote(), timeout=_CLOSE_S)
+        finally:
+            ray.kill(driver, no_restart=True)
+            _remove_groups(self.name)
+
+    def _open(self) -> Any:
+        if self._driver is None:
+            raise RayparError("the run is not started, or closed: use it before close()")
+        return self._driver
+
+    def _ask(self, ref: Any) -> Any:
+        try:
+            return ray.get(ref)
+        except RayActorError as error:
+            raise StageDiedError(
+                f"lost an actor of run {self.name}: {' '.join(str(error).split())[:240]}"
+            ) from error
+
+    def _raise(self, failure: RunFailure) -> None:
+        infos = list(failure.infos) or self.infos
+        raise to_exception(failure.failures, infos, failure.positions)
+
+
+def _results(rows: Rows, world: int) -> list[StepResult]:
+    """The steps that every rank has reported."""
+    by_rank: list[list[StepReport]] = [pickle.loads(data) for data in rows.by_rank]
+    assert len(by_rank) == world
+    return [merge_reports(row) for row in zip(*by_rank, strict=False)]
+
+
+def _remove_groups(name: str) -> None:
+    """Removes what a driver that died in the middle left behind."""
+    with contextlib.suppress(Exception):
+        for row in ray.util.placement_group_table().values():
+            if row["name"].startswith(name) and row["state"] != "REMOVED":
+                ray.util.remove_placement_group(ray.util.get_placement_group(row["name"]))

@@ -1,0 +1,219 @@
+"""One rank at work: its runner, its input feed, and the loop over steps.
+
+The same worker runs in a stage actor and in a thread of the in-process backend, so both fail,
+stop and report alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from raypar.comm.group import Group
+from raypar.errors import CommAbortedError
+from raypar.stages.faults import Failure, RankInfo, failure_of
+from raypar.stages.spec import RankSpec, StepReport
+
+
+class Runner(Protocol):
+    """What executes one rank's steps (`raypar.stages.interpreter.RankRunner`)."""
+
+    def step(self, step: int, inputs: Mapping[str, torch.Tensor]) -> StepReport: ...
+    def state(self) -> dict[str, torch.Tensor]: ...
+    def gradients(self) -> dict[str, torch.Tensor]: ...
+    def positions(self) -> str: ...
+    def abort(self, reason: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class Feed(Protocol):
+    """Where one rank's inputs come from."""
+
+    def extend(self, until: int) -> None:
+        """Steps below `until` will be asked for, so their batches may be read ahead."""
+
+    def take(self, step: int) -> Mapping[str, torch.Tensor] | None:
+        """The inputs of `step`, waiting for them; None if the source stopped before it, the
+        reason being raised on the rank that reads the source."""
+
+    def abort(self, reason: str) -> None:
+        """Wakes a `take` that waits; from any thread."""
+
+    def close(self) -> None:
+        """Ends its threads."""
+
+
+RunnerFactory = Callable[[RankSpec, Group], Runner]
+FeedFactory = Callable[[RankSpec, Group], Feed]
+
+
+@dataclass
+class Chunk:
+    """What a rank tells of a run of consecutive steps.
+
+    Attributes:
+        reports: One per finished step.
+        stopped: The rank takes no further steps (a non-finite step, the end of the data, an
+            abort, a failure).
+        failure: What it raised, if it did.
+    """
+
+    reports: list[StepReport] = field(default_factory=list)
+    stopped: bool = False
+    failure: Failure | None = None
+
+
+def default_runner(spec: RankSpec, world: Group) -> Runner:
+    """The interpreter."""
+    from raypar.stages.interpreter import RankRunner
+
+    return RankRunner(spec, world)
+
+
+def info_of(spec: RankSpec, *, needs_gpu: bool = False) -> RankInfo:
+    """The name of the rank that `spec` describes."""
+    return RankInfo(
+        spec.rank,
+        spec.replica,
+        spec.replicas,
+        spec.device,
+        tuple(s.index for s in spec.stages),
+        needs_gpu,
+    )
+
+
+class _EmptyFeed:
+    """The feed of a run without inputs."""
+
+    def extend(self, until: int) -> None:
+        pass
+
+    def take(self, step: int) -> Mapping[str, torch.Tensor]:
+        return {}
+
+    def abort(self, reason: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class RankWorker:
+    """Holds one rank's runner and feed, and runs steps until told to stop.
+
+    ``completed`` is the number of the step after the last finished one.
+
+    Args:
+        spec: What to hold and do.
+        world: The group of all ranks.
+        feed: Makes this rank's feed; None for programs without inputs.
+        runner: Makes the runner; None for the interpreter.
+    """
+
+    def __init__(
+        self,
+        spec: RankSpec,
+        world: Group,
+        *,
+        feed: FeedFactory | None = None,
+        runner: RunnerFactory | None = None,
+    ) -> None:
+        self._spec = spec
+        self._world = world
+        self._aborted: str | None = None
+        self._over = False
+        self.completed = 0
+        self._standing = "building its programs"
+        self._feed: Feed = _EmptyFeed() if feed is None else feed(spec, world)
+        self._runner = (runner or default_runner)(spec, world)
+        self._standing = "before its first step"
+
+    def run(
+        self,
+        first: int,
+        count: int,
+        until: int,
+        on_report: Callable[[StepReport], None] | None = None,
+    ) -> Chunk:
+        """Runs steps ``first`` to ``first + count - 1``.
+
+        Args:
+            first: First step.
+            count: Number of steps.
+            until: Steps below it will follow in later calls, so data may be read ahead.
+            on_report: Called after every step, in this thread.
+
+        Returns:
+            The reports of the steps that finished. Errors are in it, never raised: an error that
+            is raised through Ray loses its type and its text when its class cannot travel.
+        """
+        chunk = Chunk(stopped=self._over)
+        if self._over:
+            return chunk
+        step = first
+        try:
+            self._feed.extend(until)
+            for step in range(first, first + count):
+                if self._aborted is not None:
+                    raise CommAbortedError(self._aborted)
+                report = self._step(step)
+                if report is None:
+                    self._over = True
+                    break
+                chunk.reports.append(report)
+                if on_report is not None:
+                    on_report(report)
+                self.completed = step + 1
+                if not report.applied:
+                    self._over = True  # queued later steps become no-ops
+                    break
+        except BaseException as error:  # also SystemExit of user code: the others must be told
+            self._over = True
+            chunk.failure = failure_of(error, self._spec.rank, step)
+        chunk.stopped = self._over
+        return chunk
+
+    def _step(self, step: int) -> StepReport | None:
+        began = time.perf_counter()
+        self._standing = f"step {step}: waiting for its batch"
+        inputs = self._feed.take(step)
+        if inputs is None:
+            self._standing = f"stopped before step {step}: the data source ended"
+            return None
+        waited = time.perf_counter() - began
+        self._standing = ""
+        report = self._runner.step(step, inputs)
+        self._standing = f"step {step} finished"
+        report.seconds["data"] = report.seconds.get("data", 0.0) + waited
+        report.seconds["total"] = time.perf_counter() - began
+        return report
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The tensors that this rank owns."""
+        return self._runner.state()
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """The last step's gradients that this rank owns."""
+        return self._runner.gradients()
+
+    def positions(self) -> str:
+        """Where it stands; safe from any thread."""
+        return self._standing or self._runner.positions()
+
+    def abort(self, reason: str) -> None:
+        """Ends the step under way, from any thread."""
+        self._aborted = self._aborted or reason
+        self._runner.abort(reason)
+        self._feed.abort(reason)
+        self._world.abort(reason)
+
+    def close(self) -> None:
+        """Releases threads, sockets and programs."""
+        self._over = True
+        self._feed.close()
+        self._runner.close()
+        self._world.close()
