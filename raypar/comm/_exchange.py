@@ -101,6 +101,33 @@ class ExchangeGroup(Group):
         self._endpoint.post(world, key, pending)
         return pending
 
+    def listen(
+        self,
+        source: int,
+        tag: str,
+        heard: Callable[[], object],
+        ended: Callable[[type[CommError], str], object],
+    ) -> None:
+        """Calls `heard` for every message of (source, tag), on a transport thread, until the
+        source is gone or the group aborted, of which `ended` is told. Neither may block."""
+
+        def call() -> str:
+            return f"{self.name} rank {self.rank}: listen to {tag!r} from rank {source}"
+
+        world, key = self._member(source, call), self._key(tag, call)
+
+        def came(one: Pending) -> None:
+            if one.error is not None:
+                ended(*one.error)
+                return
+            heard()
+            arm()
+
+        def arm() -> None:
+            self._endpoint.post(world, key, Pending(call, self.timeout_s, then=came))
+
+        arm()
+
     # ---- collectives ----------------------------------------------------------------------
 
     def all_reduce(self, tensor: torch.Tensor, *, op: str = "sum", name: str = "") -> Work:

@@ -12,6 +12,10 @@ from raypar.comm.group import TensorSpec, Work
 from raypar.errors import CommError, CommTimeoutError
 
 
+class PeerClosedError(CommError):
+    """A peer said goodbye: it is gone, but nothing is wrong with it."""
+
+
 class Pending(Work):
     """A call that other threads complete.
 
@@ -105,7 +109,8 @@ class Pending(Work):
         self.fail(
             CommTimeoutError,
             f"waited {waited:.1f} s{'; ' + evidence if evidence else ''}. If the peer is only "
-            f"slow, raise timeout_s (now {self._timeout_s:g}), for example to {4 * self._timeout_s:g}",
+            f"slow, raise timeout_s (now {self._timeout_s:g}), for example to "
+            f"{4 * self._timeout_s:g}",
         )
         if self._on_timeout is not None:
             self._on_timeout(self)

@@ -201,7 +201,7 @@ class GradBuckets:
     def _allocate(self, bucket: _Bucket) -> None:
         # The device of the gradients is not known before the first of them.
         bucket.flat = torch.empty(sum(bucket.sizes), dtype=bucket.dtype, device=self._device)
-        for index, part in zip(bucket.members, bucket.flat.split(bucket.sizes), strict=True):
+        for index, part in zip(bucket.members, torch.split(bucket.flat, bucket.sizes), strict=True):
             self._views[index] = part.view(self._specs[index].shape)
 
     def _launch_ready(self) -> None:

@@ -7,7 +7,7 @@ import torch
 from raypar.comm._endpoint import Endpoint
 from raypar.comm._exchange import ExchangeGroup
 from raypar.comm._inbox import Inbox, aborted_reason
-from raypar.comm._work import Pending
+from raypar.comm._work import PeerClosedError, Pending
 from raypar.comm.group import DEFAULT_TIMEOUT_S
 from raypar.errors import CommAbortedError, CommError
 
@@ -109,4 +109,4 @@ class _LocalEndpoint(Endpoint):
         reason = f"rank {self.rank} of {self._world.name} has closed its end"
         for rank, row in enumerate(self._world._inboxes):
             if rank != self.rank:
-                row[self.rank].break_off(CommError, reason)
+                row[self.rank].break_off(PeerClosedError, reason)

@@ -20,7 +20,7 @@ import torch
 from raypar.comm import _frames
 from raypar.comm._endpoint import Endpoint
 from raypar.comm._inbox import Inbox, aborted_reason
-from raypar.comm._work import Pending
+from raypar.comm._work import PeerClosedError, Pending
 from raypar.comm.rendezvous import Link
 from raypar.errors import CommAbortedError, CommError
 
@@ -253,7 +253,7 @@ class _Peer:
                 head = _frames.parse_head(buffer, start)
                 start += _frames.head_size(buffer, start)
                 if head.kind == _frames.BYE:
-                    self._lost(self._gone("has closed the group"))
+                    self._lost(self._gone("has closed the group"), PeerClosedError)
                     return
                 if head.kind == _frames.ABORT:
                     path, reason = json.loads(head.key)
@@ -308,8 +308,8 @@ class _Peer:
     def _gone(self, what: str) -> str:
         return f"rank {self._rank} of {self._box.name} ({self._label}) {what}"
 
-    def _lost(self, why: str) -> None:
-        self.inbox.break_off(CommError, why)
+    def _lost(self, why: str, kind: type[CommError] = CommError) -> None:
+        self.inbox.break_off(kind, why)
         with self._lock:
             unsent, self._unsent = list(self._unsent), deque()
             self._ended = True
@@ -317,7 +317,7 @@ class _Peer:
         self._work.release()
         for _, _, pending in unsent:
             if pending is not None:
-                pending.fail(CommError, why)
+                pending.fail(kind, why)
 
     def finish(self, timeout_s: float) -> None:
         """Waits until all is sent, then says goodbye."""

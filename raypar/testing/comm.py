@@ -477,8 +477,8 @@ def _subgroups(group: Group, device: str) -> None:
         )
     nested = everyone.subgroup([0, 1], "nested")
     if nested is not None:
-        assert [float(t) for t in nested.all_gather(torch.tensor(float(group.rank), device=device))] \
-            == [2.0, 1.0]  # fmt: skip
+        mine_too = torch.tensor(float(group.rank), device=device)
+        assert [float(t) for t in nested.all_gather(mine_too)] == [2.0, 1.0]
         nested.close()
     everyone.barrier()
     everyone.close()

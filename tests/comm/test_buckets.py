@@ -1,0 +1,159 @@
+"""Gradient buckets against plain sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raypar.comm.buckets import GradBuckets
+from raypar.comm.group import Group, TensorSpec
+from raypar.errors import CommError
+
+from .conftest import Processes, run_threads
+
+SHAPES = ((3, 4), (), (70_000,), (0, 2), (5,), (33, 7))
+
+
+def _specs(dtypes: tuple[torch.dtype, ...] = (torch.float64,)) -> list[TensorSpec]:
+    return [TensorSpec(s, dtypes[i % len(dtypes)]) for i, s in enumerate(SHAPES)]
+
+
+def _grad(rank: int, step: int, microbatch: int, index: int, spec: TensorSpec) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * rank + 100 * step + 10 * microbatch + index)
+    return torch.randn(spec.shape, generator=generator, dtype=torch.float64).to(spec.dtype)
+
+
+def _expected(size: int, step: int, m: int, index: int, spec: TensorSpec) -> torch.Tensor:
+    parts = []
+    for rank in range(size):
+        total = _grad(rank, step, 0, index, spec)
+        for k in range(1, m):
+            total = total + _grad(rank, step, k, index, spec)
+        parts.append(total)
+    return sum(parts[1:], parts[0])
+
+
+def train(group: Group, m: int, bucket_bytes: int, average: bool) -> int:
+    """Three steps of m microbatches; returns the most all-reduces begun before `finish`."""
+    specs = _specs((torch.float64, torch.float32))
+    buckets = GradBuckets(specs, group, bucket_bytes, average, "g", never=(4,))
+    early = 0
+    for step in range(3):
+        for k in range(m):
+            for index, spec in enumerate(specs):
+                if index != 4:
+                    grad = _grad(group.rank, step, k, index, spec)
+                    buckets.add(index, grad, last=k == m - 1)
+                    if group.size > 1:
+                        grad.fill_(7.0)  # what was added is no longer needed
+        early = max(early, buckets._launched)
+        found = buckets.finish()
+        for index, spec in enumerate(specs):
+            grad = found[index]
+            if index == 4:
+                assert grad is None
+                continue
+            assert grad is not None
+            expected = _expected(group.size, step, m, index, spec)
+            if average:
+                expected = expected / group.size
+            torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5)
+            if spec.dtype == torch.float64:
+                torch.testing.assert_close(grad, expected, rtol=1e-13, atol=1e-13)
+        buckets.reset()
+    return early
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    size=st.integers(1, 3),
+    m=st.integers(1, 3),
+    bucket_bytes=st.sampled_from((1, 300, 100_000, 1 << 30)),
+    average=st.booleans(),
+)
+def test_equals_plain_sums(size: int, m: int, bucket_bytes: int, average: bool) -> None:
+    run_threads(lambda g: train(g, m, bucket_bytes, average), size, 20.0)
+
+
+def _train_case(group: Group) -> int:
+    return train(group, 2, 100_000, False)
+
+
+def test_between_processes(processes: Processes) -> None:
+    # Two float64 buckets (one closed by the large tensor) and one or two of float32.
+    assert min(processes.run(_train_case, 2, 20.0)) >= 2
+
+
+def test_buckets_leave_before_finish_in_one_order() -> None:
+    specs = [TensorSpec((4,), torch.float32) for _ in range(4)]
+
+    def rank(group: Group) -> list[int]:
+        buckets = GradBuckets(specs, group, bucket_bytes=16)
+        launched = []
+        order = (0, 1, 2, 3) if group.rank == 0 else (1, 0, 3, 2)
+        for index in order:
+            buckets.add(index, torch.full((4,), float(index)), last=True)
+            launched.append(buckets._launched)
+        found = buckets.finish()
+        assert [float(g[0]) for g in found if g is not None] == [0.0, 2.0, 4.0, 6.0]
+        return launched
+
+    assert run_threads(rank, 2, 20.0) == [[1, 2, 3, 4], [0, 2, 2, 4]]
+
+
+def test_missing_on_one_rank_counts_as_zeros() -> None:
+    specs = [TensorSpec((2,), torch.float32)] * 2
+
+    def rank(group: Group) -> None:
+        buckets = GradBuckets(specs, group)
+        for value in (3.0, 5.0):  # the second step must not see the first one's values
+            if group.rank == 0:
+                buckets.add(0, torch.full((2,), value), last=True)
+            found = buckets.finish()
+            assert [g.tolist() for g in found if g is not None] == [[value, value], [0.0, 0.0]]
+            buckets.reset()
+
+    run_threads(rank, 2, 20.0)
+
+
+def test_alone_keeps_by_reference_and_never_writes() -> None:
+    specs = [TensorSpec((3,), torch.float32)] * 3
+    buckets = GradBuckets(specs, None)
+    first, second = torch.ones(3), torch.full((3,), 2.0)
+    buckets.add(0, first, last=False)
+    buckets.add(1, first, last=True)  # two parameters may get one and the same tensor
+    buckets.add(0, second, last=True)
+    found = buckets.finish()
+    assert found[2] is None and found[0] is not None and found[1] is not None
+    assert found[0].tolist() == [3.0] * 3 and found[1].tolist() == [1.0] * 3
+    found[0].mul_(0.5)
+    found[1].mul_(0.5)
+    assert first.tolist() == [1.0] * 3 and second.tolist() == [2.0] * 3
+
+    buckets.reset()
+    alone = torch.ones(3)
+    buckets.add(0, alone, last=True)
+    kept = buckets.finish()[0]
+    assert kept is not None and kept.data_ptr() == alone.data_ptr()
+
+
+def test_bad_use() -> None:
+    buckets = GradBuckets([TensorSpec((3,), torch.float32)] * 2, None, name="stage 2", never=[1])
+    with pytest.raises(CommError, match=r"stage 2: gradient 0 has shape \(4,\).*expected \(3,\)"):
+        buckets.add(0, torch.ones(4), last=True)
+    with pytest.raises(CommError, match="float64"):
+        buckets.add(0, torch.ones(3, dtype=torch.float64), last=True)
+    with pytest.raises(CommError, match="never"):
+        buckets.add(1, torch.ones(3), last=True)
+    buckets.add(0, torch.ones(3), last=False)
+    with pytest.raises(CommError, match="last microbatch of gradient 0"):
+        buckets.finish()
+    buckets.add(0, torch.ones(3), last=True)
+    with pytest.raises(CommError, match="after its last"):
+        buckets.add(0, torch.ones(3), last=True)
+    with pytest.raises(CommError, match="bucket_bytes"):
+        GradBuckets([], None, bucket_bytes=0)
+    with pytest.raises(CommError, match="never names"):
+        GradBuckets([], None, never=[3])
