@@ -44,7 +44,7 @@ class ModelConfig(_Section):
     kwargs: Kwargs = Field(default={}, description="its keyword arguments")
     loss: Target | None = Field(
         default=None,
-        description="loss(output, *batch); null: the model's output is the loss or has .loss",
+        description="of the output (and the batch); null: the output is the loss or has .loss",
     )
     precision: Literal["fp32", "fp64"] = Field(
         default="fp32", description="dtype of parameters and of floating-point inputs"
@@ -67,7 +67,14 @@ class MeshConfig(_Section):
 
     num_workers: Annotated[int, Ge(0)] | Auto = Field(
         default="auto",
-        description="stage actors; auto: the CPUs of the cluster; 0: one process, no Ray",
+        description="devices to use; auto: what the plan or the cluster has; 0: one process, no Ray",
+    )
+    device: Literal["cpu", "gpu"] = Field(default="cpu", description="what a device is")
+    cpus_per_worker: Annotated[float, Gt(0)] = Field(
+        default=1.0, description="CPUs that Ray reserves for each device"
+    )
+    threads_per_worker: Count | None = Field(
+        default=None, description="torch threads of each device; null: the cores, shared evenly"
     )
 
 
@@ -117,6 +124,9 @@ class RunSection(_Section):
 
     name: Text | None = Field(default=None, description="folder of this run; null: made up")
     storage_path: Text = Field(default="runs", description="folder of all runs")
+    log_every: Annotated[int, Ge(0)] = Field(
+        default=10, description="without a terminal, a line every so many steps; 0: none"
+    )
 
 
 class Config(_Section):
@@ -224,8 +234,7 @@ def resolve_target(target: str, key: str) -> Callable[..., Any]:
                 "where the module's folder is, or put that folder on PYTHONPATH"
             ) from None
         raise ConfigError(
-            f"{key}: importing {module_name!r} failed: it needs {missing!r}, which is not "
-            f"installed"
+            f"{key}: importing {module_name!r} failed: it needs {missing!r}, which is not installed"
         ) from error
     except Exception as error:
         raise ConfigError(
@@ -323,7 +332,9 @@ def _validate(tree: dict[str, Any], where: str) -> Config:
     except ValidationError as error:
         problems = dict.fromkeys(_problem(detail) for detail in error.errors())
         text = "\n  ".join(problems)
-        raise ConfigError(f"{where}: {text}" if len(problems) == 1 else f"{where}:\n  {text}") from None
+        raise ConfigError(
+            f"{where}: {text}" if len(problems) == 1 else f"{where}:\n  {text}"
+        ) from None
 
 
 def _problem(detail: Any) -> str:
@@ -366,7 +377,9 @@ def _unknown(keys: list[str], section: type[BaseModel]) -> str:
         near = near.replace("'", f"'{'.'.join(keys[:-1])}.", 1)
     hint = f" Did you mean {homes[0]!r}?" if homes else near
     where = ".".join(keys[:-1]) or "a config"
-    return f"unknown key {'.'.join(keys)!r}.{hint} Keys of {where}: {', '.join(section.model_fields)}"
+    return (
+        f"unknown key {'.'.join(keys)!r}.{hint} Keys of {where}: {', '.join(section.model_fields)}"
+    )
 
 
 def _section(info: FieldInfo) -> type[BaseModel]:

@@ -1,0 +1,261 @@
+"""From a configuration to the calls it stands for; the command line and the examples share it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raypar.compat import pytree
+from raypar.config import Config, resolve_target
+from raypar.errors import ConfigError, DataError
+from raypar.graph.capture import capture
+from raypar.graph.opgraph import OpGraph
+from raypar.mesh.cluster import Cluster
+from raypar.plan import Plan
+from raypar.search.config import SearchConfig
+from raypar.search.plan import plan as make_plan
+from raypar.train.config import RunConfig, ScalingConfig
+from raypar.train.result import Result
+
+_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class BuildModel:
+    """Builds the configured model in the configured precision; picklable by its target's name."""
+
+    target: Callable[..., torch.nn.Module]
+    kwargs: dict[str, Any]
+    dtype: torch.dtype
+
+    def __call__(self) -> torch.nn.Module:
+        """The model.
+
+        Raises:
+            ConfigError: The target does not take the arguments, or makes no module.
+        """
+        model = call_target(self.target, self.kwargs, "model")
+        if not isinstance(model, torch.nn.Module):
+            raise ConfigError(
+                f"model.target: {_name(self.target)}(...) returned {type(model).__name__}, "
+                "not a torch.nn.Module"
+            )
+        return model.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class BuildData:
+    """Opens the configured data; floating-point tensors come in the configured precision."""
+
+    target: Callable[..., Iterable[Any]]
+    kwargs: dict[str, Any]
+    dtype: torch.dtype
+
+    def __call__(self) -> Iterable[Any]:
+        """The batches.
+
+        Raises:
+            ConfigError: The target does not take the arguments, or makes nothing iterable.
+        """
+        made = call_target(self.target, self.kwargs, "data")
+        if not isinstance(made, Iterable):
+            raise ConfigError(
+                f"data.target: {_name(self.target)}(...) returned {type(made).__name__}, "
+                "not an iterable of batches"
+            )
+        return _Cast(made, self.dtype)
+
+
+@dataclass(frozen=True)
+class _Cast:
+    batches: Iterable[Any]
+    dtype: torch.dtype
+
+    def __iter__(self) -> Iterator[Any]:
+        def cast(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+                return leaf.to(self.dtype)
+            return leaf
+
+        for batch in self.batches:
+            yield pytree.tree_map(cast, batch)
+
+
+@dataclass(frozen=True)
+class BuildOptimizer:
+    """Builds the configured optimizer from parameters."""
+
+    target: Callable[..., torch.optim.Optimizer]
+    kwargs: dict[str, Any]
+
+    def __call__(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of these parameters.
+
+        Raises:
+            ConfigError: The target does not take the arguments.
+        """
+        made: torch.optim.Optimizer = call_target(
+            functools.partial(self.target, parameters), self.kwargs, "optimizer"
+        )
+        return made
+
+
+def model_of(config: Config) -> BuildModel:
+    """The model function that `config` stands for."""
+    target = resolve_target(config.model.target, "model.target")
+    return BuildModel(target, config.model.kwargs, _DTYPES[config.model.precision])
+
+
+def loss_of(config: Config) -> Callable[..., torch.Tensor] | None:
+    """The loss function that `config` stands for."""
+    return None if config.model.loss is None else resolve_target(config.model.loss, "model.loss")
+
+
+def data_of(config: Config) -> BuildData:
+    """The data source that `config` stands for."""
+    target = resolve_target(config.data.target, "data.target")
+    if "global_batch" in config.data.kwargs:
+        raise ConfigError("data.kwargs.global_batch: say it once, as data.global_batch")
+    kwargs = {"global_batch": config.data.global_batch, **config.data.kwargs}
+    return BuildData(target, kwargs, _DTYPES[config.model.precision])
+
+
+def optimizer_of(config: Config) -> BuildOptimizer:
+    """The optimizer function that `config` stands for."""
+    target = resolve_target(config.optimizer.target, "optimizer.target")
+    return BuildOptimizer(target, config.optimizer.kwargs)
+
+
+def search_of(config: Config) -> SearchConfig:
+    """The search settings that `config` stands for."""
+    return SearchConfig(
+        planner=config.search.planner,
+        stages=config.search.stages,
+        replicas=config.search.replicas,
+        microbatches=config.train.microbatches,
+        schedule=config.train.schedule,
+        recompute=config.search.recompute,
+        manual=config.search.manual,
+    )
+
+
+def cluster_of(config: Config, cluster_file: str | Path | None = None) -> Cluster:
+    """The cluster to plan for: a file's, the given number of CPUs, or this machine's CPUs."""
+    if cluster_file is not None:
+        return Cluster.load(cluster_file)
+    workers = config.mesh.num_workers
+    return Cluster.local(None if workers in ("auto", 0) else int(workers))
+
+
+def capture_of(config: Config) -> OpGraph:
+    """Captures the configured model on the data's first batch."""
+    batches = iter(data_of(config)())
+    try:
+        example = next(batches)
+    except StopIteration:
+        raise DataError(f"data.target: {config.data.target} yielded no batch") from None
+    graph = capture(model_of(config), example, loss_of(config))
+    return graph
+
+
+def plan_of(
+    config: Config, cluster_file: str | Path | None = None
+) -> tuple[Plan, OpGraph, Cluster]:
+    """Captures and plans, without training and without Ray."""
+    graph = capture_of(config)
+    cluster = cluster_of(config, cluster_file)
+    return make_plan(graph, cluster, search_of(config)), graph, cluster
+
+
+def scaling_of(config: Config) -> ScalingConfig:
+    """The part of the cluster that `config` asks for."""
+    mesh = config.mesh
+    return ScalingConfig(
+        num_workers=mesh.num_workers,
+        use_gpu=mesh.device == "gpu",
+        cpus_per_worker=mesh.cpus_per_worker,
+        threads_per_worker=mesh.threads_per_worker,
+    )
+
+
+def train_config(config: Config) -> Result:
+    """Trains what `config` says.
+
+    The run's folder also gets ``config.resolved.yaml``: the same configuration with what every
+    ``auto`` became, so that the run can be repeated.
+    """
+    from raypar.train.trainer import Trainer
+
+    wanted = RunConfig(
+        name=config.run.name,
+        storage_path=config.run.storage_path,
+        log_every=config.run.log_every,
+    )
+    folder = wanted.folder()
+    trainer = Trainer(
+        model_of(config),
+        loss_fn=loss_of(config),
+        optimizer=optimizer_of(config),
+        data=data_of(config),
+        plan="auto",
+        steps=config.train.steps,
+        seed=config.train.seed,
+        clip_norm=config.train.clip_norm,
+        scaling_config=scaling_of(config),
+        run_config=dataclasses.replace(wanted, name=folder.name),
+        search_config=search_of(config),
+    )
+    try:
+        return trainer.fit()
+    finally:
+        write_resolved(config, folder)
+
+
+def write_resolved(config: Config, folder: Path) -> None:
+    """Writes ``config.resolved.yaml`` beside the ``plan.json`` of a run, if it came that far."""
+    plan_file = folder / "plan.json"
+    if not plan_file.exists():
+        return
+    made = Plan.load(plan_file)
+    became: dict[str, Any] = {"run.name": folder.name, "train.microbatches": made.microbatches}
+    if config.mesh.num_workers == "auto":
+        became["mesh.num_workers"] = len(made.devices)
+    if config.search.planner != "manual":
+        became["search.stages"] = len(made.stages)
+        became["search.replicas"] = made.replicas
+        became["train.schedule"] = made.schedule.name
+    (folder / "config.resolved.yaml").write_text(
+        config.resolved(**became).to_yaml(), encoding="utf-8"
+    )
+
+
+def call_target(target: Callable[..., Any], kwargs: dict[str, Any], section: str) -> Any:
+    """Calls a configured target; a wrong argument is told as the config key it came from.
+
+    Raises:
+        ConfigError: The call does not fit the target's signature.
+    """
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # a C function without a signature: let the call itself tell
+        return target(**kwargs)
+    try:
+        signature.bind(**kwargs)
+    except TypeError as error:
+        raise ConfigError(
+            f"{section}.kwargs: {_name(target)}{signature} cannot be called with "
+            f"{', '.join(kwargs) or 'no arguments'}: {error}"
+        ) from None
+    return target(**kwargs)
+
+
+def _name(target: Any) -> str:
+    target = getattr(target, "func", target)
+    return str(getattr(target, "__qualname__", target))

@@ -1,0 +1,142 @@
+"""The `raypar` command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import raypar
+from raypar.config import Config, default_yaml, load_config
+from raypar.errors import ConfigError, RayparError
+
+if TYPE_CHECKING:
+    from raypar.train.result import Result
+
+# torch, Ray and what imports them are imported inside the commands: `raypar --help` is instant.
+
+
+class _Commands(click.Group):
+    """Ends every command with one clear message and an exit code instead of a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RayparError as error:
+            _print_error(error)
+            ctx.exit(2 if isinstance(error, ConfigError) else 1)
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            ctx.exit(130)
+
+
+def _print_error(error: RayparError) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False)
+    block = Text(f"{type(error).__name__}: ", style="bold red")
+    block.append(str(error), style="red")
+    console.print(block, soft_wrap=True)
+
+
+_set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one config key."
+)
+_cluster_option = click.option(
+    "--cluster", "cluster_file", metavar="FILE", help="Plan for this cluster (YAML)."
+)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(raypar.__version__, prog_name="raypar")
+def main() -> None:
+    """Pipeline- and data-parallel training of PyTorch models on Ray."""
+
+
+@main.command()
+@click.argument("config_file", metavar="CONFIG")
+@_set_option
+@click.option("--num-workers", type=click.IntRange(min=0), help="Same as --set mesh.num_workers=N.")
+def train(config_file: str, overrides: tuple[str, ...], num_workers: int | None) -> None:
+    """Train what CONFIG (a YAML file) says."""
+    if num_workers is not None:
+        overrides = (*overrides, f"mesh.num_workers={num_workers}")
+    config = load_config(config_file, overrides)
+    from raypar._launch import train_config
+
+    _print_result(train_config(config))
+
+
+@main.command()
+@click.argument("config_file", metavar="CONFIG")
+@click.option("-o", "--output", default="plan.json", show_default=True, help="Where to write it.")
+@_set_option
+@_cluster_option
+def plan(
+    config_file: str, output: str, overrides: tuple[str, ...], cluster_file: str | None
+) -> None:
+    """Plan what CONFIG says, without training; write the plan and explain it."""
+    config = load_config(config_file, overrides)
+    from raypar._launch import plan_of
+    from raypar.report.explain import explain as explain_plan
+
+    made, graph, cluster = plan_of(config, cluster_file)
+    click.echo(explain_plan(made, graph, cluster))
+    try:
+        made.save(output)
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write {output!r}: {error.strerror}") from None
+    click.echo(f"wrote {output}")
+
+
+@main.command()
+@click.argument("file", metavar="PLAN.JSON|CONFIG")
+@_set_option
+@_cluster_option
+def explain(file: str, overrides: tuple[str, ...], cluster_file: str | None) -> None:
+    """Explain a plan file, or the plan that a config would get."""
+    if Path(file).suffix == ".json":
+        if overrides or cluster_file:
+            raise ConfigError(
+                f"{file} is a plan and holds its own choices: --set and --cluster go with a config"
+            )
+        from raypar.plan import Plan
+        from raypar.report.explain import explain as explain_plan
+
+        click.echo(explain_plan(Plan.load(file)))
+        return
+    config: Config = load_config(file, overrides)
+    from raypar._launch import plan_of
+    from raypar.report.explain import explain as explain_plan
+
+    click.echo(explain_plan(*plan_of(config, cluster_file)))
+
+
+@main.command()
+def config() -> None:
+    """Print a complete config: every key, its default and its meaning."""
+    click.echo(default_yaml(), nl=False)
+
+
+@main.command()
+def doctor() -> None:
+    """Tell what is installed and seen here, what does not fit, and how to mend it."""
+    from raypar import doctor as examination
+
+    sys.exit(examination.main())
+
+
+def _print_result(result: Result) -> None:
+    metrics = result.metrics
+    parts = [f"loss {metrics['loss']:.4f}"]
+    if "tokens_per_s" in metrics:
+        parts.append(f"{metrics['tokens_per_s']:,.0f} tokens/s")
+    click.echo(f"done: {', '.join(parts)}")
+    click.echo(f"files: {result.path}")
+
+
+if __name__ == "__main__":
+    main()
