@@ -34,6 +34,7 @@ __all__ = [
     "make_fx",
     "overload_name",
     "pytree",
+    "raw_callable",
     "schema_name",
     "storage_id",
     "written_arguments",
@@ -112,3 +113,28 @@ def written_arguments(op: OpOverload) -> list[str]:
         for a in op._schema.arguments
         if a.alias_info is not None and a.alias_info.is_write
     ]
+
+
+def raw_callable(op: OpOverload) -> Any:
+    """The operator's dispatcher entry, one Python frame cheaper to call than the overload."""
+    return op._op
+
+
+def ray_address_on_this_machine() -> str | None:
+    """``host:port`` of the Ray that was last started on this machine, running or not.
+
+    `ray.init` reads the same file; there is no public name that looks without connecting.
+    """
+    from ray._private.services import find_bootstrap_address
+
+    return find_bootstrap_address(None) or None
+
+
+def ray_free_by_node() -> dict[str, dict[str, float]]:
+    """Ray node id → resources that are free now; the public call adds all nodes up."""
+    from ray._private.state import available_resources_per_node
+
+    return {
+        node: {name: float(amount) for name, amount in free.items()}
+        for node, free in available_resources_per_node().items()
+    }

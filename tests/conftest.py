@@ -1,0 +1,118 @@
+"""What every test shares: quiet threads, a hypothesis profile, and one Ray session."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+_ROOT = Path(__file__).resolve().parent.parent
+# Ray reads these in this process and in every one that it starts.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_memory_monitor_refresh_ms"] = "0"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.pop("RAY_ADDRESS", None)
+
+settings.register_profile(
+    "raypar",
+    deadline=None,  # the machine is shared: no test asserts a time
+    derandomize="CI" in os.environ,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("raypar")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "ray: starts or uses the shared Ray session")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "ray_session" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_session(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One local Ray with 16 CPUs for all tests that ask for it; yields its address.
+
+    Test modules are pickled by value, so that actors and functions defined in them work in Ray's
+    workers, which do not have the tests on their path. At the end nothing may be left: no
+    placement group, and no process of this session.
+    """
+    import ray
+    from ray import cloudpickle
+
+    # AF_UNIX paths are limited to about 100 bytes: pytest's tmp_path is too long for Ray.
+    folder = Path(tempfile.mkdtemp(prefix="rp-", dir="/tmp"))
+    for item in request.session.items:
+        if "ray_session" in getattr(item, "fixturenames", ()) and isinstance(item, pytest.Function):
+            with contextlib.suppress(ValueError):
+                cloudpickle.register_pickle_by_value(item.module)
+    python_path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *([python_path] if python_path else [])])
+    context = ray.init(
+        address="local",
+        num_cpus=16,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=100 * 2**20,
+        _temp_dir=str(folder),
+    )
+    try:
+        yield context.address_info["gcs_address"]
+        groups = _held_groups()
+    finally:
+        ray.shutdown()
+        if python_path is None:
+            os.environ.pop("PYTHONPATH", None)
+        else:
+            os.environ["PYTHONPATH"] = python_path
+        left = _processes_left(str(folder))
+        shutil.rmtree(folder, ignore_errors=True)
+    assert not groups, f"placement groups were left behind: {groups}"
+    assert not left, f"Ray processes were left behind: {left}"
+
+
+def _held_groups() -> list[str]:
+    from ray.util.placement_group import placement_group_table
+
+    return [
+        entry["name"] or identity
+        for identity, entry in placement_group_table().items()
+        if entry["state"] != "REMOVED"
+    ]
+
+
+def _processes_left(folder: str, patience_s: float = 15.0) -> list[str]:
+    """Command lines of processes that still work in `folder`, after giving them time to end."""
+    end = time.monotonic() + patience_s
+    while True:
+        listing = subprocess.run(
+            ["ps", "-axww", "-o", "pid=,command="], capture_output=True, text=True, check=False
+        ).stdout
+        left = [line for line in listing.splitlines() if folder in line]
+        if not left or time.monotonic() > end:
+            return left
+        time.sleep(0.1)
+
+
+if sys.platform == "darwin":  # macOS forks badly with threads; Ray's own advice
+    os.environ.setdefault("OBJC_DISABLE_INITIALIZE_FORK_SAFETY", "YES")
