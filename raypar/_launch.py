@@ -141,6 +141,7 @@ def search_of(config: Config) -> SearchConfig:
         replicas=config.search.replicas,
         microbatches=config.train.microbatches,
         schedule=config.train.schedule,
+        chunks=config.search.chunks,
         recompute=config.search.recompute,
         manual=config.search.manual,
     )
@@ -161,8 +162,7 @@ def capture_of(config: Config) -> OpGraph:
         example = next(batches)
     except StopIteration:
         raise DataError(f"data.target: {config.data.target} yielded no batch") from None
-    graph = capture(model_of(config), example, loss_of(config))
-    return graph
+    return capture(model_of(config), example, loss_of(config))
 
 
 def plan_of(
@@ -227,7 +227,7 @@ def write_resolved(config: Config, folder: Path) -> None:
     became: dict[str, Any] = {"run.name": folder.name, "train.microbatches": made.microbatches}
     if config.mesh.num_workers == "auto":
         became["mesh.num_workers"] = len(made.devices)
-    if config.search.planner != "manual":
+    if not isinstance(config.search.manual, str):
         became["search.stages"] = len(made.stages)
         became["search.replicas"] = made.replicas
         became["train.schedule"] = made.schedule.name

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import sys
-import types
 import typing
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Ge, Gt, MinLen
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from raypar._schema_text import expected, inline, problem, section_of, show
+from raypar._yaml import parse_yaml
 from raypar.errors import ConfigError, did_you_mean
 
 Auto = Literal["auto"]
@@ -28,6 +27,16 @@ Count = Annotated[int, Ge(1)]
 Text = Annotated[str, MinLen(1)]
 Target = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 Kwargs = dict[str, Any]
+
+
+_IN_A_PLAN_FILE = (
+    ("search", "stages"),
+    ("search", "replicas"),
+    ("search", "chunks"),
+    ("search", "recompute"),
+    ("train", "microbatches"),
+    ("train", "schedule"),
+)
 
 
 class _Section(BaseModel):
@@ -67,7 +76,7 @@ class MeshConfig(_Section):
 
     num_workers: Annotated[int, Ge(0)] | Auto = Field(
         default="auto",
-        description="devices to use; auto: what the plan or the cluster has; 0: one process, no Ray",
+        description="devices; auto: what the plan or cluster has; 0: one process, no Ray",
     )
     device: Literal["cpu", "gpu"] = Field(default="cpu", description="what a device is")
     cpus_per_worker: Annotated[float, Gt(0)] = Field(
@@ -86,6 +95,9 @@ class SearchSection(_Section):
     )
     stages: Count | Auto = Field(default="auto", description="pipeline stages")
     replicas: Count | Auto = Field(default="auto", description="data-parallel copies of each stage")
+    chunks: Count = Field(
+        default=1, description="stages that each device holds; over 1 needs interleaved_1f1b"
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none", description="what backward computes again instead of keeping it"
     )
@@ -140,9 +152,9 @@ class Config(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunSection = RunSection()
 
-    @field_validator("search")
-    @classmethod
-    def _manual_goes_with_its_planner(cls, search: SearchSection) -> SearchSection:
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Config:
+        search = self.search
         if search.planner == "manual" and search.manual is None:
             raise ValueError(
                 "search.planner is 'manual' and search.manual is null: give a plan file or a "
@@ -153,7 +165,16 @@ class Config(_Section):
                 f"search.manual is given, but search.planner is {search.planner!r}, which would "
                 "ignore it: set search.planner: manual, or search.manual: null"
             )
-        return search
+        if isinstance(search.manual, str):
+            for section, name in _IN_A_PLAN_FILE:
+                holder: BaseModel = getattr(self, section)
+                if getattr(holder, name) != type(holder).model_fields[name].default:
+                    raise ValueError(
+                        f"{section}.{name} is {getattr(holder, name)!r}, but the plan file "
+                        f"{search.manual!r} decides it: remove {section}.{name}, or give "
+                        "search.manual as a mapping of the fields to change"
+                    )
+        return self
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML text; `load_config` reads it back as an equal value."""
@@ -191,11 +212,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"cannot read config file {str(path)!r}: {reason}") from None
-    tree = _parse_yaml(text, str(path))
+    tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{path}: a config is a mapping of {', '.join(Config.model_fields)}; "
-            f"found {_show(tree)}. `raypar config` prints a complete one"
+            f"found {show(tree)}. `raypar config` prints a complete one"
         )
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -204,7 +225,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             raise ConfigError(
                 f"--set takes key=value with a dotted key, such as train.steps=20; got {override!r}"
             )
-        _put(tree, key.split("."), _parse_yaml(value, f"--set {key}"), key)
+        _put(tree, key.split("."), parse_yaml(value, f"--set {key}"), key)
     return _validate(tree, str(path))
 
 
@@ -249,7 +270,7 @@ def resolve_target(target: str, key: str) -> Callable[..., Any]:
         found = getattr(found, part)
     if not callable(found):
         raise ConfigError(
-            f"{key}: {target!r} is {_show(found)}, which cannot be called; name a function or class"
+            f"{key}: {target!r} is {show(found)}, which cannot be called; name a function or class"
         )
     return typing.cast(Callable[..., Any], found)
 
@@ -258,12 +279,12 @@ def default_yaml() -> str:
     """Every key with its default and its meaning; needed keys hold an example's value."""
     lines: list[str] = []
     for section_name, section in Config.model_fields.items():
-        lines.append(f"{section_name}:  # {(_section(section).__doc__ or '').strip()}")
-        for name, info in _section(section).model_fields.items():
+        lines.append(f"{section_name}:  # {(section_of(section).__doc__ or '').strip()}")
+        for name, info in section_of(section).model_fields.items():
             value = info.examples[0] if info.is_required() and info.examples else info.default
-            left = f"  {name}: {_inline(value)}"
+            left = f"  {name}: {inline(value)}"
             needed = "needed; " if info.is_required() else ""
-            lines.append(f"{left:<42}  # {needed}{info.description} ({_expected(info)})")
+            lines.append(f"{left:<42}  # {needed}{info.description} ({expected(info)})")
     return "\n".join(lines) + "\n"
 
 
@@ -271,44 +292,10 @@ def surface() -> list[str]:
     """One line for every key: its name, what it takes and its default."""
     lines = []
     for section_name, section in Config.model_fields.items():
-        for name, info in _section(section).model_fields.items():
-            default = "needed" if info.is_required() else f"default {_inline(info.default)}"
-            lines.append(f"{section_name}.{name}: {_expected(info)}; {default}")
+        for name, info in section_of(section).model_fields.items():
+            default = "needed" if info.is_required() else f"default {inline(info.default)}"
+            lines.append(f"{section_name}.{name}: {expected(info)}; {default}")
     return lines
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with two traps closed: ``1e-3`` is a number, and a repeated key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
-                )
-            if isinstance(key, Hashable):
-                seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        at = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
-        raise ConfigError(f"{where}{at}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {error}") from None
 
 
 def _put(tree: dict[str, Any], path: list[str], value: Any, key: str) -> None:
@@ -318,110 +305,21 @@ def _put(tree: dict[str, Any], path: list[str], value: Any, key: str) -> None:
             below = tree[part] = {}
         if not isinstance(below, dict):
             raise ConfigError(
-                f"--set {key}: {'.'.join(path[: depth + 1])} is {_show(below)}, which has no keys"
+                f"--set {key}: {'.'.join(path[: depth + 1])} is {show(below)}, which has no keys"
             )
         tree = below
     tree[path[-1]] = value
 
 
 def _validate(tree: dict[str, Any], where: str) -> Config:
-    # An empty section ("mesh:" with nothing below) means its defaults.
-    tree = {k: {} if v is None and k in Config.model_fields else v for k, v in tree.items()}
+    # A section that is absent, or empty ("mesh:" with nothing below), means its defaults.
+    absent = {name: {} for name in Config.model_fields if tree.get(name) is None}
+    tree = {**tree, **absent}
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = dict.fromkeys(_problem(detail) for detail in error.errors())
+        problems = dict.fromkeys(problem(detail, Config) for detail in error.errors())
         text = "\n  ".join(problems)
         raise ConfigError(
             f"{where}: {text}" if len(problems) == 1 else f"{where}:\n  {text}"
         ) from None
-
-
-def _problem(detail: Any) -> str:
-    """One pydantic error as a sentence: the key, what is there, what is expected."""
-    if detail["type"] == "value_error":
-        return str(detail["ctx"]["error"])
-    keys: list[str] = []
-    section: type[BaseModel] = Config
-    info: FieldInfo | None = None
-    loc = [str(part) for part in detail["loc"]]
-    for part in loc:
-        keys.append(part)
-        found = section.model_fields.get(part)
-        if found is None:
-            break
-        info = found
-        nested = found.annotation
-        if not (isinstance(nested, type) and issubclass(nested, BaseModel)):
-            break
-        section = nested
-    path = ".".join(keys)
-    if detail["type"] == "extra_forbidden":
-        return _unknown(keys, section)
-    if detail["type"] == "missing":
-        example = f", such as {info.examples[0]}" if info and info.examples else ""
-        return f"{path} is missing{example}"
-    expected = "a mapping" if info is None else _expected(info)
-    return f"{path}: expected {expected}; found {_show(detail['input'])}"
-
-
-def _unknown(keys: list[str], section: type[BaseModel]) -> str:
-    """Names the nearest right key; a right name in the wrong section is told as such."""
-    homes = [
-        f"{section_name}.{keys[-1]}"
-        for section_name, info in Config.model_fields.items()
-        if keys[-1] in _section(info).model_fields
-    ]
-    near = did_you_mean(keys[-1], section.model_fields)
-    if near and len(keys) > 1:
-        near = near.replace("'", f"'{'.'.join(keys[:-1])}.", 1)
-    hint = f" Did you mean {homes[0]!r}?" if homes else near
-    where = ".".join(keys[:-1]) or "a config"
-    return (
-        f"unknown key {'.'.join(keys)!r}.{hint} Keys of {where}: {', '.join(section.model_fields)}"
-    )
-
-
-def _section(info: FieldInfo) -> type[BaseModel]:
-    return typing.cast(type[BaseModel], info.annotation)
-
-
-def _expected(info: FieldInfo) -> str:
-    text = _kind(info.annotation)
-    return text + "".join(_bound(item) for item in info.metadata)
-
-
-def _kind(annotation: Any) -> str:
-    origin = typing.get_origin(annotation)
-    if origin is Annotated:
-        base, *extra = typing.get_args(annotation)
-        return _kind(base) + "".join(_bound(item) for item in extra)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_kind(part) for part in typing.get_args(annotation))
-    if origin is Literal:
-        return " | ".join(str(value) for value in typing.get_args(annotation))
-    names = {int: "a whole number", float: "a number", str: "text", type(None): "null"}
-    return names.get(annotation, "a mapping")
-
-
-def _bound(item: Any) -> str:
-    if isinstance(item, Ge):
-        return f" ≥ {item.ge}"
-    if isinstance(item, Gt):
-        return f" > {item.gt}"
-    if isinstance(item, FieldInfo):
-        return "".join(_bound(inner) for inner in item.metadata)
-    return " of the form module:name" if getattr(item, "pattern", None) else ""
-
-
-def _show(value: Any) -> str:
-    kinds = {dict: "mapping", list: "list", str: "text", bool: "boolean", int: "whole number"}
-    if value is None:
-        return "nothing"
-    text = repr(value)
-    return f"{text if len(text) < 60 else text[:57] + '...'} ({kinds.get(type(value), type(value).__name__)})"
-
-
-def _inline(value: Any) -> str:
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
-    return text.removesuffix("\n...").strip()

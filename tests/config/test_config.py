@@ -98,12 +98,21 @@ def test_a_wrong_override_says_what_is_wrong(
     assert all(part in message for part in parts), message
 
 
+def test_a_plan_file_leaves_no_choice_to_other_keys(config_file: Path) -> None:
+    manual = ["search.planner=manual", "search.manual=p.json"]
+    assert load_config(config_file, manual).search.manual == "p.json"
+    message = error_of(config_file, *manual, "train.microbatches=4")
+    assert "train.microbatches is 4, but the plan file 'p.json' decides it" in message
+    fields = ["search.planner=manual", "search.manual={microbatches: 2}", "search.stages=2"]
+    assert load_config(config_file, fields).search.stages == 2
+
+
 def test_missing_needed_keys_are_named_with_an_example(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("train: {steps: 3}")
     message = error_of(path)
-    assert "model.target is missing, such as examples.models:gpt" in message or "model" in message
-    assert "data" in message
+    assert "model.target is missing, such as examples.models:gpt" in message
+    assert "data.global_batch is missing, such as 32" in message
 
 
 def test_several_problems_are_told_at_once(config_file: Path) -> None:
