@@ -157,6 +157,7 @@ def _drop_aliases(graph: fx.Graph) -> None:
         if node.op == "call_function" and node.target in (
             aten.alias.default,
             aten.lift_fresh.default,
+            aten.contiguous.default,
         ):
             node.meta["replaced_by"] = node.args[0]
             node.replace_all_uses_with(node.args[0])

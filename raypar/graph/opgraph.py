@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import operator
 from collections.abc import Callable
 from functools import cached_property
@@ -13,13 +14,14 @@ import torch
 from torch import fx, nn
 
 from raypar.errors import CaptureError
-from raypar.graph.batch import RATIO, BatchAnalysis, analyze
+from raypar.graph.batch import RATIO, BatchAnalysis, Layout, analyze
 from raypar.graph.batchspec import BatchSpec
 from raypar.graph.build import CleanGraph, build_graph
 from raypar.graph.costs import forward_bytes, forward_flops, is_matmul_like, size_of
 from raypar.graph.layers import Layer, cluster_layers, repeated_layers
 from raypar.graph.op import Op
 from raypar.graph.passes.emit import op_name
+from raypar.graph.passes.randomness import SEEDED
 
 
 class OpGraph:
@@ -48,6 +50,10 @@ class OpGraph:
         self._model = model
         self._loss_of = loss_of
         self._sized: dict[int, CleanGraph] = {spec.size: clean}
+
+    def loss_of(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """The eager loss of a real model on a batch, as it was captured."""
+        return self._loss_of(model, batch)
 
     @property
     def global_batch(self) -> int:
@@ -132,6 +138,12 @@ class OpGraph:
                 )
             self._sized[local_batch] = graph
         return self._sized[local_batch]
+
+    def local(self, local_batch: int) -> CleanGraph:
+        """`at`, with every random op told which samples it draws for: what stages are made of."""
+        clean = self.at(local_batch)
+        lay_out_random(clean, self.analysis, local_batch)
+        return clean
 
     def _differs(self, size: int, mine: str, theirs: str, node: fx.Node) -> CaptureError:
         return CaptureError(
@@ -248,6 +260,25 @@ class OpGraph:
                         nbytes=size_of(source.meta.get("val")),
                     )
         return graph
+
+
+def lay_out_random(clean: CleanGraph, analysis: BatchAnalysis, samples: int) -> None:
+    """Fills in the key and the sample layout of every seeded random op."""
+    for node in clean.ops:
+        if node.target is not SEEDED:
+            continue
+        layout = analysis.layouts.get(node.meta["id"], Layout(None, 1, keyed=True))
+        rng, _, shape, _, _, _, *rest = node.args
+        before, rows = 1, 1
+        if layout.dim is not None:
+            before = math.prod(shape[: layout.dim]) * layout.outer  # type: ignore[index, arg-type]
+            rows = samples
+        node.args = (rng, stable_number(node.meta["id"]), shape, rows, before, layout.keyed, *rest)
+
+
+def stable_number(text: str) -> int:
+    """A 62-bit number of a text, the same in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
 
 
 def dynamic(node: fx.Node) -> bool:

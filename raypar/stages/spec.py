@@ -21,16 +21,30 @@ class StageSpec:
 
     Attributes:
         index: The stage's number in the plan.
-        nodes: The stage's forward graph as data (`raypar.programs.wire`), never code.
+        nodes: ``graph`` and ``globals`` (or None): the stage's graphs as data
+            (`raypar.programs.wire`), never code.
         recompute: ``none``, ``selective`` or ``full``.
         loss_scale: What the loss of one microbatch is multiplied with to sum up to the global
             loss; None where the stage does not make the loss.
+        edges_out: Ids of the values that other stages need: its first outputs, in order.
+        updates: Buffers whose new values are its last outputs, in order.
+        globals: Values reduced over the whole batch before the step, with the power of N to
+            apply, in the order of the globals graph's outputs.
+        trainable: Its parameters that receive a gradient.
+        differentiable: Ids of received values that receive a gradient here.
+        outputs_with_grad: Positions of its outputs that receive a gradient.
     """
 
     index: int
     nodes: dict[str, Any]
     recompute: str
     loss_scale: float | None
+    edges_out: tuple[str, ...] = ()
+    updates: tuple[str, ...] = ()
+    globals: tuple[tuple[str, int], ...] = ()
+    trainable: tuple[str, ...] = ()
+    differentiable: tuple[str, ...] = ()
+    outputs_with_grad: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,11 @@ class RankSpec:
         inputs: Example-tensor names (``in:0``, ...) its stages read.
         batch_dims: For every example tensor its batch dim, or None for broadcast.
         shared: Parameter name → the rank groups that hold a copy (tied over stages), ascending.
+        owned_params: Parameters whose state this rank reports and, where unused by any stage,
+            just keeps.
+        owned_buffers: The same for buffers.
+        constants: Constant tensors of the graph (``const:K`` → CPU tensor).
+        shapes: Edge id → (shape, dtype as text) for one microbatch on one replica.
         model_fn: Builds the model.
         loss_fn: Maps the model's output (and batch) to the loss, or None.
         optimizer: Builds the optimizer from the rank's own parameters.
@@ -62,6 +81,7 @@ class RankSpec:
         default_dtype: `torch.get_default_dtype()` where the plan was compiled, as text.
         threads: torch threads for this rank, or None to leave them alone.
         keep_gradients: Keep a copy of every step's gradients (equivalence tests).
+        accelerator: Whether the rank runs on a GPU.
     """
 
     rank: int
@@ -79,14 +99,19 @@ class RankSpec:
     inputs: tuple[str, ...]
     batch_dims: tuple[int | None, ...]
     shared: dict[str, tuple[int, ...]]
-    model_fn: Callable[[], torch.nn.Module]
+    model_fn: Callable[[], torch.nn.Module] | torch.nn.Module
     loss_fn: Callable[..., torch.Tensor] | None
     optimizer: OptimizerFn
+    owned_params: tuple[str, ...] = ()
+    owned_buffers: tuple[str, ...] = ()
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    shapes: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     clip_norm: float | None = None
     seed: int = 0
     default_dtype: str = "float32"
     threads: int | None = None
     keep_gradients: bool = False
+    accelerator: bool = False
 
 
 @dataclass

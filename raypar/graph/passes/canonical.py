@@ -24,9 +24,7 @@ def canonicalize(graph: fx.Graph) -> None:
         if not is_op(node):
             continue
         name = op_name(node)
-        if node.target is aten.contiguous.default:
-            _replace(graph, node, node.args[0])
-        elif node.target in (aten.view.default, aten._unsafe_view.default):
+        if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
         elif name == "batch_norm":
             _batch_norm(graph, node)
@@ -36,7 +34,7 @@ def canonicalize(graph: fx.Graph) -> None:
             _mean_over_count(graph, node)
 
 
-def _replace(graph: fx.Graph, node: fx.Node, new: Any) -> None:
+def _replace(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:
     node.replace_all_uses_with(new)
     graph.erase_node(node)
 

@@ -1,0 +1,240 @@
+"""Plan → rank specs: slices the graph, compiles the schedule, and says who holds what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from raypar.errors import PlanError
+from raypar.fit import check_plan, stage_ranges
+from raypar.graph.opgraph import OpGraph
+from raypar.graph.replay import gradient_flow
+from raypar.plan import Plan
+from raypar.programs.slicing import StageGraph, ValueEdge, slice_stages
+from raypar.programs.wire import pack
+from raypar.schedules.check import check_lists
+from raypar.schedules.compile import compile_schedule
+from raypar.schedules.instructions import Instruction
+from raypar.schedules.io import Edge, StageIO
+from raypar.stages.spec import OptimizerFn, RankSpec, StageSpec
+
+
+@dataclass
+class Sliced:
+    """A plan's stages before they become rank specs.
+
+    Attributes:
+        stages: Stage graphs at the size of one microbatch on one replica.
+        values: What crosses between them.
+        flow: Ids of values that receive a gradient.
+        io: The stages as a schedule sees them.
+        lists: One checked instruction list per rank group.
+    """
+
+    stages: list[StageGraph]
+    values: list[ValueEdge]
+    flow: frozenset[str]
+    io: StageIO
+    lists: list[list[Instruction]]
+
+
+def slice_plan(graph: OpGraph, plan: Plan) -> Sliced:
+    """Cuts the graph as the plan says and compiles the schedule.
+
+    Raises:
+        PlanError: The plan does not fit the graph.
+        ScheduleError: The instruction lists do not pass the checker.
+    """
+    check_plan(plan, graph)
+    clean = graph.local(plan.local_batch)
+    stages, values = slice_stages(
+        clean, stage_ranges(plan, graph), graph.cloneable, graph.analysis.globals
+    )
+    flow = gradient_flow(clean, {n: t for n, (_, _, t) in graph.params.items()})
+    edges = tuple(Edge(v.id, v.source, v.targets, v.id in flow, v.nbytes) for v in values)
+    splits = tuple(
+        any(e in flow for e in s.keys("edge:")) and any(f"param:{p}" in flow for p in s.keys("param:"))
+        for s in stages
+    )
+    io = StageIO(
+        len(stages), tuple(group for group, _ in plan.schedule.placement), edges, splits
+    )
+    lists = compile_schedule(plan.schedule.name, io, plan.microbatches)
+    check_lists(lists, io, plan.microbatches)
+    return Sliced(stages, values, flow, io, lists)
+
+
+def compile_plan(
+    graph: OpGraph,
+    plan: Plan,
+    *,
+    optimizer: OptimizerFn,
+    seed: int = 0,
+    clip_norm: float | None = None,
+    keep_gradients: bool = False,
+    threads: int | None = None,
+    accelerator: bool = False,
+) -> list[RankSpec]:
+    """Compiles a plan into one spec per rank, in rank order.
+
+    Args:
+        graph: The captured model.
+        plan: A plan for it.
+        optimizer: Builds the optimizer from one rank's own parameters.
+        seed: Seed of initialisation and of dropout.
+        clip_norm: Global gradient norm limit, or None.
+        keep_gradients: Keep a copy of every step's gradients on the ranks.
+        threads: torch threads per rank, or None to leave them alone.
+        accelerator: Whether ranks run on GPUs.
+
+    Raises:
+        PlanError: The plan does not fit the graph.
+        ScheduleError: The instruction lists do not pass the checker.
+    """
+    sliced = slice_plan(graph, plan)
+    placement = [group for group, _ in plan.schedule.placement]
+    n_groups = max(placement) + 1
+    replicas = plan.replicas
+    holders = _param_holders(sliced.stages, placement)
+    buffer_owner = _buffer_owners(graph, sliced.stages, placement)
+    shared = {
+        name: tuple(groups)
+        for name, groups in holders.items()
+        if len(groups) > 1 and f"param:{name}" in sliced.flow
+    }
+    packed = [_pack_stage(graph, plan, sliced, s) for s in sliced.stages]
+    devices = {g: plan.stages[s].mesh.devices for s, g in enumerate(placement)}
+    specs = []
+    for group in range(n_groups):
+        own = [s for s in range(len(placement)) if placement[s] == group]
+        for replica in range(replicas):
+            first = replica == 0
+            specs.append(
+                RankSpec(
+                    rank=group * replicas + replica,
+                    world=n_groups * replicas,
+                    group=group,
+                    replica=replica,
+                    replicas=replicas,
+                    microbatches=plan.microbatches,
+                    global_batch=plan.global_batch,
+                    device=devices[group][replica],
+                    stages=tuple(packed[s] for s in own),
+                    instructions=tuple(sliced.lists[group]),
+                    edges=sliced.io.edges,
+                    rank_group_of=tuple(placement),
+                    inputs=_inputs([sliced.stages[s] for s in own]),
+                    batch_dims=graph.batch_dims,
+                    shared=shared,
+                    model_fn=graph.model_fn,
+                    loss_fn=graph.loss_fn,
+                    optimizer=optimizer,
+                    owned_params=tuple(
+                        n for n in graph.params if first and holders.get(n, [0])[0] == group
+                    ),
+                    owned_buffers=tuple(
+                        n for n, g in buffer_owner.items() if first and g == group
+                    ),
+                    constants=_constants(graph, [sliced.stages[s] for s in own]),
+                    shapes={
+                        v.id: (v.shape, str(v.dtype).removeprefix("torch.")) for v in sliced.values
+                    },
+                    clip_norm=clip_norm,
+                    seed=seed,
+                    default_dtype=str(torch.get_default_dtype()).removeprefix("torch."),
+                    threads=threads,
+                    keep_gradients=keep_gradients,
+                    accelerator=accelerator,
+                )
+            )
+    return specs
+
+
+def loss_scale(graph: OpGraph, plan: Plan) -> float:
+    """What the loss of one microbatch on one replica counts in the global loss."""
+    power = graph.loss_power
+    if power is None:
+        if plan.replicas != 1:
+            raise PlanError("a model that feels its microbatches has one replica")
+        return 1.0 / plan.microbatches
+    return float(plan.microbatches * plan.replicas) ** power
+
+
+def _pack_stage(graph: OpGraph, plan: Plan, sliced: Sliced, stage: StageGraph) -> StageSpec:
+    flow = sliced.flow
+    received = [e for e in stage.keys("edge:") if e in flow]
+    with_grad = [i for i, e in enumerate(stage.edges_out) if e in flow]
+    scale = None
+    nodes = {
+        "graph": pack(stage.graph),
+        "globals": None if stage.globals_graph is None else pack(stage.globals_graph),
+    }
+    if stage.has_loss:
+        with_grad.append(len(stage.edges_out))
+        scale = loss_scale(graph, plan)
+        loss_dtype = graph.clean.loss.meta["val"].dtype
+        nodes["loss_dtype"] = str(loss_dtype).removeprefix("torch.")
+    powers = graph.analysis.globals
+    return StageSpec(
+        index=stage.index,
+        nodes=nodes,
+        recompute=plan.stages[stage.index].memory.recompute,
+        loss_scale=scale,
+        edges_out=stage.edges_out,
+        updates=stage.updates,
+        globals=tuple((g, powers[g]) for g in stage.globals),
+        trainable=tuple(p for p in stage.keys("param:") if f"param:{p}" in flow),
+        differentiable=tuple(received),
+        outputs_with_grad=tuple(with_grad),
+    )
+
+
+def _param_holders(
+    stages: Sequence[StageGraph], placement: Sequence[int]
+) -> dict[str, list[int]]:
+    """Parameter → rank groups that hold it, the owner first."""
+    holders: dict[str, set[int]] = {}
+    for stage in stages:
+        for name in stage.keys("param:"):
+            holders.setdefault(name, set()).add(placement[stage.index])
+    return {name: sorted(groups) for name, groups in holders.items()}
+
+
+def _buffer_owners(
+    graph: OpGraph, stages: Sequence[StageGraph], placement: Sequence[int]
+) -> dict[str, int]:
+    owners = dict.fromkeys(graph.clean.buffers, 0)
+    for stage in reversed(stages):
+        for name in stage.keys("buffer:"):
+            owners[name] = placement[stage.index]
+    for stage in stages:
+        for name in stage.updates:
+            owners[name] = placement[stage.index]
+    return owners
+
+
+def _inputs(stages: Sequence[StageGraph]) -> tuple[str, ...]:
+    found: set[str] = set()
+    for stage in stages:
+        for graph in (stage.graph, stage.globals_graph):
+            if graph is not None:
+                found |= {
+                    n.meta["id"]
+                    for n in graph.nodes
+                    if n.op == "placeholder" and n.meta["id"].startswith("in:")
+                }
+    return tuple(sorted(found, key=lambda k: int(k[3:])))
+
+
+def _constants(graph: OpGraph, stages: Sequence[StageGraph]) -> dict[str, torch.Tensor]:
+    wanted = {
+        n.meta["id"]
+        for stage in stages
+        for g in (stage.graph, stage.globals_graph)
+        if g is not None
+        for n in g.nodes
+        if n.op == "placeholder" and n.meta["id"].startswith("const:")
+    }
+    return {key: tensor for key, (_, tensor) in graph.clean.constants.items() if key in wanted}

@@ -1,0 +1,125 @@
+"""A rank's parameter gradients: summed over microbatches, stages, replicas and owners."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+from raypar.comm.buckets import GradBuckets
+from raypar.comm.group import Group, TensorSpec
+from raypar.stages.holdings import Holdings
+from raypar.stages.spec import RankSpec
+
+_ONE_BUCKET = 1 << 62
+
+
+class GradientStore:
+    """Collects gradients as the programs deliver them.
+
+    Parameters are grouped by who shares them: the replicas of this rank group, or, for a parameter
+    that several rank groups hold (tied over stages), all ranks of those.
+
+    Attributes:
+        kept: Copies of the last step's gradients, where asked for.
+    """
+
+    def __init__(
+        self, spec: RankSpec, holdings: Holdings, world: Group, replicas: Group | None
+    ) -> None:
+        self._spec = spec
+        self._params = holdings.params
+        self.kept: dict[str, torch.Tensor] = {}
+        self._expected = self._expected_counts(holdings)
+        self._seen: Counter[str] = Counter()
+        self._place: dict[str, tuple[GradBuckets, int]] = {}
+        self._members: list[tuple[GradBuckets, list[str]]] = []
+        self._names = {
+            i: stage.program.weight_gradients for i, stage in holdings.stages.items()
+        }
+        ready = self._ready_order(holdings)
+        self._add_buckets([n for n in ready if n not in spec.shared], replicas, "replicas", None)
+        for group in sorted(set(spec.shared.values())):
+            names = sorted(n for n, owners in spec.shared.items() if owners == group)
+            ranks = [g * spec.replicas + r for g in group for r in range(spec.replicas)]
+            owners = world.subgroup(ranks, f"owners {'-'.join(map(str, group))}")
+            if spec.group in group:
+                # One bucket: owners see these gradients in different orders.
+                self._add_buckets(names, owners, "shared parameters", _ONE_BUCKET)
+        self._grads: dict[str, torch.Tensor] = {}
+
+    def _expected_counts(self, holdings: Holdings) -> dict[str, int]:
+        counts: Counter[str] = Counter()
+        for stage in holdings.stages.values():
+            program = stage.program
+            for j in program.ready_order:
+                counts[program.weight_gradients[j]] += self._spec.microbatches
+        return dict(counts)
+
+    def _ready_order(self, holdings: Holdings) -> list[str]:
+        """Names in the order in which their last gradient comes: late stages first."""
+        last: dict[str, tuple[int, int]] = {}
+        for index, stage in holdings.stages.items():
+            for at, j in enumerate(stage.program.ready_order):
+                name = stage.program.weight_gradients[j]
+                last[name] = max(last.get(name, (-index, 0)), (-index, at))
+        return sorted(last, key=lambda n: last[n])
+
+    def _add_buckets(
+        self, names: list[str], group: Group | None, what: str, size: int | None
+    ) -> None:
+        names = [n for n in names if n in self._params]
+        if not names:
+            return
+        specs = [TensorSpec(tuple(p.shape), p.dtype) for p in map(self._params.get, names) if p is not None]
+        extra = {} if size is None else {"bucket_bytes": size}
+        buckets = GradBuckets(specs, group, name=f"gradients of {what}", **extra)
+        self._members.append((buckets, names))
+        self._place.update({n: (buckets, i) for i, n in enumerate(names)})
+
+    def begin(self) -> None:
+        """Before a step."""
+        self._seen.clear()
+        for buckets, _ in self._members:
+            buckets.reset()
+
+    def sink(self, stage: int) -> Callable[[int, torch.Tensor], None]:
+        """Takes the gradients of one stage's weight program."""
+        names = self._names[stage]
+
+        def take(index: int, gradient: torch.Tensor) -> None:
+            name = names[index]
+            self._seen[name] += 1
+            buckets, place = self._place[name]
+            buckets.add(place, gradient, self._seen[name] == self._expected[name])
+
+        return take
+
+    def finish(self) -> torch.Tensor:
+        """Waits for all exchanges; returns this rank's share of the squared global norm."""
+        self._grads = {}
+        squares = torch.zeros((), dtype=torch.float64)
+        for buckets, names in self._members:
+            for name, gradient in zip(names, buckets.finish(), strict=True):
+                if gradient is None:
+                    continue
+                self._grads[name] = gradient
+                if self._spec.replica == 0 and name in self._spec.owned_params:
+                    squares += torch.linalg.vector_norm(gradient).double().cpu() ** 2
+        return squares
+
+    def keep(self) -> None:
+        """Copies the gradients as they are now."""
+        self.kept = {n: g.detach().clone() for n, g in self._grads.items()}
+
+    def scale(self, factor: float) -> None:
+        """Multiplies every gradient."""
+        if factor != 1.0:
+            for name, gradient in self._grads.items():
+                self._grads[name] = gradient * factor
+
+    def assign(self) -> None:
+        """Hands the gradients to the parameters, for the optimizer."""
+        for name, param in self._params.items():
+            param.grad = self._grads.get(name)

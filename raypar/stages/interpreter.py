@@ -1,0 +1,478 @@
+"""The interpreter: one rank walks its instruction list.
+
+The same code runs in a stage actor and in a thread of the in-process backend.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from raypar.comm.group import Group, TensorSpec, Work
+from raypar.errors import OptimizerError, RayparError
+from raypar.graph.replay import replay
+from raypar.schedules.instructions import RECV, Instruction, Kind
+from raypar.stages.batch import first_sample, microbatch_rows
+from raypar.stages.gradients import GradientStore
+from raypar.stages.holdings import HeldStage, Holdings
+from raypar.stages.spec import RankSpec, StepReport
+
+_LOOKAHEAD = 2  # receives posted ahead of the one that is waited for
+GRAD = "grad:"
+
+
+class RankRunner:
+    """Holds one rank's stages and runs steps.
+
+    Args:
+        spec: What the rank is.
+        world: All ranks of the run; subgroups are made here, by all ranks in the same order.
+        trace_lock: Shared by the ranks of one process.
+
+    Raises:
+        PlanError: The plan's graph does not fit the model that `model_fn` builds.
+        OptimizerError: The optimizer cannot be built on this rank's parameters.
+    """
+
+    def __init__(
+        self, spec: RankSpec, world: Group, *, trace_lock: threading.Lock | None = None
+    ) -> None:
+        self.spec = spec
+        self._world = world
+        self._device = _device_of(spec)
+        self._holdings = Holdings(spec, self._device, trace_lock)
+        self._replicas = self._replica_group()
+        self._gradients = GradientStore(spec, self._holdings, world, self._replicas)
+        self._optimizer = self._make_optimizer()
+        self._edges = {e.name: e for e in spec.edges}
+        self._posts = _posting_plan(spec.instructions)
+        self._constants = {k: t.to(self._device) for k, t in spec.constants.items()}
+        self._tangents = self._loss_tangents()
+        self._at = -1
+        self._step = -1
+        self._measured = False
+        self._handlers: dict[Kind, Callable[[Instruction], None]] = {
+            Kind.FORWARD: self._forward,
+            Kind.BACKWARD: self._backward,
+            Kind.BACKWARD_INPUT: self._backward_input,
+            Kind.BACKWARD_WEIGHT: self._backward_weight,
+            Kind.RECV_FORWARD: self._receive,
+            Kind.RECV_BACKWARD: self._receive,
+            Kind.SEND_FORWARD: self._send,
+            Kind.SEND_BACKWARD: self._send,
+            Kind.FREE: self._free,
+            Kind.GLOBALS: self._make_globals,
+            Kind.GRAD_SYNC: self._sync,
+            Kind.NORM: self._norm,
+            Kind.OPTIMIZER: self._optimize,
+        }
+
+    # -- set-up -----------------------------------------------------------------------------
+
+    def _replica_group(self) -> Group | None:
+        """The replicas of this rank group; every rank makes all groups, in the same order."""
+        spec, own = self.spec, None
+        if spec.replicas == 1:
+            return None
+        for group in range(spec.world // spec.replicas):
+            ranks = range(group * spec.replicas, (group + 1) * spec.replicas)
+            made = self._world.subgroup(list(ranks), f"replicas of rank group {group}")
+            own = made if group == spec.group else own
+        return own
+
+    def _make_optimizer(self) -> torch.optim.Optimizer | None:
+        params = list(self._holdings.params.values())
+        if not params:
+            return None
+        try:
+            return self.spec.optimizer(params)
+        except RayparError:
+            raise
+        except Exception as error:
+            raise OptimizerError(
+                f"the optimizer could not be built on the {len(params)} parameters of rank "
+                f"{self.spec.rank}: {type(error).__name__}: {error}"
+            ) from error
+
+    def _loss_tangents(self) -> dict[int, torch.Tensor]:
+        """Stage → gradient of the global loss by the stage's loss of one microbatch."""
+        found = {}
+        for stage in self._holdings.stages.values():
+            if stage.spec.loss_scale is not None:
+                dtype = getattr(torch, stage.spec.nodes["loss_dtype"])
+                found[stage.spec.index] = torch.tensor(
+                    stage.spec.loss_scale, dtype=dtype, device=self._device
+                )
+        return found
+
+    # -- a step -----------------------------------------------------------------------------
+
+    def step(self, step: int, inputs: Mapping[str, torch.Tensor]) -> StepReport:
+        """Runs one step.
+
+        Args:
+            step: Step number, 0-based; part of the key of every random number.
+            inputs: What `raypar.stages.batch.shard_batch` picks for this rank.
+
+        Raises:
+            CommError: A peer is gone, a deadline passed or the group was aborted.
+            OptimizerError: The optimizer raised.
+        """
+        self._step = step
+        self._inputs = {k: t.to(self._device, non_blocking=True) for k, t in inputs.items()}
+        self._report = StepReport(step)
+        self._values: dict[tuple[str, int], torch.Tensor] = {}
+        self._saved: dict[tuple[int, int], list[Any]] = {}
+        self._halves: dict[tuple[int, int], list[Any]] = {}
+        self._globals: dict[str, torch.Tensor] = {}
+        self._posted: dict[Instruction, Work] = {}
+        self._sends: list[Work] = []
+        self._loss: dict[int, torch.Tensor] = {}
+        self._probe: dict[int, torch.Tensor] = {}
+        self._seconds = dict.fromkeys(("compute", "recv", "sync", "optimizer"), 0.0)
+        self._live_bytes: dict[int, dict[tuple[int, int], dict[int, int]]] = {}
+        old_buffers = dict(self._holdings.buffers)
+        self._params = {f"param:{k}": p.detach() for k, p in self._holdings.params.items()}
+        self._gradients.begin()
+        began = time.perf_counter()
+        with torch.no_grad():
+            for position, instruction in enumerate(self.spec.instructions):
+                self._at = position
+                for receive in self._posts.get(position, ()):
+                    self._posted[receive] = self._post(receive)
+                self._handlers[instruction.kind](instruction)
+            for send in self._sends:
+                send.wait()
+        if not self._report.applied:
+            self._holdings.buffers.update(old_buffers)
+        self._seconds["total"] = time.perf_counter() - began
+        self._report.seconds = self._seconds
+        self._measured = True
+        self._at = -1
+        return self._report
+
+    def _forward(self, now: Instruction) -> None:
+        stage, microbatch = self._stage(now)
+        began = time.perf_counter()
+        program = stage.program
+        arguments = [self._argument(key, microbatch) for key in program.inputs]
+        kept = [arguments[i] for i in program.kept]
+        results = program.forward(arguments)
+        saved = results[program.n_outputs :]
+        index = stage.spec.index
+        if program.tangent_outputs:
+            self._saved[index, microbatch] = kept + saved
+        if not self._measured:
+            self._measure(stage, microbatch, kept, saved)
+        outputs = results[: program.n_outputs]
+        for edge, value in zip(stage.spec.edges_out, outputs, strict=False):
+            value = value.contiguous()
+            self._values[edge, microbatch] = value
+            self._watch(index, value)
+        place = len(stage.spec.edges_out)
+        if stage.spec.loss_scale is not None:
+            loss = outputs[place]
+            known = self._loss.get(index)
+            self._loss[index] = loss if known is None else known + loss
+            place += 1
+        for name, value in zip(stage.spec.updates, outputs[place:], strict=True):
+            self._holdings.buffers[name] = value
+        self._seconds["compute"] += time.perf_counter() - began
+
+    def _argument(self, key: str, microbatch: int) -> torch.Tensor:
+        kind, _, name = key.partition(":")
+        if kind == "param":
+            return self._params[key]
+        if kind == "edge":
+            return self._values[name, microbatch]
+        if kind == "buffer":
+            return self._holdings.buffers[name]
+        if kind == "in":
+            dim = self.spec.batch_dims[int(name)]
+            return microbatch_rows(self._inputs[key], dim, microbatch, self.spec.microbatches)
+        if kind == "global":
+            return self._globals[name]
+        if kind == "const":
+            return self._constants[key]
+        return torch.tensor(
+            [self.spec.seed, self._step, first_sample(self.spec, microbatch)], dtype=torch.int64
+        )
+
+    def _watch(self, stage: int, value: torch.Tensor) -> None:
+        """Adds up what leaves a stage, so that a NaN can be traced to where it began."""
+        if value.is_floating_point():
+            total = value.sum(dtype=torch.float32)
+            known = self._probe.get(stage)
+            self._probe[stage] = total if known is None else known + total
+
+    def _backward(self, now: Instruction) -> None:
+        stage, microbatch = self._stage(now)
+        began = time.perf_counter()
+        box = self._backward_box(stage, microbatch)
+        if box is not None:
+            gradients = stage.program.backward(box, self._gradients.sink(stage.spec.index))
+            self._give_back(stage, microbatch, gradients)
+        self._forget(stage, microbatch)
+        self._seconds["compute"] += time.perf_counter() - began
+
+    def _backward_box(self, stage: HeldStage, microbatch: int) -> list[Any] | None:
+        box = self._saved.pop((stage.spec.index, microbatch), None)
+        if box is None:
+            return None
+        edges = stage.spec.edges_out
+        for position in stage.program.tangent_outputs:
+            if position < len(edges):
+                box.append(self._values[GRAD + edges[position], microbatch])
+            else:
+                box.append(self._tangents[stage.spec.index])
+        return box
+
+    def _give_back(self, stage: HeldStage, microbatch: int, gradients: list[Any]) -> None:
+        found = stage.program.input_gradients
+        for edge in stage.spec.differentiable:
+            index = found.get(edge)
+            gradient = None if index is None else gradients[index]
+            if gradient is None:
+                shape, dtype = self.spec.shapes[edge]
+                gradient = torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
+            self._accumulate((GRAD + edge, microbatch), gradient)
+
+    def _accumulate(self, key: tuple[str, int], gradient: torch.Tensor) -> None:
+        known = self._values.get(key)
+        self._values[key] = gradient.contiguous() if known is None else known + gradient
+
+    def _backward_input(self, now: Instruction) -> None:
+        stage, microbatch = self._stage(now)
+        began = time.perf_counter()
+        box = self._backward_box(stage, microbatch)
+        program = stage.program
+        if box is not None and not program.input_gradients:
+            self._give_back(
+                stage, microbatch, program.backward(box, self._gradients.sink(stage.spec.index))
+            )
+            self._forget(stage, microbatch)
+        elif box is not None:
+            later = [box[i] for i in program.weight_kept]
+            results = program.backward_input(box)
+            count = program.n_inputs_grad
+            self._halves[stage.spec.index, microbatch] = later + results[count:]
+            self._give_back(stage, microbatch, results[:count])
+        self._seconds["compute"] += time.perf_counter() - began
+
+    def _backward_weight(self, now: Instruction) -> None:
+        stage, microbatch = self._stage(now)
+        began = time.perf_counter()
+        box = self._halves.pop((stage.spec.index, microbatch), None)
+        if box is not None:
+            stage.program.backward_weight(box, self._gradients.sink(stage.spec.index))
+        self._forget(stage, microbatch)
+        self._seconds["compute"] += time.perf_counter() - began
+
+    # -- transfers --------------------------------------------------------------------------
+
+    def _peer(self, stage: int) -> int:
+        return self.spec.rank_group_of[stage] * self.spec.replicas + self.spec.replica
+
+    def _tag(self, now: Instruction) -> str:
+        """Direction, edge, target stage, microbatch: what identifies a message within a step."""
+        forward = now.kind in (Kind.SEND_FORWARD, Kind.RECV_FORWARD)
+        sender = now.kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD)
+        target = now.peer if forward == sender else now.stage
+        return f"{'F' if forward else 'B'}:{now.value}:{target}:{now.microbatch}"
+
+    def _post(self, now: Instruction) -> Work:
+        assert now.peer is not None and now.value is not None
+        shape, dtype = self.spec.shapes[now.value]
+        return self._world.irecv(
+            TensorSpec(shape, getattr(torch, dtype)), self._peer(now.peer), self._tag(now)
+        )
+
+    def _receive(self, now: Instruction) -> None:
+        began = time.perf_counter()
+        value = self._posted.pop(now).wait()
+        assert value is not None and now.value is not None and now.microbatch is not None
+        if now.kind is Kind.RECV_FORWARD:
+            self._values[now.value, now.microbatch] = value
+        else:
+            self._accumulate((GRAD + now.value, now.microbatch), value)
+        self._seconds["recv"] += time.perf_counter() - began
+
+    def _send(self, now: Instruction) -> None:
+        assert now.peer is not None and now.value is not None and now.microbatch is not None
+        name = now.value if now.kind is Kind.SEND_FORWARD else GRAD + now.value
+        value = self._values[name, now.microbatch]
+        self._sends.append(self._world.isend(value, self._peer(now.peer), self._tag(now)))
+        if len(self._sends) > 64:
+            self._sends = [send for send in self._sends if not send.done()]
+
+    def _free(self, now: Instruction) -> None:
+        assert now.value is not None and now.microbatch is not None
+        self._values.pop((now.value, now.microbatch), None)
+
+    # -- once a step ------------------------------------------------------------------------
+
+    def _make_globals(self, now: Instruction) -> None:
+        """Counts of the whole batch (masked means and the like), before the first forward."""
+        parts = self.spec.microbatches * self.spec.replicas
+        for stage in self._holdings.stages.values():
+            graph = stage.globals_program
+            if graph is None:
+                continue
+            holders = [n for n in graph.nodes if n.op == "placeholder"]
+            totals: list[torch.Tensor] = []
+            for microbatch in range(self.spec.microbatches):
+                given = {n: self._argument(n.meta["id"], microbatch) for n in holders}
+                shares = replay(graph, given)
+                if totals:
+                    totals = [t + s for t, s in zip(totals, shares, strict=True)]
+                else:
+                    totals = list(shares)
+            for (name, power), total in zip(stage.spec.globals, totals, strict=True):
+                if self._replicas is not None:
+                    total = total.contiguous().clone()
+                    self._replicas.all_reduce(total, name=f"count {name}").wait()
+                self._globals[name] = total * float(parts) ** power if power else total
+
+    def _sync(self, now: Instruction) -> None:
+        """Buckets of a stage are waited for together with the others, in NORM."""
+
+    def _norm(self, now: Instruction) -> None:
+        began = time.perf_counter()
+        loss = self._finish_loss()
+        squares = self._gradients.finish()
+        totals = torch.zeros(1, dtype=torch.float64)
+        totals += squares
+        if loss is not None:
+            totals += loss * 0.0  # NaN or infinity anywhere makes the total NaN
+        if self._world.size > 1:
+            self._world.all_reduce(totals, name="gradient norm").wait()
+        norm = float(totals.sqrt())
+        self._report.grad_norm = norm
+        self._report.loss = loss
+        if not torch.isfinite(totals).item():
+            self._report.applied = False
+            self._report.non_finite = self._blame(loss, float(squares))
+        if self.spec.keep_gradients:
+            self._gradients.keep()
+        limit = self.spec.clip_norm
+        if limit is not None and self._report.applied:
+            self._gradients.scale(min(1.0, limit / (norm + 1e-6)))
+        self._seconds["sync"] += time.perf_counter() - began
+
+    def _finish_loss(self) -> float | None:
+        if not self._loss:
+            return None
+        return sum(
+            float(total.double() * stage.spec.loss_scale)
+            for stage in self._holdings.stages.values()
+            if (total := self._loss.get(stage.spec.index)) is not None
+            and stage.spec.loss_scale is not None
+        )
+
+    def _blame(self, loss: float | None, squares: float) -> str | None:
+        """The first place in graph order where this rank saw a NaN or an infinity."""
+        finite = torch.isfinite
+        for stage in sorted(self._holdings.stages):
+            if stage in self._probe and not finite(self._probe[stage]):
+                return f"stage {stage} activations"
+            if stage in self._loss and not finite(self._loss[stage]):
+                return f"stage {stage} loss"
+        if not finite(torch.tensor(squares)):
+            return f"stage {max(self._holdings.stages)} gradients"
+        return None
+
+    def _optimize(self, now: Instruction) -> None:
+        if not self._report.applied or self._optimizer is None:
+            return
+        began = time.perf_counter()
+        self._gradients.assign()
+        try:
+            with torch.enable_grad():
+                self._optimizer.step()
+        except Exception as error:
+            raise OptimizerError(
+                f"step {self._step}: {type(self._optimizer).__name__}.step raised "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        self._seconds["optimizer"] += time.perf_counter() - began
+
+    # -- what is held between forward and backward ------------------------------------------
+
+    def _measure(
+        self, stage: HeldStage, microbatch: int, kept: list[Any], saved: list[Any]
+    ) -> None:
+        program = stage.program
+        keys = [program.inputs[i] for i in program.kept]
+        held = [t for k, t in zip(keys, kept, strict=True) if k.startswith("edge:")] + saved
+        sizes = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in held
+            if isinstance(t, torch.Tensor)
+        }
+        live = self._live_bytes.setdefault(stage.spec.index, {})
+        live[stage.spec.index, microbatch] = sizes
+        total = sum({k: n for part in live.values() for k, n in part.items()}.values())
+        peak = self._report.peak_saved
+        peak[stage.spec.index] = max(peak.get(stage.spec.index, 0), total)
+
+    def _forget(self, stage: HeldStage, microbatch: int) -> None:
+        live = self._live_bytes.get(stage.spec.index)
+        if live is not None:
+            live.pop((stage.spec.index, microbatch), None)
+
+    def _stage(self, now: Instruction) -> tuple[HeldStage, int]:
+        assert now.stage is not None and now.microbatch is not None
+        return self._holdings.stages[now.stage], now.microbatch
+
+    # -- from outside -----------------------------------------------------------------------
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Owned parameters and buffers, under the model's own names, on the CPU."""
+        held = self._holdings
+        found = {n: held.params[n].detach().cpu().clone() for n in self.spec.owned_params}
+        found.update({n: held.buffers[n].cpu().clone() for n in self.spec.owned_buffers})
+        return found
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Owned gradients of the last step, before clipping (with ``keep_gradients``)."""
+        kept = self._gradients.kept
+        return {n: kept[n].cpu() for n in self.spec.owned_params if n in kept}
+
+    def predicted_saved(self) -> dict[int, int]:
+        """Stage → predicted bytes that one microbatch holds between forward and backward."""
+        return {i: s.program.saved_bytes for i, s in self._holdings.stages.items()}
+
+    def positions(self) -> str:
+        """The instruction it stands at; safe from any thread."""
+        at = self._at
+        if at < 0:
+            return f"between steps (last step {self._step})"
+        return f"step {self._step}, instruction {at} of {len(self.spec.instructions)}: " + str(
+            self.spec.instructions[at]
+        )
+
+    def abort(self, reason: str) -> None:
+        """Makes every transfer under way raise; safe from any thread."""
+        self._world.abort(reason)
+
+    def close(self) -> None:
+        """Drops everything held."""
+        self._world.close()
+
+
+def _device_of(spec: RankSpec) -> torch.device:
+    return torch.device("cuda" if spec.accelerator and torch.cuda.is_available() else "cpu")
+
+
+def _posting_plan(instructions: tuple[Instruction, ...]) -> dict[int, list[Instruction]]:
+    """Position → receives to post there: each one is posted two receives ahead."""
+    receives = [i for i, instruction in enumerate(instructions) if instruction.kind in RECV]
+    plan: dict[int, list[Instruction]] = {}
+    for order, position in enumerate(receives):
+        at = receives[order - _LOOKAHEAD] if order >= _LOOKAHEAD else 0
+        plan.setdefault(at, []).append(instructions[position])
+    return plan

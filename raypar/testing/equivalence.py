@@ -1,0 +1,280 @@
+"""The law of the house as a check: a plan trains exactly like the unsplit model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from raypar.compat import pytree
+from raypar.graph.capture import build_model, capture
+from raypar.graph.opgraph import OpGraph
+from raypar.graph.passes.randomness import SEEDED
+from raypar.mesh.cluster import Cluster
+from raypar.plan import Plan
+from raypar.search.config import SearchConfig
+from raypar.search.plan import plan as make_plan
+from raypar.stages.compile import compile_plan
+from raypar.stages.run import Run
+from raypar.testing.backends import start_run
+
+ModelFn = Callable[[], nn.Module]
+OptimizerFn = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+_TOLERANCES = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-6,
+    torch.float16: 2e-3,
+    torch.bfloat16: 2e-2,
+}
+
+
+@dataclass
+class RunRecord:
+    """What some steps of training did.
+
+    Attributes:
+        losses: Global loss of every step, before its update.
+        gradients: For every step, parameter name → gradient (before clipping); a parameter that
+            gets none is left out.
+        state_dict: Parameters and buffers after the last step, in the model's own names.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    state_dict: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def default_optimizer(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW with a learning rate that moves every parameter visibly."""
+    return torch.optim.AdamW(params, lr=1e-3)
+
+
+def run_plan(
+    model_fn: ModelFn,
+    batch: Any,
+    plan: Plan,
+    *,
+    loss_fn: Callable[..., torch.Tensor] | None = None,
+    optimizer: OptimizerFn | None = None,
+    steps: int = 3,
+    backend: str = "local",
+    batch_dims: Any = None,
+    seed: int = 0,
+    clip_norm: float | None = None,
+) -> RunRecord:
+    """Trains some steps on one batch with a plan.
+
+    The model is built as ``torch.manual_seed(seed); model_fn()`` builds it.
+
+    Args:
+        model_fn: Builds the model.
+        batch: One global batch, used in every step.
+        plan: How to split; made for this model and batch.
+        loss_fn: As in `raypar.capture`.
+        optimizer: Builds the optimizer from parameters; default AdamW.
+        steps: How many.
+        backend: ``local`` (threads of this process) or ``ray`` (stage actors).
+        batch_dims: As in `raypar.capture`; default: the plan's.
+        seed: Seed of initialisation and dropout.
+        clip_norm: Global gradient norm limit.
+
+    Raises:
+        PlanError: The plan is not for this model and batch.
+    """
+    dims = list(plan.batch_dims) if batch_dims is None else batch_dims
+    graph = capture(model_fn, batch, loss_fn, dims)
+    return run_graph(
+        graph, batch, plan, optimizer=optimizer, steps=steps, backend=backend, seed=seed,
+        clip_norm=clip_norm,
+    )
+
+
+def run_graph(
+    graph: OpGraph,
+    batch: Any,
+    plan: Plan,
+    *,
+    optimizer: OptimizerFn | None = None,
+    steps: int = 3,
+    backend: str = "local",
+    seed: int = 0,
+    clip_norm: float | None = None,
+) -> RunRecord:
+    """`run_plan` for a model that is captured already."""
+    specs = compile_plan(
+        graph,
+        plan,
+        optimizer=optimizer or default_optimizer,
+        seed=seed,
+        clip_norm=clip_norm,
+        keep_gradients=True,
+    )
+    tensors = [x for x in pytree.tree_leaves(batch) if isinstance(x, torch.Tensor)]
+    record = RunRecord()
+    run: Run
+    with start_run(backend, specs, tensors) as run:
+        for step in range(steps):
+            run.train(step, 1, lambda r: record.losses.append(float(r.loss or 0.0)))
+            record.gradients.append(run.gradients())
+        record.state_dict = run.state_dict()
+    return record
+
+
+def reference_run(
+    graph: OpGraph,
+    batch: Any,
+    plan: Plan,
+    *,
+    optimizer: OptimizerFn | None = None,
+    steps: int = 3,
+    seed: int = 0,
+    clip_norm: float | None = None,
+) -> RunRecord:
+    """What the law compares a plan with.
+
+    Single-process eager PyTorch on the global batch; for a model that feels its microbatches, over
+    the same microbatches in order, gradients averaged; for one with dropout, the one-stage plan.
+    """
+    parts = plan.microbatches if graph.feels_microbatches else 1
+    if any(n.target is SEEDED for n in graph.clean.ops):
+        single = make_plan(
+            graph, Cluster.local(1), SearchConfig(stages=1, replicas=1, microbatches=parts)
+        )
+        return run_graph(
+            graph, batch, single, optimizer=optimizer, steps=steps, seed=seed, clip_norm=clip_norm
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(graph.model_fn, on_meta=False)
+    if isinstance(graph.model_fn, nn.Module):
+        model = copy.deepcopy(model)
+    record = RunRecord()
+    made = (optimizer or default_optimizer)(model.parameters())
+    microbatches = _microbatches(graph, batch, parts)
+    for _ in range(steps):
+        made.zero_grad(set_to_none=True)
+        total = 0.0
+        for part in microbatches:
+            loss = graph.loss_of(model, part) / parts
+            loss.backward()
+            total += loss.item()
+        record.losses.append(total)
+        record.gradients.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        made.step()
+    record.state_dict = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    return record
+
+
+def _microbatches(graph: OpGraph, batch: Any, parts: int) -> list[Any]:
+    if parts == 1:
+        return [batch]
+    tensors = [x for x in pytree.tree_leaves(batch) if isinstance(x, torch.Tensor)]
+    cut = [
+        [t] * parts if d is None else list(t.chunk(parts, d))
+        for t, d in zip(tensors, graph.batch_dims, strict=True)
+    ]
+    return [graph.spec.rebuild([c[i] for c in cut]) for i in range(parts)]
+
+
+def tolerance(graph: OpGraph) -> float:
+    """The bound that the graph's least exact floating-point dtype allows."""
+    return max(_TOLERANCES.get(dtype, 2e-2) for dtype in graph.dtypes)
+
+
+def compare(found: RunRecord, wanted: RunRecord, bound: float) -> list[str]:
+    """Every tensor that differs by more than ``bound * max(1, max|wanted|)``, in words."""
+    wrong: list[str] = []
+    for step, (a, b) in enumerate(zip(found.losses, wanted.losses, strict=True)):
+        if not abs(a - b) <= bound * max(1.0, abs(b)):
+            wrong.append(f"loss of step {step}: {a!r}, not {b!r}")
+    for step, (mine, theirs) in enumerate(zip(found.gradients, wanted.gradients, strict=True)):
+        wrong += _differences(f"gradient of step {step}", mine, theirs, bound)
+    wrong += _differences("state", found.state_dict, wanted.state_dict, bound)
+    return wrong
+
+
+def _differences(
+    what: str, mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], bound: float
+) -> list[str]:
+    wrong = [f"{what}: {n} is missing" for n in theirs if n not in mine]
+    wrong += [f"{what}: {n} should not be there" for n in mine if n not in theirs]
+    for name, wanted in theirs.items():
+        found = mine.get(name)
+        if found is None:
+            continue
+        if found.shape != wanted.shape or found.dtype != wanted.dtype:
+            wrong.append(
+                f"{what}: {name} is {tuple(found.shape)} {found.dtype}, not "
+                f"{tuple(wanted.shape)} {wanted.dtype}"
+            )
+            continue
+        if not wanted.numel():
+            continue
+        wide = torch.complex128 if wanted.is_complex() else torch.float64
+        gap = (found.to(wide) - wanted.to(wide)).abs().max().item()
+        scale = max(1.0, wanted.to(wide).abs().max().item())
+        if not gap <= bound * scale:
+            wrong.append(f"{what}: {name} differs by {gap:.3e} (bound {bound * scale:.1e})")
+    return wrong
+
+
+def assert_plan_equivalent(
+    model_fn: ModelFn,
+    batch: Any,
+    plan: Plan,
+    *,
+    loss_fn: Callable[..., torch.Tensor] | None = None,
+    optimizer: OptimizerFn | None = None,
+    steps: int = 3,
+    backend: str = "local",
+    batch_dims: Any = None,
+    seed: int = 0,
+    clip_norm: float | None = None,
+    rtol: float | None = None,
+) -> None:
+    """Trains with the plan and without it, and compares every loss, gradient and tensor.
+
+    Args:
+        model_fn: This and the others as in `run_plan`.
+        batch: See there.
+        plan: See there.
+        loss_fn: See there.
+        optimizer: See there.
+        steps: See there.
+        backend: See there.
+        batch_dims: See there.
+        seed: See there.
+        clip_norm: See there.
+        rtol: Bound on max|Δ| / max(1, max|ref|) per tensor; default: by the graph's dtypes.
+
+    Raises:
+        AssertionError: They differ; lists what does.
+    """
+    dims = list(plan.batch_dims) if batch_dims is None else batch_dims
+    graph = capture(model_fn, batch, loss_fn, dims)
+    options: dict[str, Any] = {
+        "optimizer": optimizer, "steps": steps, "seed": seed, "clip_norm": clip_norm
+    }
+    bound = tolerance(graph) if rtol is None else rtol
+    wanted = reference_run(graph, batch, plan, **options)
+    found = run_graph(graph, batch, plan, backend=backend, **options)
+    wrong = compare(found, wanted, bound)
+    names = ", ".join(sorted(str(d).removeprefix("torch.") for d in graph.dtypes))
+    print(f"tolerance {bound:g} (dtypes {names}): {len(wrong)} differences")
+    if wrong:
+        raise AssertionError(
+            f"the plan does not train like the unsplit model (bound {bound:g}):\n  "
+            + "\n  ".join(wrong[:20])
+            + (f"\n  ... and {len(wrong) - 20} more" if len(wrong) > 20 else "")
+            + f"\nplan: {plan.schedule.name}, {len(plan.stages)} stages, {plan.replicas} replicas, "
+            f"M={plan.microbatches}, {plan.planner}"
+        )
