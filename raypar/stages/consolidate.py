@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -46,6 +46,7 @@ def consolidate(
 def _build(spec: RankSpec, *, meta: bool) -> torch.nn.Module:
     if isinstance(spec.model_fn, torch.nn.Module):  # a module may be given instead of its maker
         return spec.model_fn
+    make: Callable[[], torch.nn.Module] = spec.model_fn
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, spec.default_dtype.removeprefix("torch.")))
     try:
@@ -54,10 +55,10 @@ def _build(spec: RankSpec, *, meta: bool) -> torch.nn.Module:
             if meta:
                 try:
                     with torch.device("meta"):
-                        return spec.model_fn()
+                        return make()
                 except Exception:  # some constructors read their values: build it for real
                     torch.manual_seed(spec.seed)
-            return spec.model_fn()
+            return make()
     finally:
         torch.set_default_dtype(before)
 

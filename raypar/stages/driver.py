@@ -128,19 +128,19 @@ class Driver:
             self._release()
             return RunFailure((failure_of(error, None),), infos=tuple(self._infos))
 
-    def _start(self, specs: list[Any], feeds: list[Any], runners: list[Any]) -> Started | RunFailure:
+    def _start(
+        self, specs: list[Any], feeds: list[Any], runners: list[Any]
+    ) -> Started | RunFailure:
         clock = _Clock()
-        self._seats = Seats.acquire(self._infos, self._settings.seats, self._closing)
+        self._seats = Seats.acquire(self._settings.seats)
         clock.mark("placement")
         self._check_open()
         make = ray.remote(concurrency_groups={"control": 2})(StageActor)
         for info in self._infos:
             self._actors.append(
                 make.options(
-                    **self._seats.options(info),
+                    **self._seats.options(info.rank),
                     name=f"{self._settings.name}/rank-{info.rank}",
-                    max_restarts=0,
-                    max_task_retries=0,
                 ).remote()
             )
         self._check_open()
@@ -178,9 +178,7 @@ class Driver:
                 "start_timeout_s"
             ) from None
 
-    def _await_setup(
-        self, calls: _Calls
-    ) -> tuple[list[dict[str, float]], RunFailure | None]:
+    def _await_setup(self, calls: _Calls) -> tuple[list[dict[str, float]], RunFailure | None]:
         deadline = time.monotonic() + self._settings.start_timeout_s
         parts: list[dict[str, float]] = []
         failures: list[Failure] = []
@@ -207,9 +205,7 @@ class Driver:
         except BaseException as error:
             self._release()
             failure = RunFailure((failure_of(error, None),), infos=tuple(self._infos))
-        self._events.put(
-            Ended(failure, time.process_time() - cpu, time.perf_counter() - began)
-        )
+        self._events.put(Ended(failure, time.process_time() - cpu, time.perf_counter() - began))
 
     def _drive(self, first: int, end: int) -> RunFailure | None:
         calls: _Calls = {}
@@ -300,7 +296,9 @@ class Driver:
         timeout: float,
     ) -> None:
         done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=timeout)
-        for start, rank, value in self._ready({ref: calls.pop(ref) for ref in done}) if done else ():
+        for start, rank, value in (
+            self._ready({ref: calls.pop(ref) for ref in done}) if done else ()
+        ):
             if isinstance(value, Failure):
                 failures.append(value)
             elif isinstance(value, Reply):

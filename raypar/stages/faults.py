@@ -193,5 +193,3 @@ def _unpickled(data: bytes | None) -> BaseException | None:
     except Exception:  # its class may not be importable here
         return None
     return error if isinstance(error, BaseException) else None
-
-

@@ -237,5 +237,3 @@ def _interpreter(spec: RankSpec, world: Group, lock: threading.Lock) -> Runner:
     from raypar.stages.interpreter import RankRunner
 
     return RankRunner(spec, world, trace_lock=lock)
-
-

@@ -15,6 +15,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from raypar.comm.group import DEFAULT_TIMEOUT_S
 from raypar.errors import ClusterError, RayparError, StageDiedError
+from raypar.mesh.cluster import Cluster
+from raypar.plan import Plan
 from raypar.stages.driver import Driver, DriverSettings, Ended, Rows, RunFailure
 from raypar.stages.faults import Failure, to_exception
 from raypar.stages.run import OnReport, Run, StepResult, merge_reports, raise_if_not_finite
@@ -31,7 +33,8 @@ class RayRun(Run):
 
     Args:
         specs: One per rank, by rank.
-        cluster: Devices per node, in node order, as the plan says.
+        plan: The plan of `specs`, for its meshes; None puts the ranks wherever there is room.
+        cluster: The cluster that the plan's devices refer to.
         feed: Makes every rank's input feed; None for programs without inputs. If it has a method
             ``for_rank(rank)``, each rank is sent what that gives.
         runner: Makes every rank's runner; None for the interpreter.
@@ -48,7 +51,8 @@ class RayRun(Run):
         self,
         specs: Sequence[RankSpec],
         *,
-        cluster: Sequence[int] = (),
+        plan: Plan | None = None,
+        cluster: Cluster | None = None,
         feed: FeedFactory | None = None,
         runner: RunnerFactory | None = None,
         name: str = "raypar",
@@ -65,12 +69,21 @@ class RayRun(Run):
         self.driver_share: float | None = None
         self._feed = feed
         self._runner = runner
+        where: dict[str, Any] = {
+            "run": self.name,
+            "cpus_per_rank": cpus_per_rank,
+            "deadline_s": placement_timeout_s,
+        }
+        if plan is not None and cluster is not None:
+            seats = SeatSettings.of_plan(plan, cluster, self.infos, **where)
+        else:
+            seats = SeatSettings.anywhere(self.infos, **where)
         self._settings = DriverSettings(
             self.name,
             "nccl" if use_gpu else "gloo",
             timeout_s,
             start_timeout_s,
-            SeatSettings(self.name, tuple(cluster), cpus_per_rank, placement_timeout_s),
+            seats,
             steps_per_call,
         )
         self._driver: Any = None
@@ -167,5 +180,5 @@ def _remove_groups(name: str) -> None:
     """Removes what a driver that died in the middle left behind."""
     with contextlib.suppress(Exception):
         for row in ray.util.placement_group_table().values():
-            if row["name"].startswith(name) and row["state"] != "REMOVED":
+            if name in row["name"] and row["state"] != "REMOVED":
                 ray.util.remove_placement_group(ray.util.get_placement_group(row["name"]))

@@ -1,19 +1,16 @@
-"""The devices of a run, reserved on the cluster: placement groups, and which bundle each rank has."""
+"""The devices of a run: which bundle of which placement group each rank sits on."""
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-from raypar.errors import ClusterError
+from raypar.mesh.bundles import BundleRange
+from raypar.mesh.cluster import Cluster
+from raypar.mesh.device_mesh import PlacementRequest, device_meshes
+from raypar.mesh.placement import acquire, check_nodes, release
+from raypar.plan import Plan
 from raypar.stages.faults import RankInfo
 
 
@@ -22,80 +19,95 @@ class SeatSettings:
     """What to reserve.
 
     Attributes:
-        name: Prefix of the groups' names.
-        cluster: Devices per node, in node order, as the plan says.
-        cpus_per_rank: CPUs of one rank's bundle.
-        timeout_s: Deadline, in seconds.
+        requests: The placement groups.
+        at: For every rank, (index of its group, its bundle).
+        cluster: Where the plan's devices are; None to take any.
+        deadline_s: How long to try, in seconds.
     """
 
-    name: str
-    cluster: tuple[int, ...]
-    cpus_per_rank: float = 1.0
-    timeout_s: float = 30.0
+    requests: tuple[PlacementRequest, ...]
+    at: tuple[tuple[int, int], ...]
+    cluster: Cluster | None = None
+    deadline_s: float = 30.0
+
+    @classmethod
+    def of_plan(
+        cls,
+        plan: Plan,
+        cluster: Cluster,
+        infos: Sequence[RankInfo],
+        *,
+        run: str,
+        cpus_per_rank: float = 1.0,
+        deadline_s: float = 30.0,
+    ) -> SeatSettings:
+        """One group for every mesh of the plan, on the nodes that it chose.
+
+        Raises:
+            ClusterError: The plan's meshes overlap, or name devices that the cluster lacks.
+        """
+        meshes, _ = device_meshes([stage.mesh for stage in plan.stages], run)
+        seat = {d: (i, j) for i, mesh in enumerate(meshes) for j, d in enumerate(mesh.devices)}
+        return cls(
+            tuple(m.request(cluster, cpus_per_device=cpus_per_rank) for m in meshes),
+            tuple(seat[info.device] for info in infos),
+            cluster,
+            deadline_s,
+        )
+
+    @classmethod
+    def anywhere(
+        cls,
+        infos: Sequence[RankInfo],
+        *,
+        run: str,
+        cpus_per_rank: float = 1.0,
+        deadline_s: float = 30.0,
+    ) -> SeatSettings:
+        """One group with a bundle per rank, wherever there is room."""
+        bundles = tuple(
+            {"CPU": cpus_per_rank, **({"GPU": 1.0} if info.needs_gpu else {})} for info in infos
+        )
+        request = PlacementRequest(f"raypar/{run}/ranks", bundles, ("",) * len(bundles))
+        return cls((request,), tuple((0, i) for i in range(len(infos))), None, deadline_s)
 
 
 class Seats:
-    """One bundle per rank."""
+    """Placement groups that are held, until `release`."""
 
-    def __init__(self, group: PlacementGroup, settings: SeatSettings) -> None:
-        self._group: PlacementGroup | None = group
+    def __init__(self, settings: SeatSettings, ranges: Sequence[BundleRange]) -> None:
         self._settings = settings
+        self._ranges = list(ranges)
 
     @classmethod
-    def acquire(
-        cls, infos: Sequence[RankInfo], settings: SeatSettings, closing: threading.Event
-    ) -> Seats:
-        """Reserves all bundles or none.
+    def acquire(cls, settings: SeatSettings) -> Seats:
+        """Reserves all groups or none.
 
         Raises:
             ClusterError: The cluster cannot hold them, or not before the deadline.
         """
-        bundle = _bundle(infos[0], settings)
-        total = ray.cluster_resources()
-        for resource, amount in bundle.items():
-            needed = amount * len(infos)
-            if needed > total.get(resource, 0.0):
-                raise ClusterError(
-                    f"the plan needs {len(infos)} devices with {bundle} each, so {needed:g} "
-                    f"{resource}; the cluster has {total.get(resource, 0.0):g} {resource}: make a "
-                    "plan for fewer devices (ScalingConfig(num_workers=...)), or add nodes"
-                )
-        group = placement_group([dict(bundle) for _ in infos], "PACK", name=settings.name)
-        seats = cls(group, settings)
-        deadline = time.monotonic() + settings.timeout_s
-        while not group.wait(0.5):
-            if closing.is_set() or time.monotonic() > deadline:
-                seats.release()
-                raise ClusterError(
-                    f"{len(infos)} bundles {bundle} were not free within {settings.timeout_s:g} s; "
-                    f"free now: {ray.available_resources()}: other jobs hold the rest"
-                )
-        return seats
+        groups = acquire(settings.requests, settings.deadline_s)
+        return cls(
+            settings,
+            [BundleRange.own(r.name, g) for r, g in zip(settings.requests, groups, strict=True)],
+        )
 
-    def options(self, info: RankInfo) -> dict[str, Any]:
-        """Actor options that put a rank onto its bundle."""
-        bundle = _bundle(info, self._settings)
-        return {
-            "num_cpus": bundle["CPU"],
-            "num_gpus": bundle.get("GPU", 0),
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self._group, placement_group_bundle_index=info.rank
-            ),
-        }
+    def options(self, rank: int) -> dict[str, Any]:
+        """Actor options that put a rank onto its bundle; never restarted, nothing run twice."""
+        group, bundle = self._settings.at[rank]
+        return self._ranges[group].actor_options(bundle)
 
     def check(self, node_ids: Sequence[str], infos: Sequence[RankInfo]) -> None:
-        """Compares the nodes that the actors are on with the plan's."""
+        """Compares the nodes that the actors report with the plan's.
+
+        Raises:
+            ClusterError: An actor is elsewhere.
+        """
+        if self._settings.cluster is not None:
+            at = {info.device: node for info, node in zip(infos, node_ids, strict=True)}
+            check_nodes(at, self._settings.cluster)
 
     def release(self) -> None:
-        """Gives the bundles back; a second call does nothing."""
-        group, self._group = self._group, None
-        if group is not None:
-            with contextlib.suppress(Exception):
-                remove_placement_group(group)
-
-
-def _bundle(info: RankInfo, settings: SeatSettings) -> dict[str, float]:
-    bundle = {"CPU": settings.cpus_per_rank}
-    if info.needs_gpu:
-        bundle["GPU"] = 1.0
-    return bundle
+        """Gives the groups back, which ends what runs in them; safe to call twice."""
+        release([r.group for r in self._ranges])
+        self._ranges = []

@@ -38,6 +38,7 @@ class HeldBatches:
         self._opened = opened
 
     def open(self) -> Iterable[Any]:
+        """The batches, from the first."""
         self._opened.random.set()
         return self._opened.batches
 
@@ -50,6 +51,7 @@ class RemadeBatches:
         self._seed = seed
 
     def open(self) -> Iterable[Any]:
+        """The batches, from the first, in the order that the seed gives."""
         RandomState.of_seed(self._seed).set()
         return open_data(self._data)
 
@@ -69,8 +71,8 @@ class DataFeed:
         # What cuts a batch, without the programs: this goes to every rank.
         self._specs = tuple(
             dataclasses.replace(
-                s, stages=(), instructions=(), edges=(), shared={}, model_fn=_none, loss_fn=None,
-                optimizer=_none,
+                s, stages=(), instructions=(), edges=(), shared={}, constants={}, shapes={},
+                model_fn=_none, loss_fn=None, optimizer=_none,
             )
             for s in specs
         )  # fmt: skip
@@ -207,8 +209,7 @@ class _Reader:
             assert self._next is not None
             step = self._next
             self._turn.wait_for(
-                lambda: self._ended is not None
-                or (step < self._until and len(self._ready) < AHEAD)
+                lambda: self._ended is not None or (step < self._until and len(self._ready) < AHEAD)
             )
             if self._ended is not None:
                 return None
@@ -216,6 +217,8 @@ class _Reader:
             return step
 
     def _deal(self, tensors: list[torch.Tensor], step: int, works: deque[Work]) -> None:
+        # A loader may fill one buffer again and again; these are read ahead and sent later.
+        tensors = [t.detach().clone() for t in tensors]
         header = torch.tensor([step])
         for spec in self._specs:
             if spec.rank == 0:
@@ -240,5 +243,3 @@ class _Reader:
         with self._turn:
             self._ready.append(item)
             self._turn.notify_all()
-
-

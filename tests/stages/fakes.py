@@ -55,8 +55,10 @@ class FakeRunner:
         count = torch.ones(1)
         self._world.all_reduce(count).wait()
         if spec.rank == spec.world - 1:
-            report.loss = float("nan") if bad else float(
-                sum(t.double().sum().item() for t in inputs.values())
+            report.loss = (
+                float("nan")
+                if bad
+                else float(sum(t.double().sum().item() for t in inputs.values()))
             )
         report.applied = not bad
         if bad and any(f.kind == "nan" and f.rank == spec.rank for f in self._faults):

@@ -1,0 +1,160 @@
+"""The Ray that a run uses: one that is there, or one of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+import ray
+
+from raypar.errors import ClusterError
+from raypar.mesh import discover
+
+_SHORT = 40  # longer temp paths break the sockets that Ray puts below them (107 bytes at most)
+_STORE_BYTES = 512 * 2**20
+
+
+class RaySession:
+    """A connection to Ray; `close` ends what it began, and nothing else."""
+
+    def __init__(
+        self,
+        began: bool,
+        folder: str | None = None,
+        env: dict[str, str | None] | None = None,
+    ) -> None:
+        self.began = began
+        self.seconds = 0.0
+        self._folder = folder
+        self._env = env or {}
+
+    def close(self) -> None:
+        """Shuts a Ray that was started here down, or disconnects; no-op for one that was there."""
+        if self.began and ray.is_initialized():
+            ray.shutdown()
+        self.began = False
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+        for name, value in self._env.items():
+            _put(name, value)
+        self._env = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def start_private_ray(num_cpus: int, *, log_to_driver: bool = False) -> RaySession:
+    """Starts a Ray of this process alone, whatever else runs on the machine.
+
+    RAY_ADDRESS, running clusters and token authentication are left aside, and its files lie in a
+    folder with a path short enough for its sockets.
+
+    Args:
+        num_cpus: Logical CPUs: how many actors of one CPU each fit; may exceed the real cores.
+        log_to_driver: Whether the actors' output is printed here.
+
+    Raises:
+        ClusterError: Ray does not start, or this process is connected to one already.
+    """
+    if ray.is_initialized():
+        raise ClusterError(
+            "this process is connected to a Ray already; call ray.shutdown() first, or use that one"
+        )
+    began = time.perf_counter()
+    env = _swap({"RAY_ADDRESS": None, "RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": None})
+    folder = tempfile.mkdtemp(prefix="rp-", dir=_short_folder())
+    session = RaySession(True, folder, env)
+    try:
+        with _quiet():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=log_to_driver,
+                logging_level="ERROR",
+                object_store_memory=_STORE_BYTES,
+                _temp_dir=folder,
+            )
+    except BaseException as error:
+        session.close()
+        if isinstance(error, Exception):
+            raise ClusterError(
+                f"a local Ray with {num_cpus} CPUs did not start: {error}"
+            ) from error
+        raise
+    session.seconds = time.perf_counter() - began
+    return session
+
+
+def connect(address: str | None = None, *, num_cpus: int = 1) -> RaySession:
+    """Connects to Ray: the one this process is connected to already, else `address`, else
+    RAY_ADDRESS, else a private one with `num_cpus` logical CPUs.
+
+    Args:
+        address: ``host:port`` of the head, ``ray://host:port``, ``auto`` or ``local``.
+        num_cpus: Logical CPUs of a Ray that is started here.
+
+    Raises:
+        ClusterError: It is not reachable; told within seconds, while Ray itself tries for minutes.
+    """
+    if ray.is_initialized():
+        return RaySession(False)
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        return start_private_ray(num_cpus)
+    began = time.perf_counter()
+    with _quiet():
+        discover.connect(address)
+    session = RaySession(True)
+    session.seconds = time.perf_counter() - began
+    return session
+
+
+def _short_folder() -> str:
+    for folder in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
+        if len(folder) <= _SHORT - len("/rp-12345678") and os.access(folder, os.W_OK):
+            return folder
+    raise ClusterError(
+        f"Ray needs a writable folder with a path of at most {_SHORT} characters for its sockets; "
+        f"{tempfile.gettempdir()!r} has {len(tempfile.gettempdir())}: set TMPDIR=/tmp"
+    )
+
+
+def _swap(values: dict[str, str | None]) -> dict[str, str | None]:
+    before = {name: os.environ.get(name) for name in values}
+    for name, value in values.items():
+        _put(name, value)
+    return before
+
+
+def _put(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Ray's banner and its advice on accelerators out of the output."""
+    before = _swap({"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            _put(name, value)

@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM while a run is under way: clean up first, then end as asked."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Terminated(BaseException):
+    """SIGTERM came; like KeyboardInterrupt it is no ordinary error."""
+
+
+@contextmanager
+def terminating() -> Iterator[None]:
+    """Inside, SIGTERM raises in the main thread, so that ``finally`` blocks run.
+
+    Afterwards the signal is delivered again to the handler that was there before; the default one
+    ends the process. ``ray.init`` replaces the handler of SIGTERM: enter this after it. Outside of
+    the main thread, where Python handles no signals, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the clean-up
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    except Terminated:
+        again = before if before is not None else signal.SIG_DFL
+        signal.signal(signal.SIGTERM, again)
+        if again in (signal.SIG_DFL, signal.SIG_IGN) or not callable(again):
+            raise SystemExit(128 + signal.SIGTERM) from None
+        signal.raise_signal(signal.SIGTERM)
+        raise SystemExit(128 + signal.SIGTERM) from None
+    finally:
+        if signal.getsignal(signal.SIGTERM) is handler:
+            signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
