@@ -1,0 +1,183 @@
+"""The command line as a user meets it; planning runs for real, training is told to tests/train."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import raypar
+from raypar.cli import main
+from raypar.errors import TrainingError
+
+SMALL = """
+model: {target: "examples.models:gpt", kwargs: {layers: 2, width: 16, heads: 2, seq_len: 8}}
+data: {target: "examples.data:stdlib_bytes", global_batch: 8, kwargs: {seq_len: 8}}
+mesh: {num_workers: 2}
+search: {stages: 2}
+train: {steps: 2, microbatches: 2}
+run: {name: small, storage_path: STORAGE, log_every: 1}
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(SMALL.replace("STORAGE", str(tmp_path / "runs")))
+    return path
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def test_version_and_help() -> None:
+    assert run("--version").output.strip().endswith(raypar.__version__)
+    text = run("--help").output
+    for command in ("config", "doctor", "explain", "plan", "train"):
+        assert re.search(rf"^  {command} ", text, re.M), text
+
+
+def test_help_and_config_import_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys\n"
+        "from click.testing import CliRunner\n"
+        "from raypar.cli import main\n"
+        "for args in (['--help'], ['config'], ['train', '--help']):\n"
+        "    assert CliRunner().invoke(main, args).exit_code == 0\n"
+        "print(sorted({'torch', 'ray', 'numpy', 'networkx'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_config_prints_a_config_that_loads(tmp_path: Path) -> None:
+    from raypar.config import load_config
+
+    path = tmp_path / "printed.yaml"
+    path.write_text(run("config").stdout)
+    assert load_config(path).search.planner == "uniform"
+
+
+def test_a_config_error_is_one_block_and_exit_code_2(config_file: Path) -> None:
+    done = run("train", config_file, "--set", "train.step=3")
+    assert done.exit_code == 2
+    assert "Did you mean 'train.steps'?" in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_a_missing_file_is_exit_code_2(tmp_path: Path) -> None:
+    done = run("plan", tmp_path / "none.yaml")
+    assert done.exit_code == 2
+    assert "No such file" in done.stderr
+
+
+def test_an_unknown_command_is_refused() -> None:
+    assert run("trian").exit_code == 2
+
+
+def test_a_wrong_kwarg_names_its_key_and_the_signature(config_file: Path) -> None:
+    done = run("plan", config_file, "--set", "model.kwargs.depth=3")
+    assert done.exit_code == 2
+    assert "model.kwargs" in done.stderr
+    assert "unexpected keyword argument 'depth'" in done.stderr
+
+
+def test_a_run_that_fails_is_exit_code_1(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import raypar._launch
+
+    def fail(config: object) -> None:
+        raise TrainingError("stage 1 rank 0 raised [red]brackets[/red] and all")
+
+    monkeypatch.setattr(raypar._launch, "train_config", fail)
+    done = run("train", config_file)
+    assert done.exit_code == 1
+    assert "TrainingError: stage 1 rank 0 raised [red]brackets[/red] and all" in done.stderr
+
+
+def test_ctrl_c_is_exit_code_130(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import raypar._launch
+
+    def interrupt(config: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(raypar._launch, "train_config", interrupt)
+    done = run("train", config_file)
+    assert done.exit_code == 130
+    assert "Traceback" not in done.output
+
+
+def test_num_workers_is_the_same_as_its_key(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import raypar._launch
+
+    seen = []
+
+    def look(config: object) -> None:
+        seen.append(config)
+        raise TrainingError("enough")
+
+    monkeypatch.setattr(raypar._launch, "train_config", look)
+    run("train", config_file, "--num-workers", 0)
+    run("train", config_file, "--set", "mesh.num_workers=0")
+    assert seen[0] == seen[1]
+    assert seen[0].mesh.num_workers == 0
+
+
+def test_plan_writes_what_explain_explains(config_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "plan.json"
+    planned = run("plan", config_file, "-o", output)
+    assert planned.exit_code == 0, planned.output
+    made = raypar.Plan.load(output)
+    assert len(made.stages) == 2
+    assert made.microbatches == 2
+    explained = run("explain", output)
+    assert explained.exit_code == 0, explained.output
+    assert made.schedule.name in explained.stdout
+    from_config = run("explain", config_file)
+    assert from_config.exit_code == 0, from_config.output
+
+
+def test_plan_to_a_place_that_cannot_be_written(config_file: Path, tmp_path: Path) -> None:
+    done = run("plan", config_file, "-o", tmp_path / "no" / "plan.json")
+    assert done.exit_code == 2
+    assert "cannot write" in done.stderr
+
+
+def test_explain_of_a_broken_plan_file(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text("{")
+    done = run("explain", path)
+    assert done.exit_code == 1
+    assert "not valid JSON" in done.stderr
+
+
+def test_explain_of_a_plan_takes_no_config_options(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text("{}")
+    done = run("explain", path, "--set", "train.steps=3")
+    assert done.exit_code == 2
+    assert "--set and --cluster go with a config" in done.stderr
+
+
+def test_train_in_one_process_leaves_a_run_that_can_be_repeated(
+    config_file: Path, tmp_path: Path
+) -> None:
+    done = run("train", config_file, "--num-workers", 0)
+    assert done.exit_code == 0, done.output
+    folder = tmp_path / "runs" / "small"
+    assert f"files: {folder}" in done.stdout
+    assert "loss" in done.stdout
+    resolved = folder / "config.resolved.yaml"
+    assert "auto" not in resolved.read_text()
+    again = run("train", resolved, "--set", "run.name=again")
+    assert again.exit_code == 0, again.output
+    first, second = (
+        raypar.Plan.load(tmp_path / "runs" / name / "plan.json") for name in ("small", "again")
+    )
+    assert first.diff(second) == []
