@@ -1,0 +1,1 @@
+"""Tensors between ranks: the group interface, its backends, and gradient buckets."""

@@ -108,8 +108,11 @@ class ExchangeGroup(Group):
         heard: Callable[[], object],
         ended: Callable[[type[CommError], str], object],
     ) -> None:
-        """Calls `heard` for every message of (source, tag), on a transport thread, until the
-        source is gone or the group aborted, of which `ended` is told. Neither may block."""
+        """Calls `heard` for every message of (source, tag), until the source is gone.
+
+        That, and an abort of the group, is told to `ended`. Both run on a transport thread and may
+        not block.
+        """
 
         def call() -> str:
             return f"{self.name} rank {self.rank}: listen to {tag!r} from rank {source}"

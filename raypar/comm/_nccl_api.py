@@ -98,7 +98,7 @@ def unavailable_reason() -> str | None:
 
 
 def load() -> ModuleType:
-    """cupy's NCCL module.
+    """Imports cupy's NCCL module.
 
     Raises:
         CommError: cupy is missing, is for another CUDA, or does not find NCCL's library.
@@ -133,4 +133,4 @@ def explain(error: BaseException, call: str) -> CommError:
 
 
 Communicator = Any
-"""cupy's NcclCommunicator; untyped, since cupy is optional."""
+"""A cupy NcclCommunicator; untyped, since cupy is optional."""

@@ -107,7 +107,8 @@ class Pairs:
             )
         if pair.error is not None:
             raise CommError(f"{call()}: {pair.error}") from pair.error
-        assert pair.out is not None and pair.back is not None
+        assert pair.out is not None
+        assert pair.back is not None
         return pair.out if outward else pair.back
 
     def member(self, rank: int, call: Callable[[], str]) -> None:
@@ -168,9 +169,13 @@ class Pairs:
         return _nccl_api.unpack_ids(packed)
 
     def _first_byte(self, pair: _Pair) -> None:
-        """One byte each way: NCCL sets up a connection at its first message, and blocks the host
-        until the other side does too. Here both sides are sure to be."""
-        assert pair.out is not None and pair.back is not None
+        """Sends one byte each way.
+
+        NCCL sets up a connection at its first message, and blocks the host until the other side
+        does so too; here both sides are sure to be there.
+        """
+        assert pair.out is not None
+        assert pair.back is not None
         token = torch.zeros(2, dtype=torch.uint8, device=self._device)
         for lane in (pair.out, pair.back):
             lane.stream.wait_stream(torch.cuda.current_stream(self._device))

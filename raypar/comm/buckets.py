@@ -1,7 +1,7 @@
-"""Gradient buckets: microbatches are summed in place, and every bucket is all-reduced as soon as
-its last gradient is there, while the rest of the backward pass goes on.
+"""Gradient buckets, all-reduced while the backward pass goes on.
 
-The idea is that of Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel
+Microbatches are summed in place, and a bucket leaves as soon as its last gradient is there. The
+idea is that of Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel
 Training", sections 3.2.2 and 3.2.3.
 """
 
@@ -172,8 +172,11 @@ class GradBuckets:
             )
 
     def _keep(self, index: int, grad: torch.Tensor) -> None:
-        """Sums without a group. A kept tensor belongs to the caller: it may be an activation's
-        gradient too, or another parameter's, so it is never written; sums go to memory of ours."""
+        """Sums without a group.
+
+        A kept tensor belongs to the caller: it may be an activation's gradient too, or another
+        parameter's, so it is never written; sums go to memory of ours.
+        """
         held = self._views[index]
         if held is None:
             place = grad.untyped_storage().data_ptr()
@@ -212,7 +215,8 @@ class GradBuckets:
             self._launch(bucket)
 
     def _launch(self, bucket: _Bucket) -> None:
-        assert self._group is not None and bucket.flat is not None
+        assert self._group is not None
+        assert bucket.flat is not None
         bucket.work = self._group.all_reduce(
             bucket.flat, name=f"{self.name} bucket {self._launched} of {len(self._buckets)}"
         )

@@ -55,17 +55,20 @@ class Group(ABC):
     timeout_s: float
 
     @abstractmethod
-    def isend(self, tensor: torch.Tensor, to: int, tag: str) -> Work: ...
+    def isend(self, tensor: torch.Tensor, to: int, tag: str) -> Work:
+        """Begins to send `tensor`; it may be written again once `wait()` returned."""
 
     @abstractmethod
-    def irecv(self, spec: TensorSpec, source: int, tag: str) -> Work: ...
+    def irecv(self, spec: TensorSpec, source: int, tag: str) -> Work:
+        """Begins to receive the next message of (source, tag); `wait()` returns it."""
 
     @abstractmethod
     def all_reduce(self, tensor: torch.Tensor, *, op: str = "sum", name: str = "") -> Work:
         """In place; `op` is ``sum``, ``max`` or ``min``."""
 
     @abstractmethod
-    def all_gather(self, tensor: torch.Tensor, *, name: str = "") -> list[torch.Tensor]: ...
+    def all_gather(self, tensor: torch.Tensor, *, name: str = "") -> list[torch.Tensor]:
+        """Everyone's tensor, in rank order; shapes and dtypes are equal."""
 
     @abstractmethod
     def reduce_scatter(self, tensors: Sequence[torch.Tensor], *, name: str = "") -> torch.Tensor:
@@ -80,17 +83,23 @@ class Group(ABC):
         """In place on every rank but `root`."""
 
     @abstractmethod
-    def barrier(self, *, name: str = "") -> None: ...
+    def barrier(self, *, name: str = "") -> None:
+        """Returns once every rank has called it."""
 
     @abstractmethod
     def subgroup(self, ranks: Sequence[int], name: str) -> Group | None:
-        """A group of some of this group's ranks; every rank of the parent calls it, in the same
-        order; None for a rank that is not in it."""
+        """A group of some of this group's ranks; None for a rank that is not in it.
+
+        Every rank of the parent calls it, in the same order.
+        """
 
     @abstractmethod
     def abort(self, reason: str = "") -> None:
-        """Makes every call under way and to come, on this rank, raise CommAbortedError. Safe from
-        any thread, and to call twice."""
+        """Makes every call under way and to come raise CommAbortedError.
+
+        The other ranks are told as far as they can be reached. Safe from any thread, and to call
+        twice.
+        """
 
     @abstractmethod
     def close(self) -> None:

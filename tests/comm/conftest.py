@@ -16,6 +16,7 @@ import torch
 from raypar.comm.gloo import GlooGroup
 from raypar.comm.group import Group
 from raypar.comm.local import LocalWorld
+from raypar.comm.nccl import NcclGroup
 from raypar.comm.rendezvous import Address, Rendezvous
 from raypar.testing.comm import Vanish
 
@@ -52,10 +53,14 @@ def _serve(pipe: multiprocessing.connection.Connection) -> None:
         task = pipe.recv()
         if task is None:
             return
-        case, name, rank, size, address, timeout_s = task
-        group = None
+        case, name, rank, size, address, timeout_s, backend = task
+        group: GlooGroup | NcclGroup | None = None
         try:
-            group = GlooGroup.create(name, rank, size, address, timeout_s=20.0)
+            if backend == "nccl":
+                torch.cuda.set_device(rank)
+                group = NcclGroup.create(name, rank, size, address, timeout_s=20.0)
+            else:
+                group = GlooGroup.create(name, rank, size, address, timeout_s=20.0)
             group.timeout_s = timeout_s
             pipe.send((True, case(group)))
         except Vanish:
@@ -90,12 +95,15 @@ class Processes:
                 theirs.close()
                 self._workers[rank] = (process, mine)
 
-    def run(self, case: Callable[[Group], Any], size: int, timeout_s: float) -> list[Any]:
+    def run(
+        self, case: Callable[[Group], Any], size: int, timeout_s: float, backend: str = "gloo"
+    ) -> list[Any]:
         self.start(size)
         self._count += 1
         name = f"world {self._count}"
         for rank in range(size):
-            self._workers[rank][1].send((case, name, rank, size, self.address, timeout_s))
+            task = (case, name, rank, size, self.address, timeout_s, backend)
+            self._workers[rank][1].send(task)
         results: list[Any] = []
         problems: list[str] = []
         for rank in range(size):
