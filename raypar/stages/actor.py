@@ -69,6 +69,12 @@ class Joining:
     timeout_s: float
 
 
+def actor_class(cls: type, groups: dict[str, int]) -> Any:
+    """The Ray actor class of `cls`, with concurrency groups of so many threads."""
+    make: Any = ray.remote(concurrency_groups=groups)  # type: ignore[call-overload]
+    return make(cls)
+
+
 class StageActor:
     """Holds one rank. `setup` once, then `run` any number of times."""
 
@@ -114,7 +120,8 @@ class StageActor:
                 torch.set_num_threads(spec.threads)
             imported = time.perf_counter()
             self._standing = "joining the other ranks"
-            self._world = get_backend(joining.backend).create(
+            backend: Any = get_backend(joining.backend)
+            self._world = backend.create(
                 joining.name,
                 spec.rank,
                 spec.world,

@@ -26,7 +26,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from raypar.errors import RayparError
-from raypar.stages.actor import ActorInfo, Joining, Reply, StageActor
+from raypar.stages.actor import ActorInfo, Joining, Reply, StageActor, actor_class
 from raypar.stages.faults import Failure, Positions, RankInfo, failure_of, root_failure
 from raypar.stages.seats import Seats, SeatSettings
 
@@ -135,7 +135,7 @@ class Driver:
         self._seats = Seats.acquire(self._settings.seats)
         clock.mark("placement")
         self._check_open()
-        make = ray.remote(concurrency_groups={"control": 2})(StageActor)
+        make = actor_class(StageActor, {"control": 2})
         for info in self._infos:
             self._actors.append(
                 make.options(
@@ -156,7 +156,7 @@ class Driver:
         clock.mark("actors")
         s = self._settings
         joining = Joining(s.backend, address, "world", min(s.timeout_s, s.start_timeout_s))
-        calls = {
+        calls: _Calls = {
             actor.setup.remote(joining, specs[rank], feeds[rank], runners[rank]): (None, rank)
             for rank, actor in enumerate(self._actors)
         }
@@ -184,7 +184,7 @@ class Driver:
         failures: list[Failure] = []
         while calls and not failures:
             self._check_open()
-            for _, rank, value in self._ready(calls):
+            for _, _, value in self._ready(calls):
                 if isinstance(value, Failure):
                     failures.append(value)
                 else:
@@ -307,8 +307,10 @@ class Driver:
                     failures.append(value.failure)
 
     def _may_abort(self, failures: list[Failure]) -> bool:
-        """Whether waiting longer can tell nothing new: a rank is dead, or all ranks have finished
-        the steps before the failing one."""
+        """Whether waiting longer can tell nothing new.
+
+        So it is where a rank is dead, or all have finished the steps before the failing one.
+        """
         root = root_failure(failures)
         if root.severity != 1 or root.step is None:
             return root.severity == 0 or root.step is None

@@ -135,12 +135,11 @@ def to_exception(
     if root.died:
         return _died([f for f in failures if f.died], infos, positions)
     original = _unpickled(root.original)
-    own = isinstance(original, RayparError)
-    if own and not isinstance(original, CommError):
+    if isinstance(original, RayparError) and not isinstance(original, CommError):
         return original
     where = "" if root.rank is None else f"{infos[root.rank]} "
     when = "during start-up" if root.step is None else f"in step {root.step}"
-    if own or root.severity > 1:
+    if root.severity > 1:
         kind = getattr(errors, root.type_name, CommError)
         text = f"{where}failed {when}: {root.message}\nwhere the ranks stood:"
         failed: BaseException = kind(text + positions.lines(infos))

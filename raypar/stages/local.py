@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,11 +88,12 @@ class LocalRun(Run):
         self._world: LocalWorld | None = None
 
     def start(self) -> dict[str, float]:
+        """Starts the threads and builds every rank's programs; see `Run.start`."""
         began = time.perf_counter()
         self._world = world = LocalWorld(len(self._specs), timeout_s=self._timeout_s)
         self._seats = [_Seat(spec, self._replies) for spec in self._specs]
         for seat in self._seats:
-            seat.do("built", lambda s=seat: self._build(s, world.group(s.spec.rank)))
+            seat.do("built", partial(self._build, seat, world.group(seat.spec.rank)))
         waiting = set(range(len(self._seats)))
         failures: list[Failure] = []
         while waiting:
@@ -107,11 +109,12 @@ class LocalRun(Run):
         seat.worker = RankWorker(seat.spec, group, feed=self._feed, runner=self._runner)
 
     def train(self, first_step: int, steps: int, on_report: OnReport | None = None) -> None:
+        """See `Run.train`."""
         if not self._seats:
             raise RayparError("the run has not been started: call start() first")
         until = first_step + steps
         for seat in self._seats:
-            seat.do("chunk", lambda s=seat: self._train_rank(s, first_step, steps))
+            seat.do("chunk", partial(self._train_rank, seat, first_step, steps))
         waiting = set(range(len(self._seats)))
         rows: dict[int, dict[int, StepReport]] = {}
         chunks: list[Chunk] = []
@@ -181,6 +184,7 @@ class LocalRun(Run):
         return found
 
     def close(self) -> None:
+        """Ends the threads; see `Run.close`."""
         seats, self._seats = self._seats, []
         if not seats:
             return

@@ -17,6 +17,7 @@ from raypar.comm.group import DEFAULT_TIMEOUT_S
 from raypar.errors import ClusterError, RayparError, StageDiedError
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
+from raypar.stages.actor import actor_class
 from raypar.stages.driver import Driver, DriverSettings, Ended, Rows, RunFailure
 from raypar.stages.faults import Failure, to_exception
 from raypar.stages.run import OnReport, Run, StepResult, merge_reports, raise_if_not_finite
@@ -89,13 +90,14 @@ class RayRun(Run):
         self._driver: Any = None
 
     def start(self) -> dict[str, float]:
+        """Starts the driver actor, which starts the stage actors; see `Run.start`."""
         if not ray.is_initialized():
             raise ClusterError(
                 "this process is not connected to Ray: call ray.init() or "
                 "raypar.train.session.connect(address) first"
             )
         began = time.perf_counter()
-        make = ray.remote(concurrency_groups={"poll": 1, "control": 2})(Driver)
+        make = actor_class(Driver, {"poll": 1, "control": 2})
         self._driver = make.options(
             num_cpus=0, max_restarts=0, max_task_retries=0, name=f"{self.name}/driver"
         ).remote(self.infos, self._settings)
@@ -115,6 +117,7 @@ class RayRun(Run):
         return [ray.put(self._feed)] * len(self._specs)
 
     def train(self, first_step: int, steps: int, on_report: OnReport | None = None) -> None:
+        """See `Run.train`."""
         driver = self._open()
         driver.train.remote(first_step, steps)
         bad: StepResult | None = None
@@ -141,6 +144,7 @@ class RayRun(Run):
         return list(parts)
 
     def close(self) -> None:
+        """Ends all actors of the run and gives its devices back; see `Run.close`."""
         driver, self._driver = self._driver, None
         if driver is None or not ray.is_initialized():
             return

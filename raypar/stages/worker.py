@@ -22,12 +22,23 @@ from raypar.stages.spec import RankSpec, StepReport
 class Runner(Protocol):
     """What executes one rank's steps (`raypar.stages.interpreter.RankRunner`)."""
 
-    def step(self, step: int, inputs: Mapping[str, torch.Tensor]) -> StepReport: ...
-    def state(self) -> dict[str, torch.Tensor]: ...
-    def gradients(self) -> dict[str, torch.Tensor]: ...
-    def positions(self) -> str: ...
-    def abort(self, reason: str) -> None: ...
-    def close(self) -> None: ...
+    def step(self, step: int, inputs: Mapping[str, torch.Tensor]) -> StepReport:
+        """Runs one step on this replica's rows of the batch."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The parameters and buffers that this rank owns."""
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """The last step's gradients that this rank owns."""
+
+    def positions(self) -> str:
+        """Where it stands; from any thread."""
+
+    def abort(self, reason: str) -> None:
+        """Ends the step under way; from any thread."""
+
+    def close(self) -> None:
+        """Releases what it holds."""
 
 
 class Feed(Protocol):
@@ -37,8 +48,10 @@ class Feed(Protocol):
         """Steps below `until` will be asked for, so their batches may be read ahead."""
 
     def take(self, step: int) -> Mapping[str, torch.Tensor] | None:
-        """The inputs of `step`, waiting for them; None if the source stopped before it, the
-        reason being raised on the rank that reads the source."""
+        """The inputs of `step`, waiting for them.
+
+        None if the source stopped before it; the rank that reads the source raises the reason.
+        """
 
     def abort(self, reason: str) -> None:
         """Wakes a `take` that waits; from any thread."""

@@ -1,0 +1,1 @@
+"""What a user calls to train: the trainer, its data feed, its results."""

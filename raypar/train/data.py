@@ -126,7 +126,7 @@ def peek(data: Data, seed: int) -> Opened:
 
 
 def plain(batch: Any) -> Any:
-    """A batch with mapping types that pytrees do not know (a Hugging Face BatchEncoding) as dict."""
+    """A batch whose mapping type pytrees do not know (Hugging Face's BatchEncoding) as a dict."""
     if not isinstance(batch, dict) and hasattr(batch, "items") and hasattr(batch, "keys"):
         return dict(batch.items())
     return batch

@@ -84,6 +84,7 @@ class DataFeed:
         return DataFeed(None, self._form, [self._specs[rank]])
 
     def __call__(self, spec: RankSpec, world: Group) -> Feed:
+        """The feed of one rank; all ranks call it, since it makes a subgroup of `world`."""
         group = world.subgroup(range(world.size), "data")
         assert group is not None
         group.timeout_s = _WAIT_FOR_DATA_S

@@ -23,8 +23,10 @@ _FLUSH_S = 1.0
 
 
 def tokens_of(form: BatchForm) -> int | None:
-    """Tokens of one global batch: the elements of its first integer tensor of two dims, of which
-    one is the batch dim; None if there is none."""
+    """Tokens of one global batch, if it is one of tokens.
+
+    These are the elements of its first integer tensor of two dims, of which one is the batch dim.
+    """
     for shape, dtype, dim in zip(
         form.spec.shapes, form.spec.dtypes, form.spec.batch_dims, strict=True
     ):

@@ -14,10 +14,10 @@ class Result:
     """The outcome of `Trainer.fit`.
 
     Attributes:
-        metrics: ``loss`` of the last step, ``steps``, ``seconds`` (of all steps), ``samples_per_s``,
-            ``tokens_per_s`` where a batch is one of tokens, ``grad_norm``, ``startup`` (seconds of
-            each part before the first step), ``driver_share`` (CPU time of the driver actor per
-            wall time).
+        metrics: ``loss`` of the last step, ``steps``, ``seconds`` (of all steps),
+            ``samples_per_s``, ``tokens_per_s`` where a batch is one of tokens, ``grad_norm``,
+            ``startup`` (seconds of each part before the first step), ``driver_share`` (CPU time
+            of the driver actor per wall time).
         path: The run's folder: ``plan.json``, ``metrics.jsonl``, ``result.json``, ``model.pt``.
         plan: What was run.
         error: None; a failed run raises, and leaves this as text in ``result.json``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -86,7 +87,7 @@ def start_private_ray(num_cpus: int, *, log_to_driver: bool = False) -> RaySessi
                 num_cpus=num_cpus,
                 include_dashboard=False,
                 log_to_driver=log_to_driver,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 object_store_memory=_STORE_BYTES,
                 _temp_dir=folder,
             )
@@ -102,8 +103,10 @@ def start_private_ray(num_cpus: int, *, log_to_driver: bool = False) -> RaySessi
 
 
 def connect(address: str | None = None, *, num_cpus: int = 1) -> RaySession:
-    """Connects to Ray: the one this process is connected to already, else `address`, else
-    RAY_ADDRESS, else a private one with `num_cpus` logical CPUs.
+    """Connects to Ray.
+
+    To the one this process is connected to already, else to `address`, else to RAY_ADDRESS, else
+    to a private one with `num_cpus` logical CPUs.
 
     Args:
         address: ``host:port`` of the head, ``ray://host:port``, ``auto`` or ``local``.

@@ -1,4 +1,4 @@
-"""The trainer: model, loss, optimizer and data in; a trained model, its metrics and its plan out."""
+"""The trainer: model, loss, optimizer and data in; trained model, metrics and plan out."""
 
 from __future__ import annotations
 

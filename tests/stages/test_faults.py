@@ -1,0 +1,83 @@
+"""Which failure is the root, and what is raised for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from raypar.errors import (
+    CommAbortedError,
+    CommError,
+    CommTimeoutError,
+    DataError,
+    OptimizerError,
+    StageDiedError,
+    TrainingError,
+)
+from raypar.stages.faults import (
+    Failure,
+    Positions,
+    RankInfo,
+    failure_of,
+    root_failure,
+    to_exception,
+)
+
+INFOS = [RankInfo(r, stages=(r,), device=r) for r in range(4)]
+
+
+def test_the_root_is_the_gravest_kind_then_the_earliest_step() -> None:
+    aborted = failure_of(CommAbortedError("aborted"), 0, 2)
+    broken = failure_of(CommError("broken"), 1, 2)
+    late = failure_of(CommTimeoutError("late"), 3, 2)
+    raised = failure_of(ValueError("mine"), 2, 3)
+    assert root_failure([aborted, late, broken]) is broken
+    assert root_failure([aborted, late]) is late
+    assert root_failure([aborted, broken, raised]) is raised
+    earlier = failure_of(ValueError("earlier"), 3, 1)
+    assert root_failure([raised, earlier]) is earlier
+    dead = Failure(1, 9, "StageDiedError", "gone", died=True, severity=0)
+    assert root_failure([raised, earlier, dead]) is dead
+
+
+@pytest.mark.parametrize("error", [DataError("no more"), OptimizerError("lr is negative")])
+def test_own_errors_come_back_as_they_were(error: Exception) -> None:
+    found = to_exception([failure_of(error, 1, 4)], INFOS, Positions())
+    assert type(found) is type(error)
+    assert str(found) == str(error)
+
+
+def test_other_errors_say_which_rank_raised_what_when() -> None:
+    failure = failure_of(ZeroDivisionError("division by zero"), 2, 7)
+    found = to_exception([failure], INFOS, Positions())
+    assert isinstance(found, TrainingError)
+    assert "stage 2 (rank 2) raised ZeroDivisionError in step 7: division by zero" in str(found)
+    assert isinstance(found.__cause__, ZeroDivisionError)
+
+
+def test_an_error_that_cannot_be_pickled_keeps_its_text() -> None:
+    class Local(Exception):
+        pass
+
+    found = to_exception([failure_of(Local("no module has me"), 0, 0)], INFOS, Positions())
+    assert "raised Local in step 0: no module has me" in str(found)
+
+
+def test_a_dead_rank_is_named_with_the_positions_of_the_others() -> None:
+    dead = Failure(1, 3, "StageDiedError", "worker exited", died=True, severity=0)
+    others = [failure_of(CommError("broken"), 0, 3)]
+    at = Positions({0: "step 3: 0F1", 2: "step 3: recv"})
+    found = to_exception([*others, dead], INFOS, at)
+    assert isinstance(found, StageDiedError)
+    text = str(found)
+    assert "lost stage 1 (rank 1) in or near step 3: worker exited" in text
+    assert "stage 0 (rank 0): step 3: 0F1" in text
+    assert "stage 3 (rank 3): does not answer" in text
+    assert "stage 1 (rank 1):" not in text
+
+
+def test_a_hang_keeps_its_class_and_lists_everyone() -> None:
+    late = failure_of(CommTimeoutError("recv x waited 5 s"), 0, 1)
+    found = to_exception([late], INFOS[:2], Positions({0: "recv x", 1: "1F0"}))
+    assert type(found) is CommTimeoutError
+    assert "recv x waited 5 s" in str(found)
+    assert "stage 1 (rank 1): 1F0" in str(found)

@@ -1,0 +1,67 @@
+"""What is written and shown step by step."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import torch
+
+from raypar.stages.faults import RankInfo
+from raypar.stages.run import merge_reports
+from raypar.stages.spec import StepReport
+from raypar.train.data import BatchForm
+from raypar.train.metrics import Display, MetricsLog, tokens_of
+
+
+def test_tokens_are_known_for_a_batch_of_integer_rows() -> None:
+    ids = torch.zeros(4, 16, dtype=torch.int64)
+    assert tokens_of(BatchForm((ids, ids))) == 64
+    assert tokens_of(BatchForm((torch.zeros(4, 16), torch.zeros(4, dtype=torch.int64)))) is None
+
+
+def test_one_line_of_json_per_step_with_every_rank(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl", 8, 64, [RankInfo(0, stages=(0,)), RankInfo(1, stages=(1,))])
+    for step, loss in enumerate([2.0, 1.0, float("nan")]):
+        seconds = 9.0 if step == 0 else 0.5
+        log.add(
+            merge_reports(
+                [
+                    StepReport(step, seconds={"total": seconds, "compute": 0.25}),
+                    StepReport(step, loss=loss, grad_norm=3.0, peak_saved={1: 100}),
+                ]
+            )
+        )
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == [0, 1, 2]
+    assert lines[1]["loss"] == 1.0
+    assert lines[1]["tokens_per_s"] == 128
+    assert lines[1]["samples_per_s"] == 16
+    assert lines[1]["ranks"][0]["seconds"]["compute"] == 0.25
+    assert lines[1]["ranks"][1]["peak_saved_bytes"] == {"1": 100}
+    assert lines[2]["loss"] == "nan", "JSON has no NaN"
+    total = log.summary()
+    assert total["steps"] == 3
+    assert total["step_s"] == 0.5, "the first step warms up and is left out of the rates"
+
+
+def test_plain_lines_every_so_many_steps_and_at_the_end() -> None:
+    out = io.StringIO()
+    with Display(5, 2, out) as display:
+        for step in range(5):
+            display.show(
+                {"step": step, "loss": 1.5, "grad_norm": None, "step_s": 0.1, "samples_per_s": 80.0}
+            )
+    shown = out.getvalue().splitlines()
+    assert [line.split()[1] for line in shown] == ["1/5", "2/5", "4/5", "5/5"]
+    assert "loss 1.5000" in shown[0]
+    assert "80 samples/s" in shown[0]
+
+
+def test_nothing_is_shown_where_nothing_is_asked_for() -> None:
+    out = io.StringIO()
+    with Display(1, 0, out) as display:
+        display.show({"step": 0, "loss": 1.0, "grad_norm": None, "step_s": 1, "samples_per_s": 1})
+    assert out.getvalue() == ""
