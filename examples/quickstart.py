@@ -1,6 +1,6 @@
 """The library in one page: capture, plan, look, train.
 
-    python -m examples.quickstart
+python -m examples.quickstart
 """
 
 from __future__ import annotations

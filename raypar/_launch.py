@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -39,9 +38,9 @@ class BuildModel:
         """The model.
 
         Raises:
-            ConfigError: The target does not take the arguments, or makes no module.
+            ConfigError: The target makes something else.
         """
-        model = call_target(self.target, self.kwargs, "model")
+        model = self.target(**self.kwargs)
         if not isinstance(model, torch.nn.Module):
             raise ConfigError(
                 f"model.target: {_name(self.target)}(...) returned {type(model).__name__}, "
@@ -62,9 +61,9 @@ class BuildData:
         """The batches.
 
         Raises:
-            ConfigError: The target does not take the arguments, or makes nothing iterable.
+            ConfigError: The target makes something else.
         """
-        made = call_target(self.target, self.kwargs, "data")
+        made = self.target(**self.kwargs)
         if not isinstance(made, Iterable):
             raise ConfigError(
                 f"data.target: {_name(self.target)}(...) returned {type(made).__name__}, "
@@ -96,20 +95,14 @@ class BuildOptimizer:
     kwargs: dict[str, Any]
 
     def __call__(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer of these parameters.
-
-        Raises:
-            ConfigError: The target does not take the arguments.
-        """
-        made: torch.optim.Optimizer = call_target(
-            functools.partial(self.target, parameters), self.kwargs, "optimizer"
-        )
-        return made
+        """The optimizer of these parameters."""
+        return self.target(parameters, **self.kwargs)
 
 
 def model_of(config: Config) -> BuildModel:
     """The model function that `config` stands for."""
     target = resolve_target(config.model.target, "model.target")
+    _check_call(target, "model", **config.model.kwargs)
     return BuildModel(target, config.model.kwargs, _DTYPES[config.model.precision])
 
 
@@ -124,12 +117,14 @@ def data_of(config: Config) -> BuildData:
     if "global_batch" in config.data.kwargs:
         raise ConfigError("data.kwargs.global_batch: say it once, as data.global_batch")
     kwargs = {"global_batch": config.data.global_batch, **config.data.kwargs}
+    _check_call(target, "data", **kwargs)
     return BuildData(target, kwargs, _DTYPES[config.model.precision])
 
 
 def optimizer_of(config: Config) -> BuildOptimizer:
     """The optimizer function that `config` stands for."""
     target = resolve_target(config.optimizer.target, "optimizer.target")
+    _check_call(target, "optimizer", [], **config.optimizer.kwargs)
     return BuildOptimizer(target, config.optimizer.kwargs)
 
 
@@ -236,24 +231,23 @@ def write_resolved(config: Config, folder: Path) -> None:
     )
 
 
-def call_target(target: Callable[..., Any], kwargs: dict[str, Any], section: str) -> Any:
-    """Calls a configured target; a wrong argument is told as the config key it came from.
-
-    Raises:
-        ConfigError: The call does not fit the target's signature.
-    """
+def _check_call(target: Callable[..., Any], section: str, *args: Any, **kwargs: Any) -> None:
+    """Tells a call that cannot work as the config key it comes from, before anything starts."""
     try:
         signature = inspect.signature(target)
-    except (TypeError, ValueError):  # a C function without a signature: let the call itself tell
-        return target(**kwargs)
+    except (TypeError, ValueError):  # a C function without a signature: the call itself will tell
+        return
     try:
-        signature.bind(**kwargs)
+        signature.bind(*args, **kwargs)
     except TypeError as error:
         raise ConfigError(
-            f"{section}.kwargs: {_name(target)}{signature} cannot be called with "
-            f"{', '.join(kwargs) or 'no arguments'}: {error}"
+            f"{section}.kwargs: {_name(target)} cannot be called with "
+            f"{', '.join(kwargs) or 'no arguments'}: {error}; it takes {_names(signature)}"
         ) from None
-    return target(**kwargs)
+
+
+def _names(signature: inspect.Signature) -> str:
+    return ", ".join(str(p.replace(annotation=p.empty)) for p in signature.parameters.values())
 
 
 def _name(target: Any) -> str:

@@ -78,11 +78,33 @@ def test_an_unknown_command_is_refused() -> None:
     assert run("trian").exit_code == 2
 
 
-def test_a_wrong_kwarg_names_its_key_and_the_signature(config_file: Path) -> None:
-    done = run("plan", config_file, "--set", "model.kwargs.depth=3")
+@pytest.mark.parametrize(
+    ("section", "takes"),
+    [("model", "layers=4"), ("data", "seq_len=128"), ("optimizer", "weight_decay")],
+)
+def test_a_wrong_kwarg_names_its_key_and_what_is_taken(
+    config_file: Path, section: str, takes: str
+) -> None:
+    done = run("train", config_file, "--num-workers", 0, "--set", f"{section}.kwargs.depth=3")
     assert done.exit_code == 2
-    assert "model.kwargs" in done.stderr
+    assert f"{section}.kwargs: " in done.stderr
     assert "unexpected keyword argument 'depth'" in done.stderr
+    assert takes in done.stderr
+
+
+def test_global_batch_is_said_once(config_file: Path) -> None:
+    done = run("plan", config_file, "--set", "data.kwargs.global_batch=3")
+    assert done.exit_code == 2
+    assert "say it once, as data.global_batch" in done.stderr
+
+
+def test_double_precision_reaches_parameters_and_inputs(config_file: Path, tmp_path: Path) -> None:
+    done = run("train", config_file, "--num-workers", 0, "--set", "model.precision=fp64")
+    assert done.exit_code == 0, done.output
+    import torch
+
+    state = torch.load(tmp_path / "runs" / "small" / "model.pt")
+    assert {value.dtype for value in state.values()} == {torch.float64}
 
 
 def test_a_run_that_fails_is_exit_code_1(
@@ -172,7 +194,7 @@ def test_train_in_one_process_leaves_a_run_that_can_be_repeated(
     assert done.exit_code == 0, done.output
     folder = tmp_path / "runs" / "small"
     assert f"files: {folder}" in done.stdout
-    assert "loss" in done.stdout
+    assert re.search(r"^step 2/2 .*loss \d", done.stdout, re.M)
     resolved = folder / "config.resolved.yaml"
     assert "auto" not in resolved.read_text()
     again = run("train", resolved, "--set", "run.name=again")
