@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,13 +27,18 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from release.gpt import GPT, gpt
+from examples.models import GPT, gpt
+from release.pairs import Timing
+from release.pieces import cut
 
 START_TIMEOUT_S = 120.0
 STEPS_TIMEOUT_S = 600.0
 
 Step = Callable[[], float | None]
 """Runs one training step; returns the loss of the whole batch where this rank knows it."""
+
+Build = Callable[..., Step]
+"""Makes one rank's step function from (rank, world, workload, **options), in its process."""
 
 
 @dataclass(frozen=True)
@@ -76,27 +81,6 @@ class Workload:
     def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
         """AdamW with torch's defaults, which every system under comparison uses."""
         return torch.optim.AdamW(parameters, lr=self.lr)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What k steps took.
-
-    Attributes:
-        seconds: Wall time of one step: the mean over the k steps, measured between barriers.
-        cpu_seconds: CPU time of one step, of the busiest process.
-        losses: Loss of every step.
-    """
-
-    seconds: float
-    cpu_seconds: float
-    losses: list[float]
-
-
-class Build(Protocol):
-    """Makes one rank's step function; called inside the rank's process."""
-
-    def __call__(self, rank: int, world: int, load: Workload, **options: Any) -> Step: ...
 
 
 class Peer:
@@ -292,11 +276,10 @@ def pipeline(rank: int, world: int, load: Workload, *, schedule: str, chunks: in
     """
     count = world * chunks
     held = _placement(schedule, rank, world, chunks)
-    model = load.model()
-    model.untie()
-    pieces = {index: model.piece(index, count) for index in held}
+    pieces = cut(load.model(), held, count)
     stages = [
-        pipelining.PipelineStage(pieces[i], i, count, torch.device("cpu")) for i in sorted(pieces)
+        pipelining.PipelineStage(piece, index, count, torch.device("cpu"))
+        for index, piece in pieces.items()
     ]
     runner: Any = get_schedule_class(schedule)
     plan = runner(stages if chunks > 1 else stages[0], load.microbatches, loss_fn=_token_loss)

@@ -85,7 +85,8 @@ def test_a_name_is_taken_once():
 @every_case
 def test_runs_forward_and_backward_in_float64(case: Case):
     loss, grads = _step(case)
-    assert loss.shape == () and math.isfinite(loss)
+    assert loss.shape == ()
+    assert math.isfinite(loss)
     assert grads
     assert all(g.dtype == torch.float64 and torch.isfinite(g).all() for g in grads.values())
     assert sum(bool(g.abs().max() > 0) for g in grads.values()) >= 0.8 * len(grads)
@@ -111,7 +112,8 @@ def test_building_leaves_the_generator_to_the_caller(case: Case):
     def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
         return all(map(torch.equal, a.parameters(), b.parameters()))
 
-    assert same(first, third) and not same(first, second)
+    assert same(first, third)
+    assert not same(first, second)
 
 
 @every_case
@@ -196,7 +198,9 @@ def test_batch_statistics_are_declared(case: Case):
 def test_a_masked_mean_has_uneven_parts_and_an_empty_one():
     tokens, _, mask = models.case("masked_mean").batch()
     counts = mask.sum(dim=1)
-    assert 0 in counts and counts.max() == tokens.shape[1] and len(counts.unique()) > 2
+    assert 0 in counts
+    assert counts.max() == tokens.shape[1]
+    assert len(counts.unique()) > 2
 
 
 def test_two_samples_share_the_broadcast_mask():

@@ -1,5 +1,7 @@
 """Transformer blocks that several models of the zoo share."""
 
+# A forward does what its class says.
+
 from __future__ import annotations
 
 import torch

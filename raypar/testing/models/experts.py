@@ -1,5 +1,8 @@
 """Mixtures of experts: dense dispatch with a capacity, and a sparse loop over the experts."""
 
+# A forward does what its class says.
+# ruff: noqa: D102
+
 from __future__ import annotations
 
 import math

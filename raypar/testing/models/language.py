@@ -1,5 +1,8 @@
 """Decoder-only and encoder-only language models."""
 
+# A forward does what its class says.
+# ruff: noqa: D102
+
 from __future__ import annotations
 
 import torch

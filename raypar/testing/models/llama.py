@@ -1,5 +1,8 @@
 """A Llama-like decoder (Touvron et al. 2023) with grouped-query attention (Ainslie et al. 2023)."""
 
+# A forward does what its class says.
+# ruff: noqa: D102
+
 from __future__ import annotations
 
 import torch

@@ -1,5 +1,8 @@
 """Recurrent and temporal-convolution models, batch first and time first."""
 
+# A forward does what its class says.
+# ruff: noqa: D102
+
 from __future__ import annotations
 
 import torch

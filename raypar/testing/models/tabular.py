@@ -1,5 +1,8 @@
 """Perceptrons, recommenders, and models odd in what they are given or in what they hold."""
 
+# A forward does what its class says.
+# ruff: noqa: D102
+
 from __future__ import annotations
 
 import torch

@@ -1,5 +1,8 @@
 """Image models: a residual network, a vision transformer, a U-Net, a mixer, feature dropout."""
 
+# A forward does what its class says.
+# ruff: noqa: D102
+
 from __future__ import annotations
 
 import torch
