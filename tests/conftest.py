@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ from hypothesis import HealthCheck, settings
 _ROOT = Path(__file__).resolve().parent.parent
 # Ray reads these in this process and in every one that it starts.
 os.environ["RAY_AUTH_MODE"] = "disabled"
-os.environ["RAY_memory_monitor_refresh_ms"] = "0"
+os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112 (Ray's own spelling)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
 
@@ -29,10 +28,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("raypar")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "ray: starts or uses the shared Ray session")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,24 +44,19 @@ def _one_torch_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_session(request: pytest.FixtureRequest) -> Iterator[str]:
+def ray_session() -> Iterator[str]:
     """One local Ray with 16 CPUs for all tests that ask for it; yields its address.
 
-    Test modules are pickled by value, so that actors and functions defined in them work in Ray's
-    workers, which do not have the tests on their path. At the end nothing may be left: no
-    placement group, and no process of this session.
+    Its workers have the project's root on their path, so that functions and actors defined in
+    test modules can be shipped. At the end nothing may be left: no placement group, and no process
+    of this session.
     """
     import ray
-    from ray import cloudpickle
 
     # AF_UNIX paths are limited to about 100 bytes: pytest's tmp_path is too long for Ray.
     folder = Path(tempfile.mkdtemp(prefix="rp-", dir="/tmp"))
-    for item in request.session.items:
-        if "ray_session" in getattr(item, "fixturenames", ()) and isinstance(item, pytest.Function):
-            with contextlib.suppress(ValueError):
-                cloudpickle.register_pickle_by_value(item.module)
     python_path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *([python_path] if python_path else [])])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), python_path]))
     context = ray.init(
         address="local",
         num_cpus=16,

@@ -64,8 +64,8 @@ def shortage(requests: Sequence[PlacementRequest], nodes: Sequence[NodeState]) -
                     "was made for another cluster"
                 )
             _add(pinned.setdefault(at, {}), bundle)
-    for at, need in pinned.items():
-        for resource, amount in need.items():
+    for at, wanted in pinned.items():
+        for resource, amount in wanted.items():
             has = by_id[at].total.get(resource, 0)
             if amount > has + _EPSILON:
                 return _missing(f"node {by_id[at].name}", resource, amount, has)
@@ -80,7 +80,7 @@ def _loose_shortage(
 ) -> str | None:
     kinds = Counter(tuple(sorted(bundle.items())) for bundle in loose)
     for kind in kinds:
-        bundle = dict(kind)
+        bundle: dict[str, float] = dict(kind)
         if not any(_slots(by_id[at].total, bundle) for at in room):
             best = {r: max((n.total.get(r, 0) for n in by_id.values()), default=0) for r in bundle}
             for resource, amount in bundle.items():
@@ -88,8 +88,8 @@ def _loose_shortage(
                     return _missing("any one node", resource, amount, best[resource])
             return f"no single node has {show(bundle)} together"
     need: dict[str, float] = {}
-    for bundle in loose:
-        _add(need, bundle)
+    for wanted in loose:
+        _add(need, wanted)
     for resource, amount in need.items():
         has = sum(max(0.0, left.get(resource, 0)) for left in room.values())
         if amount > has + _EPSILON:

@@ -187,5 +187,3 @@ def _valid_keys(loc: tuple[str | int, ...]) -> tuple[str, ...]:
     if parent in ("inside", "across", "host"):
         return _KEYS["link"]
     return _KEYS[str(loc[0])]
-
-

@@ -90,8 +90,10 @@ class BundleRange:
         return dict(self.group.bundle_specs[self._index(position)])
 
     def actor_options(self, position: int) -> dict[str, Any]:
-        """Options for ``Actor.options(...)`` that put an actor into the bundle and give it all of
-        it; never restarted or retried, since a step must not run twice."""
+        """Options for ``Actor.options(...)``: the bundle at `position`, all of it.
+
+        Never restarted and never retried, since a step must not run twice.
+        """
         bundle = self.bundle(position)
         return {
             "num_cpus": bundle.pop("CPU", 0),

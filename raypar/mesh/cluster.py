@@ -327,8 +327,10 @@ class Cluster:
         return dataclasses.replace(slow, latency=max(a.across.latency, b.across.latency))
 
     def fingerprint(self) -> str:
-        """16 hex digits that equal hardware shares: kinds, counts, links and host memory in whole
-        GiB, without names and ids. Measurements are filed under it."""
+        """16 hex digits that equal hardware shares; measurements are filed under it.
+
+        Made from kinds, counts, links and host memory in whole GiB; not from names and ids.
+        """
         rows = [
             (
                 dataclasses.asdict(n.device),

@@ -18,11 +18,19 @@ class SliceLike(Protocol):
     """What a plan says about the devices of a stage (`raypar.plan.MeshSlice`)."""
 
     @property
-    def devices(self) -> tuple[int, ...]: ...
+    def devices(self) -> tuple[int, ...]:
+        """Cluster-wide device indices, row-major."""
+        ...
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Mesh shape."""
+        ...
+
     @property
-    def axes(self) -> tuple[str, ...]: ...
+    def axes(self) -> tuple[str, ...]:
+        """One name per axis."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

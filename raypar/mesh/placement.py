@@ -191,18 +191,19 @@ def check_nodes(actual: Mapping[int, str], cluster: Cluster) -> None:
         ClusterError: Naming every device that is elsewhere.
     """
     wrong: list[str] = []
-    stands_for: dict[int, str] = {}
+    stands_for: dict[int, str] = {}  # node index → Ray node
+    taken: dict[str, int] = {}  # Ray node → the node index that it stands for
     for device, at in sorted(actual.items()):
         index, local = cluster.device(device)
         node = cluster.nodes[index]
         expected = node.id or stands_for.setdefault(index, at)
+        other = index if node.id else taken.setdefault(at, index)
         if at != expected:
             wrong.append(
                 f"device {device} (number {local} of node {node.name}) should be on Ray node "
                 f"{expected[:12]}, its actor is on {at[:12]}"
             )
-        elif not node.id and any(other != index and stands_for[other] == at for other in stands_for):
-            other = next(o for o in stands_for if o != index and stands_for[o] == at)
+        elif other != index:
             wrong.append(
                 f"device {device} is on Ray node {at[:12]}, which already stands for node "
                 f"{cluster.nodes[other].name} of the plan, not {node.name}"
