@@ -55,6 +55,7 @@ class Mailbox(Endpoint):
             peer.start()
 
     def send(self, to: int, key: bytes, tensor: torch.Tensor, pending: Pending) -> None:
+        """Writes what the socket takes at once; a sender thread does the rest. See `Endpoint`."""
         if self._aborted:
             reason = aborted_reason(self._aborted, key)
             if reason is not None:
@@ -73,12 +74,15 @@ class Mailbox(Endpoint):
         self._peers[to].send(key, header, _frames.payload(tensor), pending)
 
     def post(self, source: int, key: bytes, pending: Pending) -> None:
+        """See `Endpoint`."""
         self._inbox(source).post(key, pending)
 
     def forget(self, source: int, key: bytes, pending: Pending) -> None:
+        """See `Endpoint`."""
         self._inbox(source).forget(key, pending)
 
     def arrived(self, source: int) -> str:
+        """See `Endpoint`."""
         return self._inbox(source).arrived()
 
     def _inbox(self, source: int) -> Inbox:
@@ -104,6 +108,7 @@ class Mailbox(Endpoint):
             peer.drop_unsent(path, reason)
 
     def aborted(self, path: bytes) -> str | None:
+        """See `Endpoint`."""
         return aborted_reason(self._aborted, path)
 
     def close(self) -> None:

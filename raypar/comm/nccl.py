@@ -135,9 +135,10 @@ class NcclGroup(Group):
         return self._issue(lane, call, issue, [plain], None)
 
     def irecv(self, spec: TensorSpec, source: int, tag: str) -> Work:
-        """See `Group` and the module's text: order counts, not tags, and NCCL carries no shape, so
-        that a message of another size than `spec` says is an error of the program that NCCL may or
-        may not notice.
+        """See `Group` and the module's text: order counts, not tags.
+
+        NCCL carries no shape: a message of another size than `spec` says is an error of the
+        program that NCCL may or may not notice.
         """
         call = self._call(f"recv {tag!r} from rank {source}")
         lane = self._pairs.lane(source, outward=False, call=call)

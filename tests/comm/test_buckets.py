@@ -126,17 +126,22 @@ def test_alone_keeps_by_reference_and_never_writes() -> None:
     buckets.add(1, first, last=True)  # two parameters may get one and the same tensor
     buckets.add(0, second, last=True)
     found = buckets.finish()
-    assert found[2] is None and found[0] is not None and found[1] is not None
-    assert found[0].tolist() == [3.0] * 3 and found[1].tolist() == [1.0] * 3
+    assert found[2] is None
+    assert found[0] is not None
+    assert found[1] is not None
+    assert found[0].tolist() == [3.0] * 3
+    assert found[1].tolist() == [1.0] * 3
     found[0].mul_(0.5)
     found[1].mul_(0.5)
-    assert first.tolist() == [1.0] * 3 and second.tolist() == [2.0] * 3
+    assert first.tolist() == [1.0] * 3
+    assert second.tolist() == [2.0] * 3
 
     buckets.reset()
     alone = torch.ones(3)
     buckets.add(0, alone, last=True)
     kept = buckets.finish()[0]
-    assert kept is not None and kept.data_ptr() == alone.data_ptr()
+    assert kept is not None
+    assert kept.data_ptr() == alone.data_ptr()
 
 
 def test_bad_use() -> None:

@@ -44,7 +44,8 @@ def exchange(group: Group) -> float:
     work = group.isend(torch.full((100_000,), float(group.rank)), after, "x")
     found = group.irecv(TensorSpec((100_000,), torch.float32), before, "x").wait()
     work.wait()
-    assert found is not None and float(found[-1]) == before
+    assert found is not None
+    assert float(found[-1]) == before
     total = torch.ones(200_000)
     group.all_reduce(total).wait()
     return float(total.sum())
@@ -95,7 +96,8 @@ def test_two_worlds_at_once_do_not_mix() -> None:
         spec = TensorSpec((1,), torch.float32)
         from_b = b.irecv(spec, 1 - b.rank, "t").wait()
         from_a = a.irecv(spec, 1 - a.rank, "t").wait()
-        assert from_a is not None and from_b is not None
+        assert from_a is not None
+        assert from_b is not None
         a.barrier()
         a.close()
         b.close()
@@ -112,7 +114,8 @@ def test_missing_ranks_are_named() -> None:
 
     for result in together(2, one):
         assert isinstance(result, CommTimeoutError)
-        assert "2, 3 did not join" in str(result) and "timeout_s" in str(result)
+        assert "2, 3 did not join" in str(result)
+        assert "timeout_s" in str(result)
 
 
 def test_a_stranger_is_refused() -> None:

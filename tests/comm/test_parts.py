@@ -28,7 +28,8 @@ def test_registry() -> None:
         registry.register_backend("gloo", "a:B")
     with pytest.raises(CommError, match="module:Class"):
         registry.register_backend("mine", "a.B")
-    assert registry.backend_for("cpu") == "gloo" and registry.backend_for("cuda:1") == "nccl"
+    assert registry.backend_for("cpu") == "gloo"
+    assert registry.backend_for("cuda:1") == "nccl"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where no GPU is")
@@ -66,7 +67,8 @@ def test_nccl_errors_in_words() -> None:
     with pytest.raises(CommError, match="128 bytes"):
         _nccl_api.pack_ids([(1, 2)])
     told = _nccl_api.explain(RuntimeError("NCCL_ERROR_INVALID_USAGE: x"), "w rank 0: send")
-    assert "own GPU" in str(told) and str(told).startswith("w rank 0: send")
+    assert "own GPU" in str(told)
+    assert str(told).startswith("w rank 0: send")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -100,7 +102,8 @@ def test_inbox_order_and_faults() -> None:
     late = _pending()
     inbox.post(b"/:a", late)
     assert [float(p.wait()) for p in (*waiting, late)] == [1.0, 2.0, 3.0]  # type: ignore[arg-type]
-    assert "'a'" in inbox.arrived() and "not asked for" not in inbox.arrived()
+    assert "'a'" in inbox.arrived()
+    assert "not asked for" not in inbox.arrived()
 
     inbox.deliver(b"/0/:b", torch.tensor(4.0))
     assert "not asked for yet: 'b'" in inbox.arrived()
@@ -138,7 +141,8 @@ def test_inbox_claims_a_buffer_only_where_the_message_fits() -> None:
     late = _pending(into=into)
     inbox.deliver(b"/:a", torch.ones(3))
     inbox.post(b"/:a", late)
-    assert late.wait() is into and into.tolist() == [1.0] * 3
+    assert late.wait() is into
+    assert into.tolist() == [1.0] * 3
 
 
 def test_a_message_that_lost_to_the_deadline_is_kept() -> None:
