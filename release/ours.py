@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from raypar.plan import Plan
     from raypar.stages.run import StepResult
     from release.peers import Workload
-
-MOST_RANKS = 2
+SYSTEMS, RANKS = 8, 2
+"""At most so many raypar systems wait at a time, each on so many devices."""
 
 
 @contextmanager
@@ -28,22 +28,24 @@ def raypar_cluster() -> Iterator[None]:
     """
     from raypar.train.session import start_private_ray
 
-    with start_private_ray(num_cpus=8 * MOST_RANKS):
+    with start_private_ray(num_cpus=SYSTEMS * RANKS):
         yield
 
 
-def uniform_plan(load: Workload, schedule: str, *, stages: int, replicas: int = 1) -> Plan:
-    """The planner `uniform`'s split of a workload over one-thread CPU devices."""
+def uniform_plan(
+    load: Workload, schedule: str, *, ranks: int = 1, chunks: int = 1, replicas: int = 1
+) -> Plan:
+    """The planner `uniform`'s split of a workload: `chunks` stages on each of `ranks` devices."""
     import raypar
 
     graph = raypar.capture(load.model, load.data())
-    ranks = min(stages, MOST_RANKS) * replicas
     return raypar.plan(
         graph,
-        raypar.Cluster.local(ranks),
+        raypar.Cluster.local(ranks * replicas),
         raypar.SearchConfig(
             planner="uniform",
-            stages=stages,
+            stages=ranks * chunks,
+            chunks=chunks,
             replicas=replicas,
             microbatches=load.microbatches,
             schedule=schedule,
@@ -73,14 +75,12 @@ class RayparRun:
     ) -> None:
         from raypar.graph.capture import capture
         from raypar.stages.compile import compile_plan
-        from raypar.stages.remote import RayRun
-        from raypar.train.data import BatchForm
-        from raypar.train.feed import DataFeed, RemadeBatches
+        from raypar.testing.backends import start_run
 
         self.name = name
         specs = compile_plan(capture(model_fn, batch), plan, optimizer=optimizer, threads=1)
-        feed = DataFeed(RemadeBatches(_Again(batch), seed=0), BatchForm(batch), specs)
-        self._run = RayRun(specs, cluster=plan.cluster, feed=feed, name="bench")
+        # Like the peers, every rank holds its rows of the one batch: no loader is measured.
+        self._run = start_run("ray", specs, batch)
         self._done = 0
         try:
             self._run.start()
@@ -101,14 +101,3 @@ class RayparRun:
     def close(self) -> None:
         """Ends the actors; safe to call twice."""
         self._run.close()
-
-
-class _Again:
-    """A data source that yields one batch for ever, and travels to the actors."""
-
-    def __init__(self, batch: tuple[torch.Tensor, ...]) -> None:
-        self._batch = batch
-
-    def __call__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        while True:
-            yield self._batch

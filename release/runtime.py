@@ -125,7 +125,7 @@ def running(*make: Callable[[], System]) -> Iterator[list[System]]:
 def plain_eager(bench: Bench) -> None:
     """One stage on one actor against the loop anyone would write."""
     peers = [functools.partial(Peer, "eager", eager, 1, EAGER_LOAD)]
-    ours = [_ours("raypar 1 stage", EAGER_LOAD, "1f1b", stages=1)]
+    ours = [_ours("raypar 1 stage", EAGER_LOAD, "1f1b")]
     with running(*peers, *([] if bench.peers_only else ours)) as systems:
         found = bench.measure("plain_eager", systems)
         if not bench.peers_only:
@@ -135,7 +135,7 @@ def plain_eager(bench: Bench) -> None:
 def ddp_replicas(bench: Bench) -> None:
     """Two replicas against DistributedDataParallel, one microbatch."""
     peers = [functools.partial(Peer, "DDP", ddp, 2, SPLIT_LOAD)]
-    ours = [_ours("raypar 2 replicas", SPLIT_LOAD, "1f1b", stages=1, replicas=2)]
+    ours = [_ours("raypar 2 replicas", SPLIT_LOAD, "1f1b", replicas=2)]
     with running(*peers, *([] if bench.peers_only else ours)) as systems:
         found = bench.measure("ddp", systems)
         if not bench.peers_only:
@@ -150,7 +150,7 @@ def pipelining(bench: Bench) -> None:
     names = dict.fromkeys(["1F1B", best])
     peers = [_torch(name, load) for name in names]
     ours = [
-        _ours(f"raypar {name}", load, name, stages=2 * chunks)
+        _ours(f"raypar {name}", load, name, ranks=2, chunks=chunks)
         for name, chunks in RAYPAR_SCHEDULES.items()
     ]
     with running(*peers, *([] if bench.peers_only else ours)) as systems:
@@ -197,11 +197,9 @@ def _screen_torch(load: Workload, steps: int) -> dict[str, float]:
     return medians
 
 
-def _ours(
-    name: str, load: Workload, schedule: str, *, stages: int, replicas: int = 1
-) -> Callable[[], System]:
+def _ours(name: str, load: Workload, schedule: str, **split: int) -> Callable[[], System]:
     def start() -> RayparRun:
-        plan = uniform_plan(load, schedule, stages=stages, replicas=replicas)
+        plan = uniform_plan(load, schedule, **split)
         return RayparRun(load.model, load.data(), plan, name=name, optimizer=load.optimizer)
 
     return start
