@@ -51,6 +51,7 @@ class Trainer:
         run_config: Where the files go.
         search_config: How a plan is searched (`raypar.SearchConfig`), for ``plan="auto"``.
         batch_dims: Batch dim of every tensor of a batch, as for `raypar.capture`.
+        on_plan: Called with plan, graph and cluster once they are known, before anything starts.
 
     Raises:
         ConfigError: A value is out of range.
@@ -71,6 +72,7 @@ class Trainer:
         run_config: RunConfig | None = None,
         search_config: Any = None,
         batch_dims: Any = None,
+        on_plan: Callable[[Plan, OpGraph, Cluster], None] | None = None,
     ) -> None:
         if not isinstance(steps, int) or steps < 1:
             raise ConfigError(f"steps is {steps!r}; give a number of at least 1, for example 100")
@@ -92,6 +94,7 @@ class Trainer:
         self._run_config = run_config or RunConfig()
         self._search_config = search_config
         self._batch_dims = batch_dims
+        self._on_plan = on_plan
 
     def fit(self) -> Result:
         """Trains, and writes the run's folder.
@@ -139,6 +142,8 @@ class Trainer:
                 clock.mark("plan")
             _check_devices(plan, cluster, self._scaling)
             plan.save(path / "plan.json")
+            if self._on_plan is not None:
+                self._on_plan(plan, graph, cluster)
             specs = self._compile(graph, plan)
             clock.mark("compile")
             run = self._make_run(stack, specs, plan, cluster, opened, form)
