@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "argument_names",
     "current_graph",
     "fake_mode",
+    "forgetting_sizes",
     "is_autocast_enter",
     "is_autocast_exit",
     "is_grad_mode_switch",
@@ -53,6 +55,12 @@ def fake_mode() -> FakeTensorMode:
     """A fake tensor mode that knows data-dependent sizes (unbacked symbols)."""
     env = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=True)
     return FakeTensorMode(shape_env=env, allow_non_fake_inputs=True, static_shapes=True)
+
+
+def forgetting_sizes(mode: FakeTensorMode) -> contextlib.AbstractContextManager[Any]:
+    """A trial run under `mode` whose data-dependent sizes no later trace has to account for."""
+    env = mode.shape_env
+    return contextlib.nullcontext() if env is None else env.ignore_fresh_unbacked_symbols()
 
 
 def current_graph() -> torch.fx.Graph | None:

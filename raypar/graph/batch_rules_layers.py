@@ -9,6 +9,7 @@ from torch import fx
 from raypar.graph.batch_rules import (
     Batch,
     Const,
+    Mixed,
     Mixing,
     Ramp,
     Reduced,
@@ -130,8 +131,8 @@ def embedding_bag(call: Call) -> States:
     rows = call.shape(indices)[0]
     if flat_outer(call.shape(indices), state) != 1 or rows % ramp.step:
         raise Mixing("embedding_bag's bags do not lie sample by sample")
-    # Only the pooled output is used by models; the bookkeeping outputs follow the bags too.
-    return tuple(Batch(0) if i == 0 else Const() for i in range(len(call.out)))
+    bookkeeping = Mixed(call.node.meta["id"], "embedding_bag's bookkeeping outputs")
+    return tuple(Batch(0) if i == 0 else bookkeeping for i in range(len(call.out)))
 
 
 @register("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -149,6 +150,27 @@ def recurrent(call: Call) -> States:
         if found is None or found.dim != 1:
             raise Mixing(f"{call.name}'s first hidden state has no samples")
     return tuple(state if i == 0 else Batch(1) for i in range(len(call.out)))
+
+
+@register("gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def cell(call: Call) -> States:
+    """One time step: input and hidden state hold one row per sample."""
+    hidden = call.args["hx"]
+    states = [call.args["input"], *(hidden if isinstance(hidden, (list, tuple)) else [hidden])]
+    if any(only_batch(call, v) != Batch(0) for v in states):
+        raise Mixing(f"{call.name} meets values with and without samples")
+    _weights_const(call, "w_ih", "w_hh", "b_ih", "b_hh")
+    return every_output(call, Batch(0))
+
+
+@register("bilinear")
+def bilinear(call: Call) -> States:
+    ndim = len(call.out.shape)
+    state = aligned(call, [call.args["input1"], call.args["input2"]], ndim)
+    _weights_const(call, "weight", "bias")
+    if state is None or state.dim == ndim - 1:
+        raise Mixing("bilinear sums over the batch dim")
+    return state
 
 
 @register("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d", "mse_loss", "l1_loss",

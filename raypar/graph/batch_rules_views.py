@@ -329,6 +329,17 @@ def one_hot(call: Call) -> States:
     return or_const(only_batch(call, call.args["self"]))
 
 
-@register("meshgrid", "broadcast_tensors")
-def several(call: Call) -> States:
-    raise Mixing(f"{call.name} has no declared batch rule")
+@register("broadcast_tensors")
+def broadcast_tensors(call: Call) -> States:
+    found = []
+    for value, out, twin in zip(call.args["tensors"], call.out, call.twin.meta["val"], strict=True):
+        state = only_batch(call, value)
+        shift = len(out.shape) - len(call.shape(value))
+        grown = [i for i, n in enumerate(out.shape) if twin.shape[i] != n]
+        if state is not None:
+            found.append(Batch(state.dim + shift, state.outer))
+        elif len(grown) == 1:
+            found.append(Batch(grown[0]))
+        else:
+            found.append(Const())
+    return tuple(found)

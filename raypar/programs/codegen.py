@@ -46,6 +46,7 @@ class _Writer:
         self.piece = piece
         self.constants = constants
         self.space: dict[str, Any] = {}
+        self.bound: dict[int, str] = {}
         self.names: dict[fx.Node, str] = {}
         self.lines: list[str] = []
         self.sinks: dict[fx.Node, list[int]] = {}
@@ -108,11 +109,10 @@ class _Writer:
         self.lines.append(f"{self.names[node]} = {self._bind(function)}({', '.join(arguments)})")
 
     def _bind(self, value: Any) -> str:
-        for key, known in self.space.items():
-            if known is value:
-                return key
-        key = f"c{len(self.space)}"
-        self.space[key] = value
+        key = self.bound.get(id(value))
+        if key is None:
+            key = self.bound[id(value)] = f"c{len(self.space)}"
+            self.space[key] = value
         return key
 
     def _ref(self, value: Any) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from raypar.compat import is_mutable, make_fx, pytree
-from raypar.graph.passes.emit import aten, is_op
+from raypar.compat import forgetting_sizes, make_fx, pytree
+from raypar.graph.passes.emit import aten
+from raypar.graph.passes.functionalize import functionalize
 from raypar.graph.replay import replay
 
 
@@ -74,16 +75,15 @@ def trace_joint(graph: fx.Graph, wrt: Sequence[int], candidates: Sequence[int]) 
 
     examples = [n.meta["val"] for n in holders]
     with mode:
-        _, shapes = outputs_of(examples)
+        with forgetting_sizes(mode):
+            _, shapes = outputs_of(examples)
         differentiated += [i for i in candidates if shapes[i].requires_grad]
         tangents = [
             torch.empty(shapes[i].shape, dtype=shapes[i].dtype, device=shapes[i].device)
             for i in differentiated
         ]
         module = make_fx(joint, tracing_mode="real")(examples, tangents)
-        if any(is_op(n) and is_mutable(n.target) for n in module.graph.nodes):
-            functional = torch.func.functionalize(module, remove="mutations")
-            module = make_fx(functional, tracing_mode="real")(examples, tangents)
+        functionalize(module.graph, {}, {})
     return _read(module, len(holders), differentiated, list(wrt))
 
 

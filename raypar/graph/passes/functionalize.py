@@ -48,7 +48,9 @@ def functionalize(
     Raises:
         CaptureError: A parameter is written, or a write goes through a view that cannot be undone.
     """
-    groups = _written_groups(graph)
+    _retarget_view_changes(graph)
+    keys = _alias_keys(graph)
+    groups = _written_groups(graph, keys)
     owner = {node: name for name, node in params.items()}
     for group in groups.values():
         if group.base in owner:
@@ -58,7 +60,7 @@ def functionalize(
             )
     if not groups:
         return {}
-    rewriter = _Rewriter(graph, groups)
+    rewriter = _Rewriter(graph, groups, keys)
     for node in list(graph.nodes):
         if node.op != "placeholder":
             rewriter.visit(node)
@@ -72,18 +74,68 @@ def functionalize(
     return updates
 
 
-def _written_groups(graph: fx.Graph) -> dict[int, _Group]:
-    first: dict[int, fx.Node] = {}
-    written: dict[int, _Group] = {}
+_VIEW_CHANGES = {
+    "transpose_": aten.transpose.int,
+    "swapaxes_": aten.transpose.int,
+    "swapdims_": aten.transpose.int,
+    "t_": aten.t.default,
+    "unsqueeze_": aten.unsqueeze.default,
+}
+
+
+def _retarget_view_changes(graph: fx.Graph) -> None:
+    """Ops that change how a tensor is seen, not what it holds, become views of it."""
+    for node in graph.nodes:
+        if is_op(node) and op_name(node) in _VIEW_CHANGES:
+            node.target = _VIEW_CHANGES[op_name(node)]
+            seen = node.args[0]
+            after = False
+            for later in list(graph.nodes):
+                if after and seen in later.all_input_nodes:
+                    later.replace_input_with(seen, node)
+                after = after or later is node
+
+
+Key = int | fx.Node
+"""What aliases share: a storage, or one piece of an op whose pieces count as separate."""
+
+
+def _alias_keys(graph: fx.Graph) -> dict[fx.Node, Key]:
+    keys: dict[fx.Node, Key] = {}
     for node in graph.nodes:
         value = node.meta.get("val")
-        for item in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(item, torch.Tensor):
-                first.setdefault(storage_id(item), node)
+        items = value if isinstance(value, (list, tuple)) else [value]
+        tensors = [item for item in items if isinstance(item, torch.Tensor)]
+        if not tensors:
+            continue
+        key: Key = storage_id(tensors[0])
+        source = node.args[0] if node.args else None
+        if isinstance(source, fx.Node) and source in keys:
+            if node.target is operator.getitem and op_name(source).startswith("unsafe_"):
+                key = node  # unsafe_split and its like promise that nobody minds the sharing
+            elif storage_id(_some_tensor(source)) == key:
+                key = keys[source]
+        keys[node] = key
+    return keys
+
+
+def _some_tensor(node: fx.Node) -> torch.Tensor:
+    value = node.meta["val"]
+    if isinstance(value, (list, tuple)):
+        return next(item for item in value if isinstance(item, torch.Tensor))
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def _written_groups(graph: fx.Graph, keys: dict[fx.Node, Key]) -> dict[Key, _Group]:
+    first: dict[Key, fx.Node] = {}
+    written: dict[Key, _Group] = {}
+    for node in graph.nodes:
+        if node in keys:
+            first.setdefault(keys[node], node)
         if is_op(node) and is_mutable(node.target):
             for target in _written_args(node):
-                key = storage_id(target.meta["val"])
-                written.setdefault(key, _Group(first[key]))
+                written.setdefault(keys[target], _Group(first[keys[target]]))
     return written
 
 
@@ -114,15 +166,20 @@ def _parent(node: fx.Node) -> fx.Node | None:
 class _Rewriter:
     """Walks the graph once; original nodes resolve to the newest value of what they alias."""
 
-    def __init__(self, graph: fx.Graph, groups: dict[int, _Group]) -> None:
+    def __init__(
+        self, graph: fx.Graph, groups: dict[Key, _Group], keys: dict[fx.Node, Key]
+    ) -> None:
         self.graph = graph
         self.groups = groups
+        self.keys = keys
+        # Read before any argument is redirected: views are views of *original* nodes.
+        self.parents = {node: _parent(node) for node in graph.nodes}
         self.aliases: dict[fx.Node, fx.Node] = {}  # in-place op → the alias it wrote to
         self.made: set[fx.Node] = set()
 
     def group_of(self, node: fx.Node) -> _Group | None:
-        value = node.meta.get("val")
-        return self.groups.get(storage_id(value)) if isinstance(value, torch.Tensor) else None
+        key = self.keys.get(node)
+        return None if key is None else self.groups.get(key)
 
     def original(self, node: fx.Node) -> fx.Node:
         while node in self.aliases:
@@ -161,7 +218,7 @@ class _Rewriter:
             return node if known is None else known[1]
         if known is not None and known[0] == group.version:
             return known[1]
-        parent = _parent(node)
+        parent = self.parents.get(node)
         if parent is None:
             return node
         source = self.newest(self.original(parent), anchor)
@@ -185,7 +242,7 @@ class _Rewriter:
         assert group is not None
         path = [view]
         while path[-1] is not group.base:
-            parent = _parent(path[-1])
+            parent = self.parents.get(path[-1])
             if parent is None or self.group_of(self.original(parent)) is not group:
                 break
             path.append(self.original(parent))
