@@ -60,12 +60,14 @@ class Joining:
         backend: Name of the comm backend (``gloo``, ``nccl``).
         address: Where the ranks meet (`raypar.comm.rendezvous.Address`), None for one rank.
         name: The world's name.
-        timeout_s: Deadline of connecting and of every transfer, in seconds.
+        start_timeout_s: Deadline of connecting, in seconds.
+        timeout_s: Deadline of every transfer, in seconds.
     """
 
     backend: str
     address: Any
     name: str
+    start_timeout_s: float
     timeout_s: float
 
 
@@ -127,8 +129,9 @@ class StageActor:
                 spec.world,
                 joining.address,
                 host=ray.util.get_node_ip_address(),
-                timeout_s=joining.timeout_s,
+                timeout_s=joining.start_timeout_s,
             )
+            self._world.timeout_s = joining.timeout_s
             joined = time.perf_counter()
             self._standing = "building its programs"
             self._worker = RankWorker(spec, self._world, feed=feed, runner=runner)

@@ -155,7 +155,7 @@ class Driver:
             [address] = self._answers([self._actors[0].serve.remote()], "no rendezvous")
         clock.mark("actors")
         s = self._settings
-        joining = Joining(s.backend, address, "world", min(s.timeout_s, s.start_timeout_s))
+        joining = Joining(s.backend, address, "world", s.start_timeout_s, s.timeout_s)
         calls: _Calls = {
             actor.setup.remote(joining, specs[rank], feeds[rank], runners[rank]): (None, rank)
             for rank, actor in enumerate(self._actors)

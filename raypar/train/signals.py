@@ -17,9 +17,9 @@ class Terminated(BaseException):
 def terminating() -> Iterator[None]:
     """Inside, SIGTERM raises in the main thread, so that ``finally`` blocks run.
 
-    Afterwards the signal is delivered again to the handler that was there before; the default one
-    ends the process. ``ray.init`` replaces the handler of SIGTERM: enter this after it. Outside of
-    the main thread, where Python handles no signals, it does nothing.
+    Afterwards a handler that the user had set gets the signal; without one the process ends with
+    status 143. ``ray.init`` replaces the handler of SIGTERM: enter this after it. Outside of the
+    main thread, where Python handles no signals, it does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -33,11 +33,9 @@ def terminating() -> Iterator[None]:
     try:
         yield
     except Terminated:
-        again = before if before is not None else signal.SIG_DFL
-        signal.signal(signal.SIGTERM, again)
-        if again in (signal.SIG_DFL, signal.SIG_IGN) or not callable(again):
-            raise SystemExit(128 + signal.SIGTERM) from None
-        signal.raise_signal(signal.SIGTERM)
+        if callable(before) and not getattr(before, "__module__", "").startswith("ray."):
+            signal.signal(signal.SIGTERM, before)
+            signal.raise_signal(signal.SIGTERM)
         raise SystemExit(128 + signal.SIGTERM) from None
     finally:
         if signal.getsignal(signal.SIGTERM) is handler:

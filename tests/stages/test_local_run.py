@@ -61,7 +61,10 @@ def test_an_error_in_a_step_ends_all_ranks_and_is_the_one_raised(rank: int) -> N
 
 
 def test_an_optimizer_error_keeps_its_class() -> None:
-    with run_with(Fault("optimizer", 0, 2)) as run, pytest.raises(OptimizerError, match="no reason"):
+    with (
+        run_with(Fault("optimizer", 0, 2)) as run,
+        pytest.raises(OptimizerError, match="no reason"),
+    ):
         run.train(0, 5)
 
 

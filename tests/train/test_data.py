@@ -66,7 +66,9 @@ def test_an_error_of_the_users_iterable_is_told_with_its_text() -> None:
 
     source = all_epochs(bad())
     next(source), next(source)
-    with pytest.raises(DataError, match="raised OSError after 2 batches.*step 2: disk on fire") as e:
+    with pytest.raises(
+        DataError, match="raised OSError after 2 batches.*step 2: disk on fire"
+    ) as e:
         next(source)
     assert isinstance(e.value.__cause__, OSError)
 
@@ -121,7 +123,9 @@ def test_random_batches_of_an_iterator_do_not_repeat() -> None:
 
 
 def form() -> BatchForm:
-    return BatchForm({"ids": torch.zeros(4, 3, dtype=torch.int64), "flag": True, "w": torch.ones(4)})
+    return BatchForm(
+        {"ids": torch.zeros(4, 3, dtype=torch.int64), "flag": True, "w": torch.ones(4)}
+    )
 
 
 def batch(**change: Any) -> dict[str, Any]:

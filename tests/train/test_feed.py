@@ -61,9 +61,7 @@ class Table:
         make = DataFeed(HeldBatches(peek(source, 0)), BatchForm(EXAMPLE), self.specs)
         self.pool = ThreadPoolExecutor(4)
         self.feeds: list[Feed] = list(
-            self.pool.map(
-                lambda s: make.for_rank(s.rank)(s, self.world.group(s.rank)), self.specs
-            )
+            self.pool.map(lambda s: make.for_rank(s.rank)(s, self.world.group(s.rank)), self.specs)
         )
 
     def __enter__(self) -> Table:

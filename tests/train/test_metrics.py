@@ -22,7 +22,9 @@ def test_tokens_are_known_for_a_batch_of_integer_rows() -> None:
 
 
 def test_one_line_of_json_per_step_with_every_rank(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "m.jsonl", 8, 64, [RankInfo(0, stages=(0,)), RankInfo(1, stages=(1,))])
+    log = MetricsLog(
+        tmp_path / "m.jsonl", 8, 64, [RankInfo(0, stages=(0,)), RankInfo(1, stages=(1,))]
+    )
     for step, loss in enumerate([2.0, 1.0, float("nan")]):
         seconds = 9.0 if step == 0 else 0.5
         log.add(

@@ -1,0 +1,146 @@
+"""A run on Ray actors: dispatch, state, and every fault in the open, with ranks without programs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.util.placement_group import placement_group_table
+
+from raypar.errors import (
+    ClusterError,
+    CommTimeoutError,
+    NonFiniteError,
+    RayparError,
+    StageDiedError,
+    TrainingError,
+)
+from raypar.stages.remote import RayRun
+from raypar.stages.run import StepResult
+from tests.stages import fakes
+from tests.stages.fakes import FakeFactory, Fault, fake_specs
+
+
+@pytest.fixture(autouse=True)
+def _by_value(ray_session: str) -> Iterator[None]:
+    """The fakes travel by value, and every test gives its devices back."""
+    ray.cloudpickle.register_pickle_by_value(fakes)
+    yield
+    held = [g["name"] for g in placement_group_table().values() if g["state"] != "REMOVED"]
+    assert not held
+
+
+def run_with(*faults: Fault, world: int = 2, **options: Any) -> RayRun:
+    return RayRun(fake_specs(world), runner=FakeFactory(faults), name="test", **options)
+
+
+def test_steps_state_and_a_second_training() -> None:
+    got: list[StepResult] = []
+    run = run_with()
+    with run:
+        run.train(0, 5, got.append)
+        run.train(5, 2, got.append)
+        state = run.state_dict()
+        gradients = run.gradients()
+    assert [r.step for r in got] == list(range(7))
+    assert [len(r.ranks) for r in got] == [2] * 7
+    assert torch.equal(state["layers.0.bias"], torch.full((2,), 7.0))
+    assert torch.equal(state["again.bias"], state["layers.0.bias"])
+    assert torch.equal(gradients["layers.1.bias"], torch.full((2,), 16.0))
+    assert all(info.node for info in run.infos)
+    with pytest.raises(RayparError, match="not started, or closed"):
+        run.train(7, 1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "text"),
+    [
+        (
+            Fault("raise", 1, 3),
+            TrainingError,
+            r"rank 1 on node .* raised ValueError in step 3: the",
+        ),
+        (Fault("nan", 1, 3), NonFiniteError, "step 3: not finite: stage 1 loss"),
+    ],
+)
+def test_the_first_error_is_raised_after_the_steps_before_it(
+    fault: Fault, error: type[Exception], text: str
+) -> None:
+    got: list[int] = []
+    with run_with(fault) as run:
+        with pytest.raises(error, match=text):
+            run.train(0, 500, lambda r: got.append(r.step))
+        assert got[:3] == [0, 1, 2]
+        assert len(got) == (4 if fault.kind == "nan" else 3)
+
+
+def test_a_dead_stage_actor_is_named_with_the_others_positions() -> None:
+    with (
+        run_with(Fault("die", 1, 4), world=3) as run,
+        pytest.raises(StageDiedError) as found,
+    ):
+        run.train(0, 500)
+    text = str(found.value)
+    assert "lost stage 1 (rank 1 on node" in text
+    assert "stage 0 (rank 0 on node" in text
+    assert "stage 2 (rank 2 on node" in text
+    assert "step 4: recv x from rank 1" in text
+
+
+def test_a_rank_that_cannot_be_built_fails_the_start_and_frees_its_devices() -> None:
+    run = run_with(Fault("build", 0, 0))
+    with pytest.raises(TrainingError, match="during start-up: the fake cannot be built"):
+        run.start()
+    run.close()
+
+
+def test_a_hang_is_reported_with_every_position_and_can_be_closed() -> None:
+    with (
+        run_with(Fault("hang", 0, 1), timeout_s=2.0) as run,
+        pytest.raises(CommTimeoutError, match="where the ranks stood") as found,
+    ):
+        run.train(0, 3)
+    assert "rank 0 on node" in str(found.value)
+    assert "step 1: 0F0" in str(found.value)
+
+
+def test_closing_while_a_step_runs_ends_everything() -> None:
+    run = run_with(Fault("hang", 0, 2))
+    run.start()
+    failures: list[BaseException] = []
+
+    def train() -> None:
+        try:
+            run.train(0, 5)
+        except BaseException as error:
+            failures.append(error)
+
+    started = threading.Event()
+    thread = threading.Thread(target=lambda: (started.set(), train()))
+    thread.start()
+    started.wait()
+    run.close()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert isinstance(failures[0], RayparError)
+
+
+def test_more_ranks_than_the_cluster_has_is_refused_with_numbers() -> None:
+    run = RayRun(fake_specs(64), runner=FakeFactory())
+    with pytest.raises(ClusterError, match="can never hold what was asked") as found:
+        run.start()
+    assert "64" in str(found.value)
+    run.close()
+
+
+def test_a_driver_that_is_killed_takes_its_actors_and_devices_along() -> None:
+    run = run_with()
+    run.start()
+    ray.kill(run._driver, no_restart=True)
+    with pytest.raises(StageDiedError, match="lost an actor of run test-"):
+        run.train(0, 3)
+    run.close()

@@ -1,0 +1,226 @@
+"""The trainer in one process: what it writes, what it refuses, and what it makes of faults."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import raypar as rp
+from raypar.train.trainer import first_devices
+
+
+def model() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)
+    )
+
+
+def batches(n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    g = torch.Generator().manual_seed(7)
+    return [
+        (torch.randn(8, 6, generator=g), torch.randint(0, 3, (8,), generator=g)) for _ in range(n)
+    ]
+
+
+def optimizer(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=0.01)
+
+
+@pytest.fixture
+def fit(tmp_path: Path) -> Callable[..., rp.Result]:
+    def run(**changed: Any) -> rp.Result:
+        arguments: dict[str, Any] = {
+            "loss_fn": nn.functional.cross_entropy,
+            "optimizer": optimizer,
+            "data": batches(3),
+            "steps": 5,
+            "scaling_config": rp.ScalingConfig(num_workers=0),
+            "run_config": rp.RunConfig(name="run", storage_path=tmp_path, log_every=0),
+            "search_config": rp.SearchConfig(stages=2, microbatches=2),
+        }
+        arguments.update(changed)
+        return rp.Trainer(arguments.pop("model_fn", model), **arguments).fit()
+
+    return run
+
+
+def eager(data: list[Any], steps: int, clip: float | None = None) -> tuple[nn.Module, list[float]]:
+    torch.manual_seed(0)
+    reference = model()
+    rule = optimizer(reference.parameters())
+    losses = []
+    for step in range(steps):
+        x, y = data[step % len(data)]
+        loss = nn.functional.cross_entropy(reference(x), y)
+        rule.zero_grad()
+        loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(reference.parameters(), clip)
+        rule.step()
+        losses.append(float(loss.detach()))
+    return reference, losses
+
+
+def test_it_trains_as_plain_torch_does_and_writes_its_folder(
+    fit: Callable[..., rp.Result], tmp_path: Path
+) -> None:
+    result = fit(clip_norm=0.5)
+    reference, losses = eager(batches(3), 5, 0.5)
+    assert result.path == tmp_path / "run"
+    lines = [json.loads(x) for x in (result.path / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == list(range(5))
+    torch.testing.assert_close(torch.tensor([x["loss"] for x in lines]), torch.tensor(losses))
+    assert all(x["grad_norm"] > 0 and x["samples_per_s"] > 0 for x in lines)
+    assert len(lines[0]["ranks"]) == 2
+    state = torch.load(result.path / "model.pt")
+    assert list(state) == list(reference.state_dict())
+    torch.testing.assert_close(dict(state), dict(reference.state_dict()))
+    assert rp.Plan.load(result.path / "plan.json") == result.plan
+    assert len(result.plan.stages) == 2
+    written = json.loads((result.path / "result.json").read_text())
+    assert written["loss"] == lines[-1]["loss"] == result.metrics["loss"]
+    assert {"data", "capture", "plan", "compile", "start", "first_step", "total"} <= set(
+        written["startup"]
+    )
+
+
+def test_a_plan_file_is_run_as_it_is(fit: Callable[..., rp.Result], tmp_path: Path) -> None:
+    first = fit()
+    again = fit(plan=str(first.path / "plan.json"), search_config=None)
+    assert again.plan == first.plan
+    assert again.metrics["loss"] == first.metrics["loss"]
+
+
+def test_a_shuffling_loader_is_repeated_over_epochs_in_the_seeds_order(
+    fit: Callable[..., rp.Result],
+) -> None:
+    x, y = (torch.cat(t) for t in zip(*batches(3), strict=True))
+
+    def loader() -> DataLoader[Any]:
+        return DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True)
+
+    losses = [fit(data=data, seed=seed, steps=7).metrics["loss"]
+              for data, seed in ((loader, 3), (loader(), 3), (loader, 4))]  # fmt: skip
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+def test_a_generator_is_read_once_from_its_first_batch(fit: Callable[..., rp.Result]) -> None:
+    result = fit(data=iter(batches(5)))
+    assert result.metrics["loss"] == fit(data=batches(5)).metrics["loss"]
+
+
+def failing_after(n: int) -> Callable[[], Iterator[Any]]:
+    def source() -> Iterator[Any]:
+        yield from batches(n)
+        raise FileNotFoundError("shard-00017.bin")
+
+    return source
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "text", "steps"),
+    [
+        ({"data": failing_after(3)}, rp.DataError, r"FileNotFoundError.*step 3: shard-00017", 3),
+        ({"data": iter(batches(2))}, rp.DataError, "ended after 2 batches", 2),
+        (
+            {"data": [*batches(2), tuple(t[:5] for t in batches(1)[0])]},
+            rp.DataError,
+            r"batch\[0\] of step 2 has shape \(5, 6\), expected \(8, 6\).*drop_last=True",
+            2,
+        ),
+        ({"data": []}, rp.DataError, "is empty", 0),
+        ({"optimizer": torch.optim.LBFGS}, rp.OptimizerError, "LBFGS cannot be used", 0),
+        ({"optimizer": lambda p: 1 / 0}, rp.OptimizerError, "ZeroDivisionError", 0),
+        (
+            {"search_config": rp.SearchConfig(stages=2, microbatches=3)},
+            rp.PlanError,
+            "8.*3|3.*8",
+            0,
+        ),
+    ],
+)
+def test_bad_input_is_told_at_its_step(
+    fit: Callable[..., rp.Result],
+    tmp_path: Path,
+    changed: dict[str, Any],
+    error: type[Exception],
+    text: str,
+    steps: int,
+) -> None:
+    with pytest.raises(error, match=text):
+        fit(**changed)
+    written = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert error.__name__ in written["error"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert len(metrics.read_text().splitlines() if metrics.exists() else []) == steps
+
+
+class Failing(torch.optim.SGD):
+    """Raises in its third step."""
+
+    count = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.count += 1
+        if self.count == 3:
+            raise ArithmeticError("the rule broke")
+        return super().step(closure)
+
+
+def test_an_optimizer_that_raises_ends_the_run_with_its_text(
+    fit: Callable[..., rp.Result], tmp_path: Path
+) -> None:
+    with pytest.raises(rp.OptimizerError, match="the rule broke"):
+        fit(optimizer=lambda p: Failing(p, lr=0.1))
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_loss_that_is_not_finite_names_step_and_stage(
+    fit: Callable[..., rp.Result], tmp_path: Path
+) -> None:
+    data = batches(4)
+    data[2][0][:] = float("nan")
+    with pytest.raises(rp.NonFiniteError, match="step 2: not finite: .*stage"):
+        fit(data=data)
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == [0, 1, 2]
+    assert lines[2]["loss"] == "nan"
+    assert lines[2]["non_finite"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"clip_norm": 0.0}, "clip_norm is 0"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_values_out_of_range(
+    fit: Callable[..., rp.Result], changed: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(rp.ConfigError, match=text):
+        fit(**changed)
+
+
+def test_the_first_devices_of_a_cluster() -> None:
+    cluster = rp.Cluster.virtual(nodes=3, devices_per_node=2)
+    assert first_devices(cluster, 3).shape == (2, 1)
+    assert first_devices(cluster, 6) == cluster
+    with pytest.raises(rp.ClusterError, match=r"num_workers=7.*6 devices.*set num_workers=6"):
+        first_devices(cluster, 7)
+
+
+def test_the_random_state_of_the_process_is_left_alone(fit: Callable[..., rp.Result]) -> None:
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    fit(data=lambda: DataLoader(TensorDataset(*batches(1)[0]), batch_size=4, shuffle=True), steps=2)
+    assert torch.equal(before, torch.get_rng_state())
