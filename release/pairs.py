@@ -97,21 +97,10 @@ def first_losses(systems: Sequence[System], steps: int, tolerance: float) -> lis
     found = {system.name: system.steps(steps).losses for system in systems}
     (first, reference), *others = found.items()
     for name, losses in others:
-        check_losses(name, losses, first, reference, tolerance)
+        gaps = [abs(a - b) for a, b in zip(reference, losses, strict=True)]
+        if not all(gap <= tolerance for gap in gaps):  # also false for a NaN
+            raise RuntimeError(
+                f"{name} trains something else than {first}: losses {losses} against {reference} "
+                f"(allowed gap {tolerance:.0e})"
+            )
     return reference
-
-
-def check_losses(
-    name: str, losses: list[float], other: str, reference: list[float], tolerance: float
-) -> None:
-    """Refuses a system whose losses are not those of another.
-
-    Raises:
-        RuntimeError: They differ by more than `tolerance`, or are not finite.
-    """
-    gaps = [abs(a - b) for a, b in zip(reference, losses, strict=True)]
-    if not all(gap <= tolerance for gap in gaps):  # also false for a NaN
-        raise RuntimeError(
-            f"{name} trains something else than {other}: losses {losses} against {reference} "
-            f"(allowed gap {tolerance:.0e})"
-        )

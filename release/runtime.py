@@ -22,7 +22,6 @@ import functools
 import json
 import os
 import platform
-import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,7 +36,7 @@ if __name__ == "__main__":  # started by path: the project's root holds `example
 import torch
 
 from release.ours import RayparRun, raypar_cluster, uniform_plan
-from release.pairs import Rounds, System, alternate, check_losses, first_losses
+from release.pairs import Rounds, System, alternate, first_losses
 from release.peers import Peer, Workload, ddp, eager, pipeline
 
 TARGETS = {
@@ -60,6 +59,7 @@ TORCH_SCHEDULES = {  # name → stages per rank
 }
 RAYPAR_SCHEDULES = {"1f1b": 1, "gpipe": 1, "interleaved_1f1b": 2, "zero_bubble_h1": 1}
 WARM_UP_STEPS = 3
+SCREEN_ROUNDS = 3
 LOSS_TOLERANCE = 2e-3
 """Three float32 steps in another order of sums; another model is off by far more."""
 
@@ -145,8 +145,7 @@ def ddp_replicas(bench: Bench) -> None:
 def pipelining(bench: Bench) -> None:
     """Two ranks in a pipeline, each side with its 1F1B and with its best schedule."""
     load = bench.split_load
-    screened = bench.torch_schedules_ms = _screen_torch(load, bench.steps)
-    best = min(screened, key=screened.__getitem__)
+    best = _screen_torch(bench)
     names = dict.fromkeys(["1F1B", best])
     peers = [_torch(name, load) for name in names]
     ours = [
@@ -182,19 +181,17 @@ def _torch(schedule: str, load: Workload) -> Callable[[], System]:
     )
 
 
-def _screen_torch(load: Workload, steps: int) -> dict[str, float]:
-    """Median ms per step of every schedule torch has for two ranks, one after the other."""
-    print(f"\ntorch's schedules, M = {load.microbatches}, one after the other, ms per step")
-    medians: dict[str, float] = {}
-    reference: list[float] = []
+def _screen_torch(bench: Bench) -> str:
+    """The fastest schedule that torch has for two ranks, from a few rounds of all of them."""
+    load = bench.split_load
+    print(f"\ntorch's schedules, M = {load.microbatches}, median ms per step")
+    with running(*(_torch(name, load) for name in TORCH_SCHEDULES)) as systems:
+        first_losses(systems, WARM_UP_STEPS, LOSS_TOLERANCE)
+        found = alternate(systems, SCREEN_ROUNDS, bench.steps)
     for name in TORCH_SCHEDULES:
-        with running(_torch(name, load)) as [system]:
-            losses = system.steps(WARM_UP_STEPS).losses
-            check_losses(name, losses, "1F1B", reference or losses, LOSS_TOLERANCE)
-            reference = reference or losses
-            medians[name] = statistics.median(system.steps(steps).seconds for _ in range(3)) * 1e3
-        print(f"  {name:22} {medians[name]:8.1f}", flush=True)
-    return medians
+        bench.torch_schedules_ms[name] = found.median(f"torch {name}") * 1e3
+        print(f"  {name:22} {bench.torch_schedules_ms[name]:8.1f}", flush=True)
+    return min(TORCH_SCHEDULES, key=bench.torch_schedules_ms.__getitem__)
 
 
 def _ours(name: str, load: Workload, schedule: str, **split: int) -> Callable[[], System]:
