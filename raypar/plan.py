@@ -10,9 +10,12 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raypar.errors import PlanError, did_you_mean
+
+if TYPE_CHECKING:
+    from raypar.graph.opgraph import OpGraph
 
 PLAN_FORMAT = 1
 RECOMPUTE_POLICIES = ("none", "selective", "full")
@@ -172,6 +175,31 @@ class Plan:
             raise PlanError(f"cannot read plan file {str(path)!r}: {error}") from None
         return cls.from_json(text)
 
+    def explain(self, graph: OpGraph | None = None) -> str:
+        """The plan as a table of stages.
+
+        Args:
+            graph: The captured model: adds what keeps it from being split further. Given graph
+                and cluster, `raypar.explain` tells more.
+        """
+        from raypar._plan_text import graph_notes, plan_columns, plan_lines, table
+
+        notes = [] if graph is None else ["", *graph_notes(graph)]
+        return "\n".join([*plan_lines(self), "", *table(plan_columns(self)), *notes])
+
+    def rebind(self, graph: OpGraph) -> Plan:
+        """This plan for another capture of the model.
+
+        Ops are mapped by canonical id. Where an end of a stage is gone, or the graph cannot be cut
+        there any more, the cuts are balanced again and everything else is kept.
+
+        Raises:
+            PlanError: The number of stages, microbatches or replicas does not fit that graph.
+        """
+        from raypar.plan_rebind import rebind
+
+        return rebind(self, graph)
+
     def diff(self, other: Plan) -> list[str]:
         """One line for every field that differs: ``path: mine → theirs``."""
         lines: list[str] = []
@@ -210,7 +238,8 @@ def _build(cls: type, raw: Any, where: str) -> Any:
     values: dict[str, Any] = {}
     for name, spec in fields.items():
         optional = (
-            spec.default is not dataclasses.MISSING or spec.default_factory is not dataclasses.MISSING
+            spec.default is not dataclasses.MISSING
+            or spec.default_factory is not dataclasses.MISSING
         )
         if name not in raw:
             if not optional:

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from raypar.graph.costs import size_of
-from raypar.programs.joint import Joint
+from raypar.programs.joint import Joint, is_piece
 from raypar.programs.policy import Predicate
 
 
@@ -71,6 +71,8 @@ def partition(joint: Joint, recompute: Predicate, received: Collection[int]) -> 
     order = {node: i for i, node in enumerate(joint.graph.nodes)}
     forward_outputs = [o for o in joint.outputs if isinstance(o, fx.Node)]
     forward_set = _ancestors(forward_outputs) | set(joint.inputs)
+    # Pieces that only backward reads (a norm's statistics) are forward values all the same.
+    forward_set |= {n for n in joint.graph.nodes if is_piece(n) and n.args[0] in forward_set}
     input_grads = [g for p, g in zip(joint.wrt, joint.gradients, strict=True) if p in received]
     weight_grads = [g for p, g in zip(joint.wrt, joint.gradients, strict=True) if p not in received]
     targets = [g for g in joint.gradients if g is not None]

@@ -30,6 +30,7 @@ class GradientStore:
     ) -> None:
         self._spec = spec
         self._params = holdings.params
+        self._owned = frozenset(spec.owned_params)
         self.kept: dict[str, torch.Tensor] = {}
         self._expected = self._expected_counts(holdings)
         self._seen: Counter[str] = Counter()
@@ -99,14 +100,18 @@ class GradientStore:
     def finish(self) -> torch.Tensor:
         """Waits for all exchanges; returns this rank's share of the squared global norm."""
         self._grads = {}
-        squares = torch.zeros((), dtype=torch.float64)
+        norms: dict[torch.dtype, list[torch.Tensor]] = {}
         for buckets, names in self._members:
             for name, gradient in zip(names, buckets.finish(), strict=True):
                 if gradient is None:
                     continue
                 self._grads[name] = gradient
-                if self._spec.replica == 0 and name in self._spec.owned_params:
-                    squares += torch.linalg.vector_norm(gradient).double().cpu() ** 2
+                if self._spec.replica == 0 and name in self._owned:
+                    norm = torch.linalg.vector_norm(gradient)
+                    norms.setdefault(norm.dtype, []).append(norm)
+        squares = torch.zeros((), dtype=torch.float64)
+        for found in norms.values():
+            squares += torch.stack(found).double().square().sum().cpu()
         return squares
 
     def keep(self) -> None:

@@ -1,0 +1,58 @@
+"""Carries a plan over to another capture of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from raypar.errors import PlanError
+from raypar.graph.balance import balanced_cuts
+from raypar.graph.opgraph import OpGraph
+from raypar.plan import Plan
+
+
+def rebind(plan: Plan, graph: OpGraph) -> Plan:
+    """See `Plan.rebind`."""
+    parts = plan.microbatches * plan.replicas
+    if graph.global_batch % parts:
+        raise PlanError(
+            f"the plan cuts a batch into {plan.microbatches} microbatches × {plan.replicas} "
+            f"replicas, which does not divide the graph's global batch of {graph.global_batch}; "
+            "use a batch that is a multiple, or plan again"
+        )
+    if plan.replicas > graph.max_replicas:
+        op, reason = graph.analysis.blockers[0]
+        raise PlanError(
+            f"the plan has {plan.replicas} replicas, but in this graph samples meet at {op!r} "
+            f"({reason}); plan again with replicas=1"
+        )
+    ends = _mapped_ends(plan, graph)
+    if ends is None:
+        ends = [*balanced_cuts(graph, len(plan.stages)), len(graph.ops)]
+    starts = [0, *ends[:-1]]
+    stages = tuple(
+        dataclasses.replace(
+            stage, first=graph.ops[first].id, last=graph.ops[end - 1].id, predicted={}
+        )
+        for stage, first, end in zip(plan.stages, starts, ends, strict=True)
+    )
+    return dataclasses.replace(
+        plan,
+        graph_hash=graph.hash,
+        params_hash=graph.params_hash,
+        global_batch=graph.global_batch,
+        batch_dims=graph.batch_dims,
+        stages=stages,
+        predicted={},
+    )
+
+
+def _mapped_ends(plan: Plan, graph: OpGraph) -> list[int] | None:
+    """Where the stages end in the new graph, or None where one end is gone."""
+    cuts = set(graph.cuts)
+    ends = []
+    for stage in plan.stages[:-1]:
+        place = graph.index.get(stage.last)
+        if place is None or place + 1 not in cuts or (ends and place + 1 <= ends[-1]):
+            return None
+        ends.append(place + 1)
+    return [*ends, len(graph.ops)]
