@@ -18,10 +18,12 @@ from raypar.graph.capture import capture
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
+from raypar.report.explain import explain
 from raypar.search.config import SearchConfig
 from raypar.search.plan import plan as make_plan
 from raypar.train.config import RunConfig, ScalingConfig
 from raypar.train.result import Result
+from raypar.train.trainer import Trainer
 
 _DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -184,16 +186,20 @@ def train_config(config: Config) -> Result:
     """Trains what `config` says.
 
     The run's folder also gets ``config.resolved.yaml``: the same configuration with what every
-    ``auto`` became, so that the run can be repeated.
+    ``auto`` became, so that the run can be repeated; the plan is printed before the first step.
     """
-    from raypar.train.trainer import Trainer
-
     wanted = RunConfig(
         name=config.run.name,
         storage_path=config.run.storage_path,
         log_every=config.run.log_every,
     )
     folder = wanted.folder()
+
+    def on_plan(made: Plan, graph: OpGraph, cluster: Cluster) -> None:
+        write_resolved(config, made, folder)
+        if config.run.log_every:
+            print(explain(made, graph, cluster), flush=True)
+
     trainer = Trainer(
         model_of(config),
         loss_fn=loss_of(config),
@@ -206,25 +212,20 @@ def train_config(config: Config) -> Result:
         scaling_config=scaling_of(config),
         run_config=dataclasses.replace(wanted, name=folder.name),
         search_config=search_of(config),
+        on_plan=on_plan,
     )
-    try:
-        return trainer.fit()
-    finally:
-        write_resolved(config, folder)
+    return trainer.fit()
 
 
-def write_resolved(config: Config, folder: Path) -> None:
-    """Writes ``config.resolved.yaml`` beside the ``plan.json`` of a run, if it came that far."""
-    plan_file = folder / "plan.json"
-    if not plan_file.exists():
-        return
-    made = Plan.load(plan_file)
-    became: dict[str, Any] = {"run.name": folder.name, "train.microbatches": made.microbatches}
+def write_resolved(config: Config, made: Plan, folder: Path) -> None:
+    """Writes ``config.resolved.yaml`` into a run's folder, beside its ``plan.json``."""
+    became: dict[str, Any] = {"run.name": folder.name}
     if config.mesh.num_workers == "auto":
         became["mesh.num_workers"] = len(made.devices)
     if not isinstance(config.search.manual, str):
         became["search.stages"] = len(made.stages)
         became["search.replicas"] = made.replicas
+        became["train.microbatches"] = made.microbatches
         became["train.schedule"] = made.schedule.name
     (folder / "config.resolved.yaml").write_text(
         config.resolved(**became).to_yaml(), encoding="utf-8"

@@ -313,7 +313,7 @@ def _put(tree: dict[str, Any], path: list[str], value: Any, key: str) -> None:
 
 def _validate(tree: dict[str, Any], where: str) -> Config:
     # A section that is absent, or empty ("mesh:" with nothing below), means its defaults.
-    absent = {name: {} for name in Config.model_fields if tree.get(name) is None}
+    absent: dict[str, Any] = {name: {} for name in Config.model_fields if tree.get(name) is None}
     tree = {**tree, **absent}
     try:
         return Config.model_validate(tree)
