@@ -77,15 +77,7 @@ def start_private_ray(num_cpus: int, *, log_to_driver: bool = False) -> RaySessi
             "this process is connected to a Ray already; call ray.shutdown() first, or use that one"
         )
     began = time.perf_counter()
-    env = _swap(
-        {
-            "RAY_ADDRESS": None,
-            "RAY_AUTH_MODE": "disabled",
-            "RAY_AUTH_TOKEN": None,
-            # If this process is killed, Ray's agents look for their head this long, then end.
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
-        }
-    )
+    env = _swap({"RAY_ADDRESS": None, "RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": None})
     folder = tempfile.mkdtemp(prefix="rp-", dir=_short_folder())
     session = RaySession(True, folder, env)
     try:

@@ -37,5 +37,5 @@ def test_the_folder_is_made_and_must_be_writable(tmp_path: Path) -> None:
     assert RunConfig(name="a", storage_path=tmp_path / "b").folder() == tmp_path / "b" / "a"
     assert RunConfig(storage_path=tmp_path).folder() != RunConfig(storage_path=tmp_path).folder()
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot write to .* set storage_path"):
+    with pytest.raises(ConfigError, match=r"cannot write to .* set storage_path"):
         RunConfig(name="a", storage_path=tmp_path / "file").folder()

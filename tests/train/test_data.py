@@ -67,7 +67,7 @@ def test_an_error_of_the_users_iterable_is_told_with_its_text() -> None:
     source = all_epochs(bad())
     next(source), next(source)
     with pytest.raises(
-        DataError, match="raised OSError after 2 batches.*step 2: disk on fire"
+        DataError, match=r"raised OSError after 2 batches.*step 2: disk on fire"
     ) as e:
         next(source)
     assert isinstance(e.value.__cause__, OSError)

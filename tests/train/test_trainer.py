@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_names_step_and_stage(
 ) -> None:
     data = batches(4)
     data[2][0][:] = float("nan")
-    with pytest.raises(rp.NonFiniteError, match="step 2: not finite: .*stage"):
+    with pytest.raises(rp.NonFiniteError, match=r"step 2: not finite: .*stage"):
         fit(data=data)
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines] == [0, 1, 2]
