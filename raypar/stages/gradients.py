@@ -9,6 +9,8 @@ import torch
 
 from raypar.comm.buckets import GradBuckets
 from raypar.comm.group import Group, TensorSpec
+from raypar.errors import ScheduleError
+from raypar.schedules.instructions import Kind
 from raypar.stages.holdings import Holdings
 from raypar.stages.spec import RankSpec
 
@@ -34,11 +36,15 @@ class GradientStore:
         self.kept: dict[str, torch.Tensor] = {}
         self._expected = self._expected_counts(holdings)
         self._seen: Counter[str] = Counter()
+        self._stages_of: dict[str, list[int]] = {}
         self._place: dict[str, tuple[GradBuckets, int]] = {}
         self._members: list[tuple[GradBuckets, list[str]]] = []
         self._names = {
             i: stage.program.weight_gradients for i, stage in holdings.stages.items()
         }
+        for stage in self._sync_order(spec):
+            for name in self._names[stage]:
+                self._stages_of.setdefault(name, []).append(stage)
         ready = self._ready_order(holdings)
         self._add_buckets([n for n in ready if n not in spec.shared], replicas, "replicas", None)
         for group in sorted(set(spec.shared.values())):
@@ -57,6 +63,14 @@ class GradientStore:
             for j in program.ready_order:
                 counts[program.weight_gradients[j]] += self._spec.microbatches
         return dict(counts)
+
+    def _sync_order(self, spec: RankSpec) -> list[int]:
+        """Stages in the order in which their gradients are complete."""
+        return [
+            i.stage
+            for i in spec.instructions
+            if i.kind is Kind.GRAD_SYNC and i.stage is not None
+        ]
 
     def _ready_order(self, holdings: Holdings) -> list[str]:
         """Names in the order in which their last gradient comes: late stages first."""
@@ -96,6 +110,19 @@ class GradientStore:
             buckets.add(place, gradient, self._seen[name] == self._expected[name])
 
         return take
+
+    def check_complete(self, stage: int) -> None:
+        """Checks that every microbatch of a stage has delivered its gradients.
+
+        Raises:
+            ScheduleError: One has not; the instruction list is wrong.
+        """
+        for name in self._names[stage]:
+            seen, wanted = self._seen[name], self._expected.get(name, 0)
+            if self._stages_of[name][-1] == stage and seen != wanted:
+                raise ScheduleError(
+                    f"stage {stage}: {seen} of {wanted} gradients of {name!r} came before its SYNC"
+                )
 
     def finish(self) -> torch.Tensor:
         """Waits for all exchanges; returns this rank's share of the squared global norm."""

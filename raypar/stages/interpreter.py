@@ -338,7 +338,12 @@ class RankRunner:
                 self._globals[name] = total * float(parts) ** power if power else total
 
     def _sync(self, now: Instruction) -> None:
-        """Buckets of a stage are waited for together with the others, in NORM."""
+        """A stage's gradients are complete: its last buckets travel while other stages work.
+
+        They are waited for in NORM, together with all others.
+        """
+        assert now.stage is not None
+        self._gradients.check_complete(now.stage)
 
     def _norm(self, now: Instruction) -> None:
         began = time.perf_counter()
