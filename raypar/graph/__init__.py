@@ -1,0 +1,1 @@
+"""The model as data: capture, clean-up passes, batch states, costs."""

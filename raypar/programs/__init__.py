@@ -1,0 +1,1 @@
+"""One stage as code: slicing, joint trace, partition, code generation, wire form."""

@@ -1,0 +1,1 @@
+"""A plan at work: rank specs, interpreter, stage actors, driver actor."""

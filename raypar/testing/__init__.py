@@ -1,0 +1,1 @@
+"""The law as a check, random plans, the model zoo, and conformance suites for third parties."""
