@@ -1,0 +1,1 @@
+"""The clean-up passes that make a raw trace a pure graph."""
