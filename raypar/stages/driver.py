@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import queue
-import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -23,22 +21,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from raypar.errors import RayparError
-from raypar.stages.actor import ActorInfo, Joining, Reply, StageActor, actor_class
-from raypar.stages.faults import Failure, Positions, RankInfo, failure_of, root_failure
+from raypar.stages.actor import ActorInfo, Joining, StageActor, actor_class
+from raypar.stages.faults import Failure, Positions, RankInfo, failure_of
+from raypar.stages.rescue import Calls, Replies, await_exit, rescue
 from raypar.stages.seats import Seats, SeatSettings
 
 _WINDOW = 3
 _CALL_S = 0.4  # wall time that a call should take: shorter costs the driver, longer hides progress
 _MOST_STEPS = 512
-_ANSWER_S = 2.0
-_GRACE_S = 1.0
-_ABORT_S = 5.0
-
-_Replies = dict[int | None, dict[int, Reply]]  # first step of a call → rank → its answer
-_Calls = dict[Any, tuple[int | None, int]]  # a call under way → (its first step, its rank)
 
 
 @dataclass(frozen=True)
@@ -156,10 +149,9 @@ class Driver:
         clock.mark("actors")
         s = self._settings
         joining = Joining(s.backend, address, "world", s.start_timeout_s, s.timeout_s)
-        calls: _Calls = {
-            actor.setup.remote(joining, specs[rank], feeds[rank], runners[rank]): (None, rank)
-            for rank, actor in enumerate(self._actors)
-        }
+        calls = Calls()
+        for rank, actor in enumerate(self._actors):
+            calls.add(actor.setup.remote(joining, specs[rank], feeds[rank], runners[rank]), rank)
         parts, failure = self._await_setup(calls)
         if failure is not None:
             return failure
@@ -178,13 +170,13 @@ class Driver:
                 "start_timeout_s"
             ) from None
 
-    def _await_setup(self, calls: _Calls) -> tuple[list[dict[str, float]], RunFailure | None]:
+    def _await_setup(self, calls: Calls) -> tuple[list[dict[str, float]], RunFailure | None]:
         deadline = time.monotonic() + self._settings.start_timeout_s
         parts: list[dict[str, float]] = []
         failures: list[Failure] = []
         while calls and not failures:
             self._check_open()
-            for _, _, value in self._ready(calls):
+            for _, _, value in calls.ready():
                 if isinstance(value, Failure):
                     failures.append(value)
                 else:
@@ -208,8 +200,8 @@ class Driver:
         self._events.put(Ended(failure, time.process_time() - cpu, time.perf_counter() - began))
 
     def _drive(self, first: int, end: int) -> RunFailure | None:
-        calls: _Calls = {}
-        rows: _Replies = {}
+        calls = Calls()
+        rows: Replies = {}
         counts: dict[int | None, int] = {}
         pace = _Pace(self._settings.steps_per_call)
         following, stopping = first, False
@@ -217,12 +209,12 @@ class Driver:
             while following < end and len(rows) < _WINDOW and not stopping:
                 count = min(pace.count, end - following)
                 for rank, actor in enumerate(self._actors):
-                    calls[actor.run.remote(following, count, end)] = (following, rank)
+                    calls.add(actor.run.remote(following, count, end), rank, following)
                 rows[following] = {}
                 counts[following] = count
                 following += count
             failures: list[Failure] = []
-            for start, rank, value in self._ready(calls):
+            for start, rank, value in calls.ready():
                 if isinstance(value, Failure):
                     failures.append(value)
                     continue
@@ -232,113 +224,30 @@ class Driver:
                     failures.append(value.failure)
             if failures:
                 return self._fail(calls, failures, rows)
-            for start in [s for s, row in rows.items() if len(row) == len(self._actors)]:
-                self._emit(rows.pop(start))
+            for start in self._emit(rows):
                 pace.finished(counts.pop(start))
         return None
 
-    def _ready(self, calls: _Calls) -> list[tuple[int | None, int, Any]]:
-        """Takes finished calls out of `calls`: (first step, rank, value or Failure)."""
-        done, _ = ray.wait(list(calls), num_returns=1, timeout=_ANSWER_S)
-        if done and len(calls) > 1:  # the others follow within a moment: one pass for all
-            oldest = calls[done[0]][0]
-            same = [ref for ref, (start, _) in calls.items() if start == oldest]
-            done, _ = ray.wait(same, num_returns=len(same), timeout=0.01)
-        found = []
-        for ref in done:
-            start, rank = calls.pop(ref)
-            try:
-                value = ray.get(ref)
-            except RayError as error:
-                value = _lost(error, rank, start)
-            found.append((start, rank, value))
-        return found
-
-    def _emit(self, row: dict[int, Reply]) -> None:
-        self._events.put(Rows(tuple(row[r].reports for r in range(len(self._actors)))))
-
-    # ---- faults ---------------------------------------------------------------------------
-
-    def _fail(
-        self,
-        calls: _Calls,
-        failures: list[Failure],
-        rows: _Replies,
-    ) -> RunFailure:
+    def _fail(self, calls: Calls, failures: list[Failure], rows: Replies) -> RunFailure:
+        """Ends the run: learns what can be learned, stops every rank, releases everything."""
         if self._closing.is_set():
             return RunFailure((Failure(None, None, "TrainingError", "the run was closed"),))
-        positions, dead = self._ask_positions({f.rank for f in failures if f.died})
-        failures += dead
-        deadline = time.monotonic() + _GRACE_S
-        while calls and time.monotonic() < deadline and not self._may_abort(failures):
-            self._take(calls, failures, rows, 0.05)
-        reason = root_failure(failures).message
-        lost = {f.rank for f in failures if f.died}
-        alive = [a for rank, a in enumerate(self._actors) if rank not in lost]
-        with contextlib.suppress(RayError):
-            ray.wait(
-                [a.abort.remote(reason) for a in alive], num_returns=len(alive), timeout=_ANSWER_S
-            )
-        deadline = time.monotonic() + _ABORT_S
-        while calls and time.monotonic() < deadline:
-            self._take(calls, failures, rows, 0.2)
-        for start in rows:  # in step order, as they were called
-            if len(rows[start]) == len(self._actors):
-                self._emit(rows[start])
+        positions = rescue(self._actors, calls, failures, rows)
+        self._emit(rows)
         self._release()
         return RunFailure(tuple(failures), positions, tuple(self._infos))
 
-    def _take(
-        self,
-        calls: _Calls,
-        failures: list[Failure],
-        rows: _Replies,
-        timeout: float,
-    ) -> None:
-        done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=timeout)
-        for start, rank, value in (
-            self._ready({ref: calls.pop(ref) for ref in done}) if done else ()
-        ):
-            if isinstance(value, Failure):
-                failures.append(value)
-            elif isinstance(value, Reply):
-                rows.setdefault(start, {})[rank] = value
-                if value.failure is not None:
-                    failures.append(value.failure)
-
-    def _may_abort(self, failures: list[Failure]) -> bool:
-        """Whether waiting longer can tell nothing new.
-
-        So it is where a rank is dead, or all have finished the steps before the failing one.
-        """
-        root = root_failure(failures)
-        if root.severity != 1 or root.step is None:
-            return root.severity == 0 or root.step is None
-        refs = [actor.ping.remote() for actor in self._actors]
-        done, _ = ray.wait(refs, num_returns=len(refs), timeout=_ANSWER_S)
-        try:
-            return len(done) == len(refs) and min(ray.get(done)) >= root.step
-        except RayError:
-            return True
-
-    def _ask_positions(self, lost: set[int | None]) -> tuple[Positions, list[Failure]]:
-        refs = {
-            actor.positions.remote(): rank
-            for rank, actor in enumerate(self._actors)
-            if rank not in lost
-        }
-        if not refs:
-            return Positions(), []
-        done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=_ANSWER_S)
-        found, dead = Positions(), []
-        for ref in done:
-            try:
-                found.at[refs[ref]] = ray.get(ref)
-            except RayActorError as error:
-                dead.append(_lost(error, refs[ref], None))
-            except RayError as error:
-                found.at[refs[ref]] = f"cannot tell: {_short(error)}"
-        return found, dead
+    def _emit(self, rows: Replies) -> list[int | None]:
+        """Takes complete rows out, in step order, and hands them to the client."""
+        done: list[int | None] = []
+        for start, row in rows.items():  # in the order of the calls
+            if len(row) < len(self._actors):
+                break  # a later one may be complete already, but must not overtake
+            self._events.put(Rows(tuple(row[r].reports for r in range(len(self._actors)))))
+            done.append(start)
+        for start in done:
+            del rows[start]
+        return done
 
     # ---- control --------------------------------------------------------------------------
 
@@ -375,7 +284,7 @@ class Driver:
             if self._seats is not None:
                 self._seats.release()
             here = ray.util.get_node_ip_address()
-            _await_exit([at.pid for at in self._where if at.ip == here])
+            await_exit([at.pid for at in self._where if at.ip == here])
             self._where = []
 
 
@@ -403,42 +312,3 @@ class _Clock:
     def mark(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[name], self._last = now - self._last, now
-
-
-def _lost(error: RayError, rank: int, step: int | None) -> Failure:
-    died = isinstance(error, RayActorError)
-    kind = "StageDiedError" if died else type(error).__name__
-    return Failure(rank, step, kind, _short(error), died=died, severity=0 if died else 1)
-
-
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    for mark in ("Worker exit detail:", "The actor died because", "The actor is dead because"):
-        if mark in text:
-            text = text[text.index(mark) :].removeprefix("Worker exit detail:").strip()
-            break
-    return text if len(text) < 240 else text[:237] + "..."
-
-
-def _await_exit(pids: Sequence[int], seconds: float = 3.0) -> None:
-    """Waits until the processes are gone; kills what does not go by itself."""
-    deadline = time.monotonic() + seconds
-    left = list(pids)
-    while left and time.monotonic() < deadline:
-        left = [pid for pid in left if _exists(pid)]
-        time.sleep(0.01)
-    for pid in left:
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def _exists(pid: int) -> bool:
-    """Whether `pid` is still the Ray worker that it was, and no later process of that number."""
-    try:
-        os.kill(pid, 0)
-        if os.path.isdir("/proc/self"):
-            with open(f"/proc/{pid}/cmdline", "rb") as file:
-                return b"ray::" in file.read()
-    except OSError:
-        return False
-    return True

@@ -108,7 +108,12 @@ class RayRun(Run):
         if isinstance(started, RunFailure):
             self._raise(started)
         self.infos = list(started.infos)
-        return {**started.seconds, "total": time.perf_counter() - began}
+        driver = (
+            time.perf_counter()
+            - began
+            - sum(seconds for part, seconds in started.seconds.items() if "." not in part)
+        )
+        return {"driver": driver, **started.seconds}
 
     def _feed_refs(self) -> list[Any]:
         cut = getattr(self._feed, "for_rank", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -186,6 +187,20 @@ class BatchForm:
         self.spec = BatchSpec.of(example, batch_dims)
         paths, _ = pytree.tree_flatten_with_path(example)
         self.names = tuple("batch" + pytree.keystr(path) for path, _ in paths)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A tree of leaf numbers travels in place of torch's tree spec, whose own pickling warns.
+        tree = pytree.tree_unflatten(range(len(self.names)), self.spec.structure)
+        return {
+            "names": self.names,
+            "tree": tree,
+            "spec": dataclasses.replace(self.spec, structure=None),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.names = state["names"]
+        _, structure = pytree.tree_flatten(state["tree"])
+        self.spec = dataclasses.replace(state["spec"], structure=structure)
 
     def tensors(self, batch: Any, step: int) -> list[torch.Tensor]:
         """The tensor leaves of the batch of `step`.

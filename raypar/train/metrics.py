@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -115,6 +115,17 @@ class MetricsLog:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def startup_text(startup: Mapping[str, float]) -> str:
+    """The breakdown of ``Result.metrics["startup"]``, one line per part, for people."""
+    total = startup.get("total", 0.0)
+    lines = [f"{total:6.2f} s from the call of fit() to the end of the first step"]
+    for name, seconds in startup.items():
+        if name != "total":
+            depth = name.count(".")
+            lines.append(f"{'  ' * (depth + 1)}{seconds:6.2f} s {name.rsplit('.', 1)[-1]}")
+    return "\n".join(lines)
 
 
 class Display:

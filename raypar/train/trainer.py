@@ -148,9 +148,10 @@ class Trainer:
             clock.mark("compile")
             run = self._make_run(stack, specs, plan, cluster, opened, form)
             stack.callback(run.close)
-            for name, seconds in run.start().items():
-                clock.seconds[f"start.{name}"] = seconds
+            parts = run.start()
             clock.mark("start")
+            for name, seconds in parts.items():
+                clock.seconds[f"start.{name}"] = seconds
             summary = self._train(run, path, form, clock)
             torch.save(run.state_dict(), path / "model.pt")
         _write_json(path / "result.json", summary)

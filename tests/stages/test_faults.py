@@ -55,11 +55,11 @@ def test_other_errors_say_which_rank_raised_what_when() -> None:
 
 
 def test_an_error_that_cannot_be_pickled_keeps_its_text() -> None:
-    class Local(Exception):
+    class LocalError(Exception):
         pass
 
-    found = to_exception([failure_of(Local("no module has me"), 0, 0)], INFOS, Positions())
-    assert "raised Local in step 0: no module has me" in str(found)
+    found = to_exception([failure_of(LocalError("no module has me"), 0, 0)], INFOS, Positions())
+    assert "raised LocalError in step 0: no module has me" in str(found)
 
 
 def test_a_dead_rank_is_named_with_the_positions_of_the_others() -> None:

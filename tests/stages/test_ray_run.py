@@ -1,4 +1,4 @@
-"""A run on Ray actors: dispatch, state, and every fault in the open, with ranks without programs."""
+"""A run on Ray actors: dispatch, state and every fault, with ranks without programs."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections import UserDict
 from collections.abc import Iterator
 from typing import Any
@@ -167,3 +168,10 @@ def test_a_callable_class_that_is_iterable_is_an_iterable() -> None:
             raise AssertionError("not to be called")
 
     assert list(open_data(Both())) == [1]
+
+
+def test_a_form_travels_without_changing() -> None:
+    there = pickle.loads(pickle.dumps(form()))
+    assert there.spec == form().spec
+    assert there.names == form().names
+    assert len(there.tensors(batch(), 3)) == 2

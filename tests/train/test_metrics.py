@@ -12,7 +12,7 @@ from raypar.stages.faults import RankInfo
 from raypar.stages.run import merge_reports
 from raypar.stages.spec import StepReport
 from raypar.train.data import BatchForm
-from raypar.train.metrics import Display, MetricsLog, tokens_of
+from raypar.train.metrics import Display, MetricsLog, startup_text, tokens_of
 
 
 def test_tokens_are_known_for_a_batch_of_integer_rows() -> None:
@@ -67,3 +67,13 @@ def test_nothing_is_shown_where_nothing_is_asked_for() -> None:
     with Display(1, 0, out) as display:
         display.show({"step": 0, "loss": 1.0, "grad_norm": None, "step_s": 1, "samples_per_s": 1})
     assert out.getvalue() == ""
+
+
+def test_the_start_is_broken_down_into_its_parts() -> None:
+    text = startup_text({"data": 0.5, "start": 3.0, "start.ranks": 2.0, "total": 3.5})
+    assert text.splitlines() == [
+        "  3.50 s from the call of fit() to the end of the first step",
+        "    0.50 s data",
+        "    3.00 s start",
+        "      2.00 s ranks",
+    ]
