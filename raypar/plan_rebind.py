@@ -49,7 +49,7 @@ def rebind(plan: Plan, graph: OpGraph) -> Plan:
 def _mapped_ends(plan: Plan, graph: OpGraph) -> list[int] | None:
     """Where the stages end in the new graph, or None where one end is gone."""
     cuts = set(graph.cuts)
-    ends = []
+    ends: list[int] = []
     for stage in plan.stages[:-1]:
         place = graph.index.get(stage.last)
         if place is None or place + 1 not in cuts or (ends and place + 1 <= ends[-1]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from raypar.schedules.compile import compile_schedule
 from raypar.schedules.instructions import Instruction
 from raypar.schedules.io import Edge, StageIO
 from raypar.stages.spec import OptimizerFn, RankSpec, StageSpec
+from raypar.stages.transfers import posting_plan
 
 
 @dataclass
@@ -55,12 +57,11 @@ def slice_plan(graph: OpGraph, plan: Plan) -> Sliced:
     flow = gradient_flow(clean, {n: t for n, (_, _, t) in graph.params.items()})
     edges = tuple(Edge(v.id, v.source, v.targets, v.id in flow, v.nbytes) for v in values)
     splits = tuple(
-        any(e in flow for e in s.keys("edge:")) and any(f"param:{p}" in flow for p in s.keys("param:"))
+        any(e in flow for e in s.keys("edge:"))
+        and any(f"param:{p}" in flow for p in s.keys("param:"))
         for s in stages
     )
-    io = StageIO(
-        len(stages), tuple(group for group, _ in plan.schedule.placement), edges, splits
-    )
+    io = StageIO(len(stages), tuple(group for group, _ in plan.schedule.placement), edges, splits)
     lists = compile_schedule(plan.schedule.name, io, plan.microbatches)
     check_lists(lists, io, plan.microbatches)
     return Sliced(stages, values, flow, io, lists)
@@ -123,6 +124,7 @@ def compile_plan(
                     device=devices[group][replica],
                     stages=tuple(packed[s] for s in own),
                     instructions=tuple(sliced.lists[group]),
+                    posts=posting_plan(sliced.lists, group),
                     edges=sliced.io.edges,
                     rank_group_of=tuple(placement),
                     inputs=_inputs([sliced.stages[s] for s in own]),
@@ -134,9 +136,7 @@ def compile_plan(
                     owned_params=tuple(
                         n for n in graph.params if first and holders.get(n, [0])[0] == group
                     ),
-                    owned_buffers=tuple(
-                        n for n, g in buffer_owner.items() if first and g == group
-                    ),
+                    owned_buffers=tuple(n for n, g in buffer_owner.items() if first and g == group),
                     constants=_constants(graph, [sliced.stages[s] for s in own]),
                     shapes={
                         v.id: (v.shape, str(v.dtype).removeprefix("torch.")) for v in sliced.values
@@ -167,7 +167,7 @@ def _pack_stage(graph: OpGraph, plan: Plan, sliced: Sliced, stage: StageGraph) -
     received = [e for e in stage.keys("edge:") if e in flow]
     with_grad = [i for i, e in enumerate(stage.edges_out) if e in flow]
     scale = None
-    nodes = {
+    nodes: dict[str, Any] = {
         "graph": pack(stage.graph),
         "globals": None if stage.globals_graph is None else pack(stage.globals_graph),
     }
@@ -191,9 +191,7 @@ def _pack_stage(graph: OpGraph, plan: Plan, sliced: Sliced, stage: StageGraph) -
     )
 
 
-def _param_holders(
-    stages: Sequence[StageGraph], placement: Sequence[int]
-) -> dict[str, list[int]]:
+def _param_holders(stages: Sequence[StageGraph], placement: Sequence[int]) -> dict[str, list[int]]:
     """Parameter → rank groups that hold it, the owner first."""
     holders: dict[str, set[int]] = {}
     for stage in stages:

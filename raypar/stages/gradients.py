@@ -14,6 +14,7 @@ from raypar.schedules.instructions import Kind
 from raypar.stages.holdings import Holdings
 from raypar.stages.spec import RankSpec
 
+_BUCKET = 4 << 20
 _ONE_BUCKET = 1 << 62
 
 
@@ -39,14 +40,12 @@ class GradientStore:
         self._stages_of: dict[str, list[int]] = {}
         self._place: dict[str, tuple[GradBuckets, int]] = {}
         self._members: list[tuple[GradBuckets, list[str]]] = []
-        self._names = {
-            i: stage.program.weight_gradients for i, stage in holdings.stages.items()
-        }
+        self._names = {i: stage.program.weight_gradients for i, stage in holdings.stages.items()}
         for stage in self._sync_order(spec):
             for name in self._names[stage]:
                 self._stages_of.setdefault(name, []).append(stage)
         ready = self._ready_order(holdings)
-        self._add_buckets([n for n in ready if n not in spec.shared], replicas, "replicas", None)
+        self._add_buckets([n for n in ready if n not in spec.shared], replicas, "replicas", _BUCKET)
         for group in sorted(set(spec.shared.values())):
             names = sorted(n for n, owners in spec.shared.items() if owners == group)
             ranks = [g * spec.replicas + r for g in group for r in range(spec.replicas)]
@@ -67,9 +66,7 @@ class GradientStore:
     def _sync_order(self, spec: RankSpec) -> list[int]:
         """Stages in the order in which their gradients are complete."""
         return [
-            i.stage
-            for i in spec.instructions
-            if i.kind is Kind.GRAD_SYNC and i.stage is not None
+            i.stage for i in spec.instructions if i.kind is Kind.GRAD_SYNC and i.stage is not None
         ]
 
     def _ready_order(self, holdings: Holdings) -> list[str]:
@@ -81,15 +78,13 @@ class GradientStore:
                 last[name] = max(last.get(name, (-index, 0)), (-index, at))
         return sorted(last, key=lambda n: last[n])
 
-    def _add_buckets(
-        self, names: list[str], group: Group | None, what: str, size: int | None
-    ) -> None:
+    def _add_buckets(self, names: list[str], group: Group | None, what: str, size: int) -> None:
         names = [n for n in names if n in self._params]
         if not names:
             return
-        specs = [TensorSpec(tuple(p.shape), p.dtype) for p in map(self._params.get, names) if p is not None]
-        extra = {} if size is None else {"bucket_bytes": size}
-        buckets = GradBuckets(specs, group, name=f"gradients of {what}", **extra)
+        params = [self._params[n] for n in names]
+        specs = [TensorSpec(tuple(p.shape), p.dtype) for p in params]
+        buckets = GradBuckets(specs, group, size, name=f"gradients of {what}")
         self._members.append((buckets, names))
         self._place.update({n: (buckets, i) for i, n in enumerate(names)})
 

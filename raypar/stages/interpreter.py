@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from raypar.comm.group import Group, TensorSpec, Work
+from raypar.comm.group import Group
 from raypar.errors import OptimizerError, RayparError
 from raypar.graph.replay import replay
-from raypar.schedules.instructions import RECV, Instruction, Kind
+from raypar.schedules.instructions import Instruction, Kind
 from raypar.stages.batch import first_sample, microbatch_rows
 from raypar.stages.gradients import GradientStore
 from raypar.stages.holdings import HeldStage, Holdings
 from raypar.stages.spec import RankSpec, StepReport
+from raypar.stages.transfers import Transfers
 
-_LOOKAHEAD = 2  # receives posted ahead of the one that is waited for
 GRAD = "grad:"
 
 
@@ -48,8 +48,7 @@ class RankRunner:
         self._replicas = self._replica_group()
         self._gradients = GradientStore(spec, self._holdings, world, self._replicas)
         self._optimizer = self._make_optimizer()
-        self._edges = {e.name: e for e in spec.edges}
-        self._posts = _posting_plan(spec.instructions)
+        self._transfers = Transfers(spec, world)
         self._constants = {k: t.to(self._device) for k, t in spec.constants.items()}
         self._tangents = self._loss_tangents()
         self._at = -1
@@ -129,8 +128,6 @@ class RankRunner:
         self._saved: dict[tuple[int, int], list[Any]] = {}
         self._halves: dict[tuple[int, int], list[Any]] = {}
         self._globals: dict[str, torch.Tensor] = {}
-        self._posted: dict[Instruction, Work] = {}
-        self._sends: list[Work] = []
         self._loss: dict[int, torch.Tensor] = {}
         self._probe: dict[int, torch.Tensor] = {}
         self._seconds = dict.fromkeys(("compute", "recv", "sync", "optimizer"), 0.0)
@@ -142,11 +139,9 @@ class RankRunner:
         with torch.no_grad():
             for position, instruction in enumerate(self.spec.instructions):
                 self._at = position
-                for receive in self._posts.get(position, ()):
-                    self._posted[receive] = self._post(receive)
+                self._transfers.post(position)
                 self._handlers[instruction.kind](instruction)
-            for send in self._sends:
-                send.wait()
+            self._transfers.finish()
         if not self._report.applied:
             self._holdings.buffers.update(old_buffers)
         self._seconds["total"] = time.perf_counter() - began
@@ -274,27 +269,10 @@ class RankRunner:
 
     # -- transfers --------------------------------------------------------------------------
 
-    def _peer(self, stage: int) -> int:
-        return self.spec.rank_group_of[stage] * self.spec.replicas + self.spec.replica
-
-    def _tag(self, now: Instruction) -> str:
-        """Direction, edge, target stage, microbatch: what identifies a message within a step."""
-        forward = now.kind in (Kind.SEND_FORWARD, Kind.RECV_FORWARD)
-        sender = now.kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD)
-        target = now.peer if forward == sender else now.stage
-        return f"{'F' if forward else 'B'}:{now.value}:{target}:{now.microbatch}"
-
-    def _post(self, now: Instruction) -> Work:
-        assert now.peer is not None and now.value is not None
-        shape, dtype = self.spec.shapes[now.value]
-        return self._world.irecv(
-            TensorSpec(shape, getattr(torch, dtype)), self._peer(now.peer), self._tag(now)
-        )
-
     def _receive(self, now: Instruction) -> None:
         began = time.perf_counter()
-        value = self._posted.pop(now).wait()
-        assert value is not None and now.value is not None and now.microbatch is not None
+        value = self._transfers.receive(now)
+        assert now.value is not None and now.microbatch is not None
         if now.kind is Kind.RECV_FORWARD:
             self._values[now.value, now.microbatch] = value
         else:
@@ -302,12 +280,9 @@ class RankRunner:
         self._seconds["recv"] += time.perf_counter() - began
 
     def _send(self, now: Instruction) -> None:
-        assert now.peer is not None and now.value is not None and now.microbatch is not None
+        assert now.value is not None and now.microbatch is not None
         name = now.value if now.kind is Kind.SEND_FORWARD else GRAD + now.value
-        value = self._values[name, now.microbatch]
-        self._sends.append(self._world.isend(value, self._peer(now.peer), self._tag(now)))
-        if len(self._sends) > 64:
-            self._sends = [send for send in self._sends if not send.done()]
+        self._transfers.send(now, self._values[name, now.microbatch])
 
     def _free(self, now: Instruction) -> None:
         assert now.value is not None and now.microbatch is not None
@@ -471,13 +446,3 @@ class RankRunner:
 
 def _device_of(spec: RankSpec) -> torch.device:
     return torch.device("cuda" if spec.accelerator and torch.cuda.is_available() else "cpu")
-
-
-def _posting_plan(instructions: tuple[Instruction, ...]) -> dict[int, list[Instruction]]:
-    """Position → receives to post there: each one is posted two receives ahead."""
-    receives = [i for i, instruction in enumerate(instructions) if instruction.kind in RECV]
-    plan: dict[int, list[Instruction]] = {}
-    for order, position in enumerate(receives):
-        at = receives[order - _LOOKAHEAD] if order >= _LOOKAHEAD else 0
-        plan.setdefault(at, []).append(instructions[position])
-    return plan

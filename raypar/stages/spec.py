@@ -63,6 +63,7 @@ class RankSpec:
         device: Cluster-wide device index from the plan.
         stages: The stages it holds, ascending.
         instructions: Its instruction list, the same for every step.
+        posts: Position → receives to post before the instruction there.
         edges: Every value that crosses between stages of the plan.
         rank_group_of: For every stage of the plan, its rank group.
         inputs: Example-tensor names (``in:0``, ...) its stages read.
@@ -94,6 +95,7 @@ class RankSpec:
     device: int
     stages: tuple[StageSpec, ...]
     instructions: tuple[Instruction, ...]
+    posts: dict[int, tuple[Instruction, ...]]
     edges: tuple[Edge, ...]
     rank_group_of: tuple[int, ...]
     inputs: tuple[str, ...]

@@ -71,7 +71,7 @@ class DataFeed:
         # What cuts a batch, without the programs: this goes to every rank.
         self._specs = tuple(
             dataclasses.replace(
-                s, stages=(), instructions=(), edges=(), shared={}, constants={}, shapes={},
+                s, stages=(), instructions=(), posts={}, edges=(), shared={}, constants={}, shapes={},
                 model_fn=_none, loss_fn=None, optimizer=_none,
             )
             for s in specs

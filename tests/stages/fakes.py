@@ -158,6 +158,7 @@ def fake_specs(world: int, *, inputs: tuple[str, ...] = ()) -> list[RankSpec]:
             device=rank,
             stages=(StageSpec(rank, {}, "none", None),),
             instructions=(),
+            posts={},
             edges=(),
             rank_group_of=tuple(range(world)),
             inputs=inputs if rank in (0, world - 1) else (),

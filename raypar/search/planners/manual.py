@@ -23,6 +23,7 @@ class ManualPlanner(Planner):
     name = "manual"
 
     def plan(self, graph: OpGraph, cluster: Cluster, config: SearchConfig) -> Plan:
+        """Loads the file, or overrides what `uniform` makes; see `Planner.plan`."""
         given = config.manual
         if given is None:
             raise PlanError(

@@ -23,6 +23,7 @@ class UniformPlanner(Planner):
     name = "uniform"
 
     def plan(self, graph: OpGraph, cluster: Cluster, config: SearchConfig) -> Plan:
+        """Balances stages over the cluster's first devices; see `Planner.plan`."""
         groups, replicas = _shape(graph, cluster, config)
         n_stages = groups * config.chunks
         microbatches = _microbatches(graph, config, groups, replicas)
