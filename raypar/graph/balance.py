@@ -7,17 +7,25 @@ import math
 from raypar.errors import PlanError
 from raypar.graph.opgraph import OpGraph
 
-# One byte that crosses a cut, or that an element-wise op moves, weighs as much as this many FLOPs:
-# the order of a device's FLOP/s over its link's bytes/s, and over its memory's.
-_FLOPS_PER_CUT_BYTE = 50.0
+FLOPS_PER_CUT_BYTE = 20.0
+"""Weight of a byte that crosses a cut where nothing is known of the cluster."""
+
+# A byte that an op reads or writes weighs as much as this many FLOPs.
 _FLOPS_PER_BYTE = 2.0
 
 
-def balanced_cuts(graph: OpGraph, n_stages: int) -> list[int]:
+def balanced_cuts(
+    graph: OpGraph, n_stages: int, flops_per_cut_byte: float = FLOPS_PER_CUT_BYTE
+) -> list[int]:
     """Cut positions that minimise the heaviest stage: its work plus the bytes that enter it.
 
     Dynamic programming over the graph's cuts; a stage's work counts forward and twice that for
     backward, its entering bytes count for both directions.
+
+    Args:
+        graph: The captured model.
+        n_stages: Number of stages.
+        flops_per_cut_byte: A device's FLOP/s over its link's bytes/s.
 
     Raises:
         PlanError: Fewer places to cut than asked for.
@@ -33,7 +41,7 @@ def balanced_cuts(graph: OpGraph, n_stages: int) -> list[int]:
         prefix.append(prefix[-1] + 3 * (op.flops + _FLOPS_PER_BYTE * op.nbytes))
     crossing = _crossing_bytes(graph)
     bounds = [*graph.cuts, len(graph.ops)]
-    entry = {0: 0.0, **{c: 2 * _FLOPS_PER_CUT_BYTE * crossing[c] for c in graph.cuts}}
+    entry = {0: 0.0, **{c: 2 * flops_per_cut_byte * crossing[c] for c in graph.cuts}}
     # best[k][i]: least heaviest load of k + 1 stages that end at bounds[i].
     best = [[prefix[b] for b in bounds]]
     choice: list[list[int]] = [[-1] * len(bounds)]

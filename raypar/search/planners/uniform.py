@@ -6,7 +6,7 @@ import math
 
 from raypar.errors import PlanError
 from raypar.fit import check_plan
-from raypar.graph.balance import balanced_cuts
+from raypar.graph.balance import FLOPS_PER_CUT_BYTE, balanced_cuts
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
 from raypar.plan import MemoryPolicy, MeshSlice, Plan, ScheduleSpec, StagePlan
@@ -27,7 +27,7 @@ class UniformPlanner(Planner):
         groups, replicas = _shape(graph, cluster, config)
         n_stages = groups * config.chunks
         microbatches = _microbatches(graph, config, groups, replicas)
-        cuts = balanced_cuts(graph, n_stages)
+        cuts = balanced_cuts(graph, n_stages, _flops_per_cut_byte(cluster, replicas))
         bounds = [0, *cuts, len(graph.ops)]
         schedule = config.schedule
         if schedule == "auto":
@@ -62,6 +62,14 @@ class UniformPlanner(Planner):
 
 def _slice(group: int, replicas: int) -> MeshSlice:
     return MeshSlice(tuple(range(group * replicas, (group + 1) * replicas)), (replicas,))
+
+
+def _flops_per_cut_byte(cluster: Cluster, replicas: int) -> float:
+    """FLOP/s of the first device over bytes/s of its link to the next stage's."""
+    if cluster.n_devices <= replicas:
+        return FLOPS_PER_CUT_BYTE
+    rate = cluster.node_of(0).device.peak("float32")
+    return rate / cluster.link(0, replicas).bandwidth
 
 
 def _shape(graph: OpGraph, cluster: Cluster, config: SearchConfig) -> tuple[int, int]:
