@@ -59,7 +59,7 @@ def empty_specs(world: int) -> list[RankSpec]:
         RankSpec(
             rank=rank, world=world, group=rank, replica=0, replicas=1, microbatches=1,
             global_batch=1, device=rank, stages=(StageSpec(rank, {}, "none", None),),
-            instructions=(), edges=(), rank_group_of=tuple(range(world)), inputs=(),
+            instructions=(), posts={}, edges=(), rank_group_of=tuple(range(world)), inputs=(),
             batch_dims=(), shared={}, model_fn=nn.Identity, loss_fn=None,
             optimizer=torch.optim.SGD, threads=1,
         )

@@ -7,6 +7,7 @@ because Ray would otherwise run a step twice.
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import time
@@ -85,6 +86,9 @@ class StageActor:
         self._world: Any = None
         self._rendezvous: Any = None
         self._standing = "starting"
+        # torch and the interpreter take a second to load: all actors do it now, at once, and not
+        # one after the other when the first calls reach them.
+        importlib.import_module("raypar.stages.interpreter")
 
     def info(self) -> ActorInfo:
         """Where this actor is."""

@@ -71,8 +71,8 @@ class DataFeed:
         # What cuts a batch, without the programs: this goes to every rank.
         self._specs = tuple(
             dataclasses.replace(
-                s, stages=(), instructions=(), posts={}, edges=(), shared={}, constants={}, shapes={},
-                model_fn=_none, loss_fn=None, optimizer=_none,
+                s, stages=(), instructions=(), posts={}, edges=(), shared={}, constants={},
+                shapes={}, model_fn=_none, loss_fn=None, optimizer=_none,
             )
             for s in specs
         )  # fmt: skip
