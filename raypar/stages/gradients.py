@@ -119,7 +119,7 @@ class GradientStore:
                     f"stage {stage}: {seen} of {wanted} gradients of {name!r} came before its SYNC"
                 )
 
-    def finish(self) -> torch.Tensor:
+    def finish(self, device: torch.device) -> torch.Tensor:
         """Waits for all exchanges; returns this rank's share of the squared global norm."""
         self._grads = {}
         norms: dict[torch.dtype, list[torch.Tensor]] = {}
@@ -131,9 +131,9 @@ class GradientStore:
                 if self._spec.replica == 0 and name in self._owned:
                     norm = torch.linalg.vector_norm(gradient)
                     norms.setdefault(norm.dtype, []).append(norm)
-        squares = torch.zeros((), dtype=torch.float64)
+        squares = torch.zeros((), dtype=torch.float64, device=device)
         for found in norms.values():
-            squares += torch.stack(found).double().square().sum().cpu()
+            squares += torch.stack(found).double().square().sum()
         return squares
 
     def keep(self) -> None:

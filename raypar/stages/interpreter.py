@@ -323,9 +323,9 @@ class RankRunner:
     def _norm(self, now: Instruction) -> None:
         began = time.perf_counter()
         loss = self._finish_loss()
-        squares = self._gradients.finish()
-        totals = torch.zeros(1, dtype=torch.float64)
-        totals += squares
+        squares = self._gradients.finish(self._device)
+        own = float(squares)
+        totals = squares.reshape(1)
         if loss is not None:
             totals += loss * 0.0  # NaN or infinity anywhere makes the total NaN
         if self._world.size > 1:
@@ -335,7 +335,7 @@ class RankRunner:
         self._report.loss = loss
         if not torch.isfinite(totals).item():
             self._report.applied = False
-            self._report.non_finite = self._blame(loss, float(squares))
+            self._report.non_finite = self._blame(loss, own)
         if self.spec.keep_gradients:
             self._gradients.keep()
         limit = self.spec.clip_norm
