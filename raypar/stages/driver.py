@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import queue
 import threading
 import time
@@ -30,7 +31,7 @@ from raypar.stages.rescue import Calls, Replies, await_exit, rescue
 from raypar.stages.seats import Seats, SeatSettings
 
 _WINDOW = 3
-_CALL_S = 0.4  # wall time that a call should take: shorter costs the driver, longer hides progress
+_CALL_S = 1.5  # wall time that a call should take: shorter costs the driver, longer hides progress
 _MOST_STEPS = 512
 
 
@@ -44,7 +45,7 @@ class DriverSettings:
         timeout_s: Deadline of every transfer, in seconds.
         start_timeout_s: Deadline of bringing all ranks up, in seconds.
         seats: What to reserve on the cluster.
-        steps_per_call: Steps in one actor call; None to fit calls of about 0.4 s.
+        steps_per_call: Steps in one actor call; None to fit calls of about 1.5 s.
     """
 
     name: str
@@ -301,7 +302,7 @@ class _Pace:
         each, self._last = max((now - self._last) / count, 1e-6), now
         if self._fixed is None:
             # At most four times as many at once: the first steps of a run are not typical.
-            self.count = max(1, min(int(_CALL_S / each), 4 * self.count, _MOST_STEPS))
+            self.count = max(1, min(math.ceil(_CALL_S / each), 4 * self.count, _MOST_STEPS))
 
 
 class _Clock:

@@ -25,7 +25,7 @@ from raypar.stages.seats import SeatSettings
 from raypar.stages.spec import RankSpec, StepReport
 from raypar.stages.worker import FeedFactory, RunnerFactory, info_of
 
-_POLL_S = 1.0
+_POLL_S = 10.0
 _CLOSE_S = 15.0
 
 
@@ -45,7 +45,7 @@ class RayRun(Run):
         timeout_s: Deadline of every transfer, in seconds.
         start_timeout_s: Deadline of bringing all ranks up, in seconds.
         placement_timeout_s: Deadline of reserving the devices, in seconds.
-        steps_per_call: Steps in one actor call; None to fit calls of about 0.4 s.
+        steps_per_call: Steps in one actor call; None to fit calls of about 1.5 s.
     """
 
     def __init__(

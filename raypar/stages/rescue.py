@@ -19,6 +19,7 @@ from raypar.stages.actor import Reply
 from raypar.stages.faults import Failure, Positions, root_failure
 
 _ANSWER_S = 2.0
+_IDLE_S = 10.0  # between looks at whether the run was closed
 _GRACE_S = 1.0
 _ABORT_S = 5.0
 
@@ -39,7 +40,7 @@ class Calls:
         """Notes a call to `rank`; `step` is its first step, if it runs some."""
         self._under_way[ref] = (step, rank)
 
-    def ready(self, timeout: float = _ANSWER_S) -> list[tuple[int | None, int, Any]]:
+    def ready(self, timeout: float = _IDLE_S) -> list[tuple[int | None, int, Any]]:
         """Takes out finished calls, waiting for one: (first step, rank, value or Failure)."""
         if not self._under_way:
             return []
