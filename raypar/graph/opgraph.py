@@ -20,6 +20,7 @@ from raypar.graph.build import CleanGraph, build_graph
 from raypar.graph.costs import forward_bytes, forward_flops, is_matmul_like, size_of
 from raypar.graph.layers import Layer, cluster_layers, repeated_layers
 from raypar.graph.op import Op
+from raypar.graph.origins import Path, find_tensor
 from raypar.graph.passes.emit import op_name
 from raypar.graph.passes.randomness import SEEDED
 
@@ -245,6 +246,11 @@ class OpGraph:
             if spots:
                 block(min(spots), max(spots))
         return tuple(k for k in range(1, len(nodes)) if not blocked[k])
+
+    def constant(self, key: str) -> torch.Tensor | Path:
+        """A constant of the graph: its value, or where the model that a rank builds has it."""
+        tensor = self.clean.constants[key][1]
+        return find_tensor(self._model, tensor) or tensor
 
     def to_networkx(self) -> nx.DiGraph:
         """Ops as nodes (attribute ``op``), values as edges (attribute ``nbytes``)."""

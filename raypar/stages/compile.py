@@ -11,6 +11,7 @@ import torch
 from raypar.errors import PlanError
 from raypar.fit import check_plan, stage_ranges
 from raypar.graph.opgraph import OpGraph
+from raypar.graph.origins import Path
 from raypar.graph.replay import gradient_flow
 from raypar.plan import Plan
 from raypar.programs.slicing import StageGraph, ValueEdge, slice_stages
@@ -226,7 +227,9 @@ def _inputs(stages: Sequence[StageGraph]) -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda k: int(k[3:])))
 
 
-def _constants(graph: OpGraph, stages: Sequence[StageGraph]) -> dict[str, torch.Tensor]:
+def _constants(
+    graph: OpGraph, stages: Sequence[StageGraph]
+) -> dict[str, torch.Tensor | Path]:
     wanted = {
         n.meta["id"]
         for stage in stages
@@ -235,4 +238,4 @@ def _constants(graph: OpGraph, stages: Sequence[StageGraph]) -> dict[str, torch.
         for n in g.nodes
         if n.op == "placeholder" and n.meta["id"].startswith("const:")
     }
-    return {key: tensor for key, (_, tensor) in graph.clean.constants.items() if key in wanted}
+    return {key: graph.constant(key) for key in sorted(wanted)}

@@ -12,6 +12,7 @@ from torch import nn
 
 from raypar.errors import PlanError
 from raypar.graph.capture import build_model
+from raypar.graph.origins import fetch_tensor
 from raypar.programs.stage import StageProgram, compile_stage
 from raypar.programs.wire import unpack
 from raypar.stages.spec import RankSpec, StageSpec
@@ -40,6 +41,7 @@ class Holdings:
     Attributes:
         params: Own parameters by name, in the model's order.
         buffers: Own buffers by name.
+        constants: Constant tensors of the graph by placeholder id.
         stages: Stage number → programs.
     """
 
@@ -70,6 +72,12 @@ class Holdings:
             name: nn.Parameter(p.detach().clone().to(device), requires_grad=p.requires_grad)
             for name, p in trainable.items()
             if name in names
+        }
+        self.constants = {
+            key: (found if isinstance(found, torch.Tensor) else fetch_tensor(model, found))
+            .clone()
+            .to(device)
+            for key, found in spec.constants.items()
         }
         self.buffers = {
             name: b.detach().clone().to(device)

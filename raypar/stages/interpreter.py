@@ -49,7 +49,6 @@ class RankRunner:
         self._gradients = GradientStore(spec, self._holdings, world, self._replicas)
         self._optimizer = self._make_optimizer()
         self._transfers = Transfers(spec, world)
-        self._constants = {k: t.to(self._device) for k, t in spec.constants.items()}
         self._tangents = self._loss_tangents()
         self._at = -1
         self._step = -1
@@ -192,7 +191,7 @@ class RankRunner:
         if kind == "global":
             return self._globals[name]
         if kind == "const":
-            return self._constants[key]
+            return self._holdings.constants[key]
         return torch.tensor(
             [self.spec.seed, self._step, first_sample(self.spec, microbatch)], dtype=torch.int64
         )
@@ -211,6 +210,8 @@ class RankRunner:
         if box is not None:
             gradients = stage.program.backward(box, self._gradients.sink(stage.spec.index))
             self._give_back(stage, microbatch, gradients)
+        else:  # what it received decides over indices only: peers still wait for gradients
+            self._give_back(stage, microbatch, [])
         self._forget(stage, microbatch)
         self._seconds["compute"] += time.perf_counter() - began
 
@@ -256,6 +257,8 @@ class RankRunner:
             count = program.n_inputs_grad
             self._halves[stage.spec.index, microbatch] = later + results[count:]
             self._give_back(stage, microbatch, results[:count])
+        else:
+            self._give_back(stage, microbatch, [])
         self._seconds["compute"] += time.perf_counter() - began
 
     def _backward_weight(self, now: Instruction) -> None:

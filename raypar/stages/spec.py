@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from raypar.graph.origins import Path
 from raypar.schedules.instructions import Instruction
 from raypar.schedules.io import Edge
 
@@ -72,7 +73,8 @@ class RankSpec:
         owned_params: Parameters whose state this rank reports and, where unused by any stage,
             just keeps.
         owned_buffers: The same for buffers.
-        constants: Constant tensors of the graph (``const:K`` → CPU tensor).
+        constants: Constant tensors of the graph by placeholder id: the value, or where the model
+            that the rank builds has it.
         shapes: Edge id → (shape, dtype as text) for one microbatch on one replica.
         model_fn: Builds the model.
         loss_fn: Maps the model's output (and batch) to the loss, or None.
@@ -106,7 +108,7 @@ class RankSpec:
     optimizer: OptimizerFn
     owned_params: tuple[str, ...] = ()
     owned_buffers: tuple[str, ...] = ()
-    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    constants: dict[str, torch.Tensor | Path] = field(default_factory=dict)
     shapes: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     clip_norm: float | None = None
     seed: int = 0
