@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,41 +191,63 @@ def tolerance(graph: OpGraph) -> float:
     return max(_TOLERANCES.get(dtype, 2e-2) for dtype in graph.dtypes)
 
 
+@dataclass(frozen=True)
+class Gap:
+    """How far one tensor (or loss) is from what it should be.
+
+    Attributes:
+        what: Which one, in words.
+        ratio: max|Δ| / max(1, max|wanted|); infinite where one is not finite, has another form,
+            or is missing.
+        text: What is wrong, in words.
+    """
+
+    what: str
+    ratio: float
+    text: str
+
+
+def gaps(found: RunRecord, wanted: RunRecord) -> list[Gap]:
+    """Every loss, gradient, parameter and buffer beside what it should be."""
+    if len(found.losses) != len(wanted.losses) or len(found.gradients) != len(wanted.gradients):
+        steps = f"{len(found.losses)} steps, not {len(wanted.losses)}"
+        return [Gap("steps", math.inf, steps)]
+    rows = []
+    for step, (a, b) in enumerate(zip(found.losses, wanted.losses, strict=True)):
+        ratio = _finite(abs(a - b) / max(1.0, abs(b)))
+        rows.append(Gap(f"loss of step {step}", ratio, f"is {a!r}, not {b!r}"))
+    for step, (mine, theirs) in enumerate(zip(found.gradients, wanted.gradients, strict=True)):
+        rows += _gaps(f"gradient of step {step}", mine, theirs)
+    return [*rows, *_gaps("state", found.state_dict, wanted.state_dict)]
+
+
 def compare(found: RunRecord, wanted: RunRecord, bound: float) -> list[str]:
     """Every tensor that differs by more than ``bound * max(1, max|wanted|)``, in words."""
-    wrong: list[str] = []
-    for step, (a, b) in enumerate(zip(found.losses, wanted.losses, strict=True)):
-        if not abs(a - b) <= bound * max(1.0, abs(b)):
-            wrong.append(f"loss of step {step}: {a!r}, not {b!r}")
-    for step, (mine, theirs) in enumerate(zip(found.gradients, wanted.gradients, strict=True)):
-        wrong += _differences(f"gradient of step {step}", mine, theirs, bound)
-    wrong += _differences("state", found.state_dict, wanted.state_dict, bound)
-    return wrong
+    return [f"{g.what} {g.text}" for g in gaps(found, wanted) if not g.ratio <= bound]
 
 
-def _differences(
-    what: str, mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], bound: float
-) -> list[str]:
-    wrong = [f"{what}: {n} is missing" for n in theirs if n not in mine]
-    wrong += [f"{what}: {n} should not be there" for n in mine if n not in theirs]
-    for name, wanted in theirs.items():
-        found = mine.get(name)
-        if found is None:
+def _finite(ratio: float) -> float:
+    return ratio if math.isfinite(ratio) else math.inf
+
+
+def _gaps(
+    what: str, mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
+) -> Iterator[Gap]:
+    for name in sorted(set(mine) | set(theirs)):
+        title = f"{what}: {name}"
+        if name not in mine or name not in theirs:
+            where = "the reference" if name not in theirs else "the plan"
+            yield Gap(title, math.inf, f"is missing from {where}")
             continue
+        found, wanted = mine[name], theirs[name]
         if found.shape != wanted.shape or found.dtype != wanted.dtype:
-            wrong.append(
-                f"{what}: {name} is {tuple(found.shape)} {found.dtype}, not "
-                f"{tuple(wanted.shape)} {wanted.dtype}"
-            )
-            continue
-        if not wanted.numel():
-            continue
-        wide = torch.complex128 if wanted.is_complex() else torch.float64
-        gap = (found.to(wide) - wanted.to(wide)).abs().max().item()
-        scale = max(1.0, wanted.to(wide).abs().max().item())
-        if not gap <= bound * scale:
-            wrong.append(f"{what}: {name} differs by {gap:.3e} (bound {bound * scale:.1e})")
-    return wrong
+            form = f"is {tuple(found.shape)} {found.dtype}"
+            yield Gap(title, math.inf, f"{form}, not {tuple(wanted.shape)} {wanted.dtype}")
+        elif wanted.numel():
+            wide = torch.complex128 if wanted.is_complex() else torch.float64
+            gap = (found.to(wide) - wanted.to(wide)).abs().max().item()
+            ratio = _finite(gap / max(1.0, wanted.to(wide).abs().max().item()))
+            yield Gap(title, ratio, f"differs by {gap:.3e} ({ratio:.1e} of max(1, max|ref|))")
 
 
 def assert_plan_equivalent(
