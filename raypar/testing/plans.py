@@ -158,6 +158,8 @@ def _placement(
 
 def _microbatches(at: float, graph: OpGraph, replicas: int, microbatches: int | None) -> int:
     if microbatches is not None:
+        if microbatches < 1:
+            raise PlanError(f"microbatches={microbatches}; it is at least 1")
         return microbatches
     share = graph.global_batch // replicas
     fitting = [m for m in range(1, share + 1) if share % m == 0]
