@@ -1,0 +1,153 @@
+"""Plans on CUDA ranks over cupy NCCL, without Ray: the law, and the time of a step.
+
+    NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_MAX_CTAS=2 python release/gpu/check.py [--json FILE]
+    python release/gpu/check.py --device cpu     # the same over gloo, to try the script itself
+
+Several ranks may share one GPU with NCCL 2.30 or newer. Every plan trains three AdamW steps in
+float64 and is compared with eager PyTorch on the same device kind; exits 1 on a difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.multiprocessing as mp
+
+from raypar.comm.registry import get_backend
+from raypar.comm.rendezvous import Rendezvous
+from raypar.compat import pytree
+from raypar.graph.capture import capture
+from raypar.mesh.cluster import Cluster
+from raypar.search.config import SearchConfig
+from raypar.search.plan import plan
+from raypar.stages.batch import shard_batch
+from raypar.stages.compile import compile_plan
+from raypar.stages.interpreter import RankRunner
+from raypar.stages.spec import RankSpec
+from raypar.testing import models
+from raypar.testing.equivalence import (
+    RunRecord,
+    compare,
+    default_optimizer,
+    reference_run,
+    tolerance,
+)
+
+STEPS = 3
+PLANS: tuple[dict[str, Any], ...] = (
+    {"stages": 1, "replicas": 1, "microbatches": 1},
+    {"stages": 1, "replicas": 2, "microbatches": 2},
+    {"stages": 2, "replicas": 1, "microbatches": 4, "schedule": "1f1b"},
+    {"stages": 2, "replicas": 1, "microbatches": 4, "schedule": "zero_bubble_h1"},
+    {"stages": 4, "replicas": 1, "microbatches": 4, "schedule": "interleaved_1f1b", "chunks": 2},
+    {"stages": 2, "replicas": 2, "microbatches": 2, "schedule": "gpipe", "recompute": "selective"},
+)
+
+
+def run_rank(rank: int, specs: list[RankSpec], tensors: list[Any], address: Any, box: Any) -> None:
+    """One rank: `STEPS` steps, then its reports, gradients and state go into the queue."""
+    spec = specs[rank]
+    torch.set_num_threads(1)
+    backend: Any = get_backend("nccl" if spec.accelerator else "gloo")
+    world = backend.create("check", rank, len(specs), address)
+    runner = RankRunner(spec, world)
+    inputs = shard_batch(spec, tensors)
+    seconds, reports, gradients = [], [], []
+    for step in range(STEPS):
+        began = time.perf_counter()
+        reports.append(runner.step(step, inputs))
+        seconds.append(time.perf_counter() - began)
+        gradients.append({k: v.numpy() for k, v in runner.gradients().items()})
+    state = {k: v.numpy() for k, v in runner.state().items()}
+    box.put((rank, [r.loss for r in reports], gradients, state, min(seconds)))
+    world.barrier()
+    runner.close()
+
+
+def run(specs: list[RankSpec], tensors: list[Any]) -> tuple[RunRecord, float]:
+    """Trains on one process per rank; returns the record and the slowest rank's best step."""
+    context = mp.get_context("spawn")
+    box = context.Queue()
+    meeting = Rendezvous()
+    ranks = [
+        context.Process(target=run_rank, args=(r, specs, tensors, meeting.address, box))
+        for r in range(len(specs))
+    ]
+    for process in ranks:
+        process.start()
+    record = RunRecord([0.0] * STEPS, [{} for _ in range(STEPS)], {})
+    slowest = 0.0
+    for _ in ranks:
+        _, losses, gradients, state, seconds = box.get(timeout=180)
+        slowest = max(slowest, seconds)
+        for step in range(STEPS):
+            record.losses[step] += losses[step] or 0.0
+            record.gradients[step].update(
+                {k: torch.from_numpy(v) for k, v in gradients[step].items()}
+            )
+        record.state_dict.update({k: torch.from_numpy(v) for k, v in state.items()})
+    for process in ranks:
+        process.join(30)
+    meeting.close()
+    return record, slowest
+
+
+def check(name: str, device: str) -> list[dict[str, Any]]:
+    """Every plan of `PLANS` that fits a zoo model, against eager PyTorch."""
+    case = models.case(name)
+    batch = case.batch(0, 8)
+    graph = capture(case.model_fn, batch, case.loss_fn, case.batch_dims)
+    tensors = [x for x in pytree.tree_leaves(batch) if isinstance(x, torch.Tensor)]
+    rows = []
+    for options in PLANS:
+        if options["replicas"] > graph.max_replicas:
+            continue
+        chosen = plan(graph, Cluster.local(4), SearchConfig(**options))
+        specs = compile_plan(
+            graph,
+            chosen,
+            optimizer=default_optimizer,
+            keep_gradients=True,
+            accelerator=device == "cuda",
+        )
+        found, seconds = run(specs, tensors)
+        wanted = reference_run(graph, batch, chosen)
+        # Aliases of tied parameters are the state dict's business, not the ranks'.
+        wanted.state_dict = {k: v for k, v in wanted.state_dict.items() if k in found.state_dict}
+        found.state_dict = {k: v for k, v in found.state_dict.items() if k in wanted.state_dict}
+        wrong = compare(found, wanted, tolerance(graph))
+        print(
+            f"{name} {options}: {len(wrong)} differences, step {seconds * 1e3:.1f} ms", flush=True
+        )
+        for line in wrong[:3]:
+            print(f"  {line}")
+        rows.append({"model": name, **options, "differences": len(wrong), "step_s": seconds})
+    return rows
+
+
+def main() -> int:
+    """Runs the checks; returns the exit code."""
+    warnings.filterwarnings("ignore")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--models", default="gpt,cnn,t5,moe_dense,unet")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = [row for name in options.models.split(",") for row in check(name, options.device)]
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return int(any(row["differences"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
