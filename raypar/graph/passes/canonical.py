@@ -28,6 +28,8 @@ def canonicalize(graph: fx.Graph) -> None:
             node.target = aten.reshape.default
         elif name == "batch_norm":
             _batch_norm(graph, node)
+        elif name in ("embedding", "embedding_bag"):
+            _refuse_sparse(node)
         elif name == "instance_norm":
             _instance_norm(node)
         elif name in ("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d"):
@@ -78,6 +80,14 @@ def _instance_norm(node: fx.Node) -> None:
         raise CaptureError(
             f"{node.meta.get('source')}: instance_norm with running statistics in training is not "
             "supported; set track_running_stats=False"
+        )
+
+
+def _refuse_sparse(node: fx.Node) -> None:
+    if bound_args(node).get("sparse"):
+        raise CaptureError(
+            f"{node.meta.get('source')}: {op_name(node)} with sparse=True makes sparse gradients, "
+            "which cannot be summed over microbatches and replicas here; set sparse=False"
         )
 
 
