@@ -50,6 +50,7 @@ class BatchAnalysis:
         loss: The loss's state.
         blockers: (op id, reason) of every op that keeps the batch from being split exactly.
         layouts: Seeded op id → layout.
+        rescales: Id of a sum → (power of N for its second term, whether its terms change places).
         updates: Buffer name → state of its new value.
     """
 
@@ -58,6 +59,7 @@ class BatchAnalysis:
     loss: State = Const()
     blockers: list[tuple[str, str]] = field(default_factory=list)
     layouts: dict[str, Layout] = field(default_factory=dict)
+    rescales: dict[str, tuple[int, bool]] = field(default_factory=dict)
     updates: dict[str, State] = field(default_factory=dict)
 
     @property
@@ -75,6 +77,8 @@ class Call:
         name: Its schema name without namespace.
         args: Arguments by schema name; tensors are nodes.
         out: Output value(s) (fake).
+        rescale: Set by a rule: the second term of a sum counts N**rescale on each of N parts.
+        swap_terms: Set by a rule: before that, the terms change places.
     """
 
     def __init__(
@@ -89,6 +93,8 @@ class Call:
         self.args = bound_args(node)
         self.twin_args = bound_args(twin)
         self._states = states
+        self.rescale = 0
+        self.swap_terms = False
 
     @property
     def out(self) -> Any:
@@ -164,6 +170,7 @@ def analyze(
         # A model that feels how the batch is cut is compared with the unsplit model run over the
         # same microbatches, so its counts stay those of the microbatch.
         analysis.globals.clear()
+        analysis.rescales.clear()
     return analysis
 
 
@@ -238,7 +245,7 @@ def _visit(
     if not is_op(node):
         return Mixed(node.meta["id"], "sizes that depend on the data")
     try:
-        return _apply(node, other, states)
+        return _apply(node, other, states, analysis)
     except Mixing as mixing:
         reduced = [
             i
@@ -251,7 +258,7 @@ def _visit(
         for i in reduced:
             patched[i] = Const()
         try:
-            found = _apply(node, other, patched)
+            found = _apply(node, other, patched, analysis)
         except Mixing as second:
             return Mixed(node.meta["id"], str(second))
         for i in reduced:
@@ -269,7 +276,9 @@ def _input_states(node: fx.Node, states: dict[fx.Node, States]) -> list[State]:
     return found
 
 
-def _apply(node: fx.Node, other: fx.Node, states: dict[fx.Node, States]) -> States:
+def _apply(
+    node: fx.Node, other: fx.Node, states: dict[fx.Node, States], analysis: BatchAnalysis
+) -> States:
     call = Call(node, other, states)
     if all(s == Const() for s in _input_states(node, states)) and not _grows(node, other):
         _all_same(call)
@@ -283,6 +292,8 @@ def _apply(node: fx.Node, other: fx.Node, states: dict[fx.Node, States]) -> Stat
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise Mixing(f"{call.name} is called in a form its batch rule does not cover") from error
     _check_shapes(node, other, result)
+    if call.rescale:
+        analysis.rescales[node.meta["id"]] = (call.rescale, call.swap_terms)
     return result
 
 

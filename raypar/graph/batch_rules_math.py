@@ -133,11 +133,8 @@ def add(call: Call) -> States:
         b: State = Const()
     else:
         b = call.state(right)
-    for mine, theirs in ((a, b), (b, a)):
-        if isinstance(mine, Reduced):
-            if theirs == mine or (mine.power == -1 and theirs == Const()):
-                return mine
-            raise Mixing("a value reduced over the batch is added to one that is not")
+    if isinstance(a, Reduced) or isinstance(b, Reduced):
+        return _add_reduced(call, a, b)
     if isinstance(a, Batch) and isinstance(b, Batch) and a.power == b.power:
         ndim = len(call.out.shape)
         x = a.dim + ndim - len(call.shape(left)), a.outer
@@ -146,6 +143,33 @@ def add(call: Call) -> States:
     if isinstance(a, Const) and a == b:
         return a
     return or_const(aligned(call, call.tensors(), len(call.out.shape)))
+
+
+def _add_reduced(call: Call, a: State, b: State) -> State:
+    """Losses add up, also a sum and a mean, or a sum and a penalty that no sample is part of.
+
+    The second term is scaled so that it counts like the first: with N parts, a term of power q
+    that joins a sum of power p is worth N**(q - p) on each part, a constant N**(-1 - p).
+    """
+    powers = [s.power if isinstance(s, Reduced) else -1 for s in (a, b) if _addable(s)]
+    if len(powers) != 2:
+        raise Mixing("a value reduced over the batch is added to one that keeps samples apart")
+    if powers[0] == powers[1]:
+        return Reduced(powers[0])
+    if not call.out.is_floating_point():
+        raise Mixing("a count of the whole batch is added to something else")
+    swaps = call.name == "add" and call.args.get("alpha", 1) == 1
+    if not isinstance(a, Reduced) and swaps and isinstance(call.args["other"], fx.Node):
+        powers.reverse()
+        call.swap_terms = True
+    elif not isinstance(a, Reduced) or call.name == "rsub":
+        raise Mixing("a value reduced over the batch is subtracted from one that is not")
+    call.rescale = powers[1] - powers[0]
+    return Reduced(powers[0])
+
+
+def _addable(state: State) -> bool:
+    return isinstance(state, Reduced) or state == Const()
 
 
 @register("apply_mask")

@@ -229,6 +229,9 @@ def join(call: Call) -> States:
         raise Mixing(f"{call.name} has no declared batch rule")
     ndim = len(call.out.shape)
     dim = (call.args.get("dim") or 0) % ndim
+    states = {call.state(value) for value in call.args["tensors"]}
+    if len(states) == 1 and isinstance(next(iter(states)), Reduced):
+        return states.pop()  # several losses side by side
     found: set[Batch] = set()
     for value in call.args["tensors"]:
         state = call.state(value)

@@ -141,9 +141,14 @@ class OpGraph:
         return self._sized[local_batch]
 
     def local(self, local_batch: int) -> CleanGraph:
-        """`at`, with every random op told which samples it draws for: what stages are made of."""
+        """`at`, made ready for one part of the batch: what stages are made of.
+
+        Every random op is told which samples it draws for, and terms of the loss that add up
+        differently over the parts are weighted.
+        """
         clean = self.at(local_batch)
         lay_out_random(clean, self.analysis, local_batch)
+        rescale_terms(clean, self.analysis, self.global_batch // local_batch)
         return clean
 
     def _differs(self, size: int, mine: str, theirs: str, node: fx.Node) -> CaptureError:
@@ -280,6 +285,26 @@ def lay_out_random(clean: CleanGraph, analysis: BatchAnalysis, samples: int) -> 
             before = math.prod(shape[: layout.dim]) * layout.outer  # type: ignore[index, arg-type]
             rows = samples
         node.args = (rng, stable_number(node.meta["id"]), shape, rows, before, layout.keyed, *rest)
+
+
+def rescale_terms(clean: CleanGraph, analysis: BatchAnalysis, parts: int) -> None:
+    """Weights the second term of sums whose terms add up differently over the parts."""
+    for node in clean.ops:
+        found = analysis.rescales.get(node.meta["id"])
+        if found is None or "rescaled" in node.meta:
+            continue
+        power, swap = found
+        node.meta["rescaled"] = True
+        factor = float(parts) ** power
+        left, right, *rest = node.args
+        if not isinstance(right, fx.Node):
+            node.args = (left, right * factor, *rest)  # type: ignore[operator]
+            continue
+        if swap:
+            left, right = right, left
+        node.args = (left, right, *rest)
+        alpha = node.kwargs.get("alpha", 1)
+        node.kwargs = {**node.kwargs, "alpha": alpha * factor}  # type: ignore[operator]
 
 
 def stable_number(text: str) -> int:
