@@ -197,8 +197,8 @@ class Gap:
 
     Attributes:
         what: Which one, in words.
-        ratio: max|Δ| / max(1, max|wanted|); infinite where one is not finite, has another form,
-            or is missing.
+        ratio: max|Δ| over the scale that `gaps` names; infinite where one is not finite, has
+            another form, or is missing.
         text: What is wrong, in words.
     """
 
@@ -207,8 +207,16 @@ class Gap:
     text: str
 
 
-def gaps(found: RunRecord, wanted: RunRecord) -> list[Gap]:
-    """Every loss, gradient, parameter and buffer beside what it should be."""
+def gaps(found: RunRecord, wanted: RunRecord, *, strict: bool = False) -> list[Gap]:
+    """Every loss, gradient, parameter and buffer beside what it should be.
+
+    Args:
+        found: What a plan did.
+        wanted: What it should have done.
+        strict: The scale of a difference is max(1, max|wanted|) of its tensor. With True, that of
+            a gradient is at most max|wanted| or, if that is more, a hundredth of the largest
+            gradient of its step: small gradients count too. For float64 alone.
+    """
     if len(found.losses) != len(wanted.losses) or len(found.gradients) != len(wanted.gradients):
         steps = f"{len(found.losses)} steps, not {len(wanted.losses)}"
         return [Gap("steps", math.inf, steps)]
@@ -217,21 +225,36 @@ def gaps(found: RunRecord, wanted: RunRecord) -> list[Gap]:
         ratio = _finite(abs(a - b) / max(1.0, abs(b)))
         rows.append(Gap(f"loss of step {step}", ratio, f"is {a!r}, not {b!r}"))
     for step, (mine, theirs) in enumerate(zip(found.gradients, wanted.gradients, strict=True)):
-        rows += _gaps(f"gradient of step {step}", mine, theirs)
+        least = 0.01 * max(map(_largest, theirs.values()), default=0.0) if strict else 1.0
+        rows += _gaps(f"gradient of step {step}", mine, theirs, least)
     return [*rows, *_gaps("state", found.state_dict, wanted.state_dict)]
 
 
-def compare(found: RunRecord, wanted: RunRecord, bound: float) -> list[str]:
-    """Every tensor that differs by more than ``bound * max(1, max|wanted|)``, in words."""
-    return [f"{g.what} {g.text}" for g in gaps(found, wanted) if not g.ratio <= bound]
+def compare(
+    found: RunRecord, wanted: RunRecord, bound: float, *, strict: bool = False
+) -> list[str]:
+    """Every tensor that differs by more than `bound` times the scale of `gaps`, in words."""
+    rows = gaps(found, wanted, strict=strict)
+    return [f"{g.what} {g.text}" for g in rows if not g.ratio <= bound]
 
 
 def _finite(ratio: float) -> float:
     return ratio if math.isfinite(ratio) else math.inf
 
 
+def _largest(tensor: torch.Tensor) -> float:
+    return _wide(tensor).abs().max().item() if tensor.numel() else 0.0
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
 def _gaps(
-    what: str, mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
+    what: str,
+    mine: dict[str, torch.Tensor],
+    theirs: dict[str, torch.Tensor],
+    least: float = 1.0,
 ) -> Iterator[Gap]:
     for name in sorted(set(mine) | set(theirs)):
         title = f"{what}: {name}"
@@ -244,10 +267,11 @@ def _gaps(
             form = f"is {tuple(found.shape)} {found.dtype}"
             yield Gap(title, math.inf, f"{form}, not {tuple(wanted.shape)} {wanted.dtype}")
         elif wanted.numel():
-            wide = torch.complex128 if wanted.is_complex() else torch.float64
-            gap = (found.to(wide) - wanted.to(wide)).abs().max().item()
-            ratio = _finite(gap / max(1.0, wanted.to(wide).abs().max().item()))
-            yield Gap(title, ratio, f"differs by {gap:.3e} ({ratio:.1e} of max(1, max|ref|))")
+            gap = _largest(_wide(found) - _wide(wanted))
+            own = _largest(wanted)
+            scale = min(max(1.0, own), max(least, own))
+            ratio = _finite(gap / scale) if gap else 0.0
+            yield Gap(title, ratio, f"differs by {gap:.3e} ({ratio:.1e} of its scale {scale:.1e})")
 
 
 def assert_plan_equivalent(
@@ -277,7 +301,8 @@ def assert_plan_equivalent(
         batch_dims: See there.
         seed: See there.
         clip_norm: See there.
-        rtol: Bound on max|Δ| / max(1, max|ref|) per tensor; default: by the graph's dtypes.
+        rtol: Bound on max|Δ| over a tensor's scale (see `gaps`; strict where all is float64);
+            default: by the graph's dtypes.
 
     Raises:
         AssertionError: They differ; lists what does.
@@ -290,7 +315,7 @@ def assert_plan_equivalent(
     bound = tolerance(graph) if rtol is None else rtol
     wanted = reference_run(graph, batch, plan, **options)
     found = run_graph(graph, batch, plan, backend=backend, **options)
-    wrong = compare(found, wanted, bound)
+    wrong = compare(found, wanted, bound, strict=graph.dtypes <= {torch.float64})
     names = ", ".join(sorted(str(d).removeprefix("torch.") for d in graph.dtypes))
     print(f"tolerance {bound:g} (dtypes {names}): {len(wrong)} differences")
     if wrong:
