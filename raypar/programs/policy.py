@@ -22,7 +22,7 @@ _HEAVY = frozenset(
     mkldnn_linear _trilinear sort topk nonzero _embedding_bag scatter scatter_add index_put
     index_add scatter_reduce cumsum cumprod linalg_svd linalg_eigh linalg_cholesky_ex
     max_pool2d_with_indices max_pool3d_with_indices masked_select grid_sampler_2d
-    grid_sampler_3d _fft_r2c _fft_c2r _fft_c2c""".split()
+    grid_sampler_3d _fft_r2c _fft_c2r _fft_c2c recurrent""".split()
 )
 _VIEWS = frozenset(
     """view _unsafe_view t transpose permute expand unsqueeze squeeze slice select split

@@ -14,6 +14,7 @@ from raypar.programs.codegen import Program, compile_piece
 from raypar.programs.joint import trace_joint
 from raypar.programs.partition import partition, saved_bytes
 from raypar.programs.policy import recomputable
+from raypar.programs.recurrent import fuse_recurrent
 from raypar.programs.wire import Wire, unpack
 
 Sink = Callable[[int, torch.Tensor], None]
@@ -85,6 +86,7 @@ def compile_stage(
         outputs_with_grad: Positions of the outputs that receive one.
     """
     graph = unpack(wire, device)
+    fuse_recurrent(graph, device)
     holders = [n for n in graph.nodes if n.op == "placeholder"]
     keys = [n.meta["id"] for n in holders]
     params = [i for i, k in enumerate(keys) if k.startswith("param:") and k[6:] in trainable]
