@@ -134,8 +134,15 @@ class Plan:
         return tuple(sorted({d for s in self.stages for d in s.mesh.devices}))
 
     def to_json(self) -> str:
-        """The plan as JSON text; `from_json` gives back an equal plan."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        """The plan as JSON text; `from_json` gives back an equal plan.
+
+        Raises:
+            PlanError: A predicted figure is not finite: JSON has no such number.
+        """
+        try:
+            return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
+        except ValueError as error:
+            raise PlanError(f"the plan has no JSON form: {error}; look at `predicted`") from None
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -146,21 +153,24 @@ class Plan:
                 of the wrong type, or has a newer format number.
         """
         try:
-            raw = json.loads(text)
-        except json.JSONDecodeError as error:
+            raw = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"the plan is not valid JSON: {error}") from None
         if not isinstance(raw, dict):
             raise PlanError(f"a plan is a JSON object, found {type(raw).__name__}")
         found = raw.get("format", PLAN_FORMAT)
-        if isinstance(found, int) and found > PLAN_FORMAT:
+        if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+            raise PlanError(f"plan.format is {found!r}; this raypar writes {PLAN_FORMAT}")
+        if found > PLAN_FORMAT:
             raise PlanError(
-                f"the plan has format {found}, this raypar reads up to {PLAN_FORMAT}: upgrade raypar"
+                f"the plan has format {found}, this raypar reads up to {PLAN_FORMAT}: upgrade "
+                "raypar"
             )
         return _build(cls, raw, "plan")
 
     def save(self, path: str | Path) -> None:
         """Writes the JSON form to `path`."""
-        Path(path).write_text(self.to_json() + "\n")
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -170,10 +180,13 @@ class Plan:
             PlanError: No such file, or not a plan.
         """
         try:
-            text = Path(path).read_text()
+            text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"cannot read plan file {str(path)!r}: {error}") from None
-        return cls.from_json(text)
+        try:
+            return cls.from_json(text)
+        except PlanError as error:
+            raise PlanError(f"plan file {str(path)!r}: {error}") from None
 
     def explain(self, graph: OpGraph | None = None) -> str:
         """The plan as a table of stages.
@@ -205,6 +218,19 @@ class Plan:
         lines: list[str] = []
         _diff("", dataclasses.asdict(self), dataclasses.asdict(other), lines)
         return lines
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {twice!r} is given twice")
+    return found
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no JSON number")
 
 
 def _diff(path: str, mine: Any, theirs: Any, lines: list[str]) -> None:

@@ -32,10 +32,21 @@ class ManualPlanner(Planner):
             )
         if isinstance(given, str):
             plan = Plan.load(given)
-        else:
+        elif isinstance(given, dict):
             base = UniformPlanner().plan(graph, cluster, config)
-            plan = Plan.from_json(json.dumps(overridden(dataclasses.asdict(base), given)))
-            plan = dataclasses.replace(plan, planner=self.name)
+            fields = overridden(dataclasses.asdict(base), given)
+            try:
+                text = json.dumps(fields)
+            except (TypeError, ValueError) as error:
+                raise PlanError(
+                    f"search.manual holds what has no JSON form: {error}; use texts, numbers, "
+                    "lists and dicts"
+                ) from None
+            plan = dataclasses.replace(Plan.from_json(text), planner=self.name)
+        else:
+            raise PlanError(
+                f"search.manual is a {type(given).__name__}; give a path or a dict of plan fields"
+            )
         check_plan(plan, graph, cluster)
         return plan
 
