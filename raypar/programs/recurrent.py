@@ -1,7 +1,8 @@
 """Recurrent layers as one op where torch would unroll them step by step.
 
-On a CPU torch traces a GRU, an RNN or a float64 LSTM as thousands of small ops. Here each stays one
-op; its backward runs the layer again under autograd, so nothing but its inputs is saved.
+On a CPU torch traces a GRU, an RNN or a float64 LSTM as thousands of small ops, and a float32 LSTM as
+a fused op whose workspace exists only while autograd runs it. Here each stays one op; its backward
+runs the layer again under autograd, so nothing but its inputs is saved.
 """
 
 from __future__ import annotations
@@ -31,9 +32,8 @@ def fuse_recurrent(graph: fx.Graph, device: torch.device) -> None:
         if device.type != "cpu" or not is_op(node) or op_name(node) not in _KINDS:
             continue
         bound, kind = bound_args(node), op_name(node)
-        dtype = next(n for n in bound["params"]).meta["val"].dtype
-        if "batch_sizes" in bound or (kind == "lstm" and dtype is torch.float32):
-            continue  # packed sequences; oneDNN has the float32 LSTM as one op
+        if "batch_sizes" in bound:
+            continue  # packed sequences
         hidden = bound["hx"] if isinstance(bound["hx"], (list, tuple)) else [bound["hx"]]
         node.target = torch.ops.raypar.recurrent.default
         node.args = (
