@@ -1,8 +1,8 @@
 """Recurrent layers as one op where torch would unroll them step by step.
 
-On a CPU torch traces a GRU, an RNN or a float64 LSTM as thousands of small ops, and a float32 LSTM as
-a fused op whose workspace exists only while autograd runs it. Here each stays one op; its backward
-runs the layer again under autograd, so nothing but its inputs is saved.
+On a CPU torch traces a GRU, an RNN or a float64 LSTM as thousands of small ops, and a float32 LSTM
+as a fused op whose workspace exists only while autograd runs it. Here each stays one op; its
+backward runs the layer again under autograd, so nothing but its inputs is saved.
 """
 
 from __future__ import annotations
