@@ -332,12 +332,14 @@ class Cluster:
         Made from kinds, counts, links and host memory in whole GiB; not from names and ids.
         """
         rows = [
-            (
-                dataclasses.asdict(n.device),
-                n.devices,
-                round(n.host_memory / GIB),
-                dataclasses.asdict(n.inside),
-                dataclasses.asdict(n.across),
+            _floats(
+                [
+                    dataclasses.asdict(n.device),
+                    n.devices,
+                    round(n.host_memory / GIB),
+                    dataclasses.asdict(n.inside),
+                    dataclasses.asdict(n.across),
+                ]
             )
             for n in self.nodes
         ]
@@ -382,6 +384,15 @@ class Cluster:
             nodes = f"{count} nodes x " if count > 1 else "1 node x "
             return f"{nodes}{node.devices} {self.kind} ({node.device_memory / 1e9:.1f} GB each)"
         return ", ".join(f"{n.name}: {n.devices} {n.device.name}" for n in self.nodes)
+
+
+def _floats(value: Any) -> Any:
+    """The same value with every number as a float: 10**9 and 1e9 must hash alike."""
+    if isinstance(value, Mapping):
+        return {key: _floats(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_floats(item) for item in value]
+    return float(value) if isinstance(value, int) else value
 
 
 def _in_table(kind: DeviceKind) -> bool:

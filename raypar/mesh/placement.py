@@ -2,9 +2,11 @@
 
 Ray keeps a placement group that cannot be placed pending for ever, and two runs that want several
 groups each can end up with half of theirs. So every acquisition has a deadline, what can never fit
-is refused at once, and an attempt that does not get everything gives everything back before it
-waits a random time (exponential backoff with full jitter: M. Brooker, "Exponential Backoff and
-Jitter", AWS Architecture Blog, 2015).
+is refused at once, and an attempt that does not get everything gives everything back. Two things keep
+contenders from stumbling over each other for ever: each is patient for a random time, so that one
+gives back first and the other gets what it lacks; and who gave back waits a random time
+(exponential backoff with jitter: M. Brooker, "Exponential Backoff and Jitter", AWS Architecture
+Blog, 2015) and until the free resources suffice before it tries again.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ def acquire(
     Args:
         requests: What is wanted.
         deadline_s: Seconds to keep trying while others hold the resources.
-        attempt_s: Seconds that one attempt waits for its groups before it gives them all back.
+        attempt_s: Least seconds that one attempt waits for its groups before it gives them all
+            back; each waits a random time up to three times that.
         may_grow: The cluster has an autoscaler: do not refuse what its present nodes cannot hold.
         seed: Makes the random waits repeatable; by default they differ from process to process,
             which is what keeps contenders apart.
@@ -82,17 +85,20 @@ def acquire(
     backoff = _FIRST_BACKOFF_S
     attempts = 0
     while True:
-        attempts += 1
-        groups = _attempt(requests, min(attempt_s, max(0.0, end - time.monotonic())))
-        if groups is not None:
-            return groups
+        # An autoscaler must see the demand, and the first look may be out of date: try anyway.
+        if may_grow or not attempts or _room_now(requests):
+            attempts += 1
+            patience = attempt_s * chance.uniform(1, 3)
+            groups = _attempt(requests, min(patience, max(0.0, end - time.monotonic())))
+            if groups is not None:
+                return groups
+            backoff = min(2 * backoff, _LONGEST_BACKOFF_S)
         if not may_grow:
             refuse_impossible(requests)  # a node may have died meanwhile
         left = end - time.monotonic()
         if left <= 0:
             break
-        time.sleep(min(left, chance.uniform(0, backoff)))
-        backoff = min(2 * backoff, _LONGEST_BACKOFF_S)
+        time.sleep(min(left, chance.uniform(0.05, backoff)))
     raise ClusterError(_busy(requests, time.monotonic() - began, attempts))
 
 
@@ -146,6 +152,12 @@ def refuse_impossible(requests: Sequence[PlacementRequest]) -> None:
         f"the cluster can never hold what was asked: {asked(requests)}.\n"
         f"{why[0].upper()}{why[1:]}.\nAlive nodes:\n{table(nodes)}\n{mend}."
     )
+
+
+def _room_now(requests: Sequence[PlacementRequest]) -> bool:
+    """Whether what is free at this moment looks sufficient."""
+    now = [NodeState(n.id, n.name, n.free, n.free) for n in node_states()]
+    return shortage(requests, now) is None
 
 
 def node_states() -> list[NodeState]:

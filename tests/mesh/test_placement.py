@@ -52,9 +52,13 @@ def test_meshes_become_named_pinned_groups(ray_session: str) -> None:
 
     @ray.remote
     class Probe:
-        def where(self) -> tuple[str, dict[str, list[tuple[int, float]]]]:
+        def where(self) -> tuple[str, str | None, dict[str, float]]:
             context = ray.get_runtime_context()
-            return context.get_node_id(), context.get_assigned_resources()
+            return (
+                context.get_node_id(),
+                context.get_placement_group_id(),
+                context.get_assigned_resources(),
+            )
 
     with acquired([m.request(cluster) for m in meshes]) as groups:
         tables = [placement_group_table(g) for g in groups]
@@ -63,8 +67,9 @@ def test_meshes_become_named_pinned_groups(ray_session: str) -> None:
         assert nodes == {cluster.nodes[0].id}
         bundles = BundleRange.own(meshes[0].name, groups[0])
         actor = Probe.options(**bundles.actor_options(1)).remote()
-        node, resources = ray.get(actor.where.remote())
-        assert any(key.startswith("CPU_group_1_") for key in resources)
+        node, group, resources = ray.get(actor.where.remote())
+        assert group == groups[0].id.hex()
+        assert resources == {"CPU": 1}
         check_nodes({0: node, 1: node, 2: node}, cluster)
     assert _held() == []
 
