@@ -43,8 +43,10 @@ class StageProgram:
         backward_weight: ``backward_weight(weight box, sink)``.
         n_inputs_grad: Number of input gradients returned.
         weight_kept: Positions in backward's box that the weight half needs, in order.
-        saved_bytes: Predicted bytes held from forward to backward (saved values and received
-            edges that backward reads again).
+        saved_bytes: Predicted bytes held from forward to backward (saved values, and received
+            edges and changing buffers that backward reads again).
+        half_bytes: Predicted bytes held between the input half and the weight half of backward;
+            0 where the stage has no input gradients and does all of backward at once.
     """
 
     inputs: list[str]
@@ -61,6 +63,7 @@ class StageProgram:
     n_inputs_grad: int
     weight_kept: list[int]
     saved_bytes: int
+    half_bytes: int = 0
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -73,6 +76,7 @@ def compile_stage(
     trainable: Collection[str],
     differentiable: Collection[str],
     outputs_with_grad: Sequence[int],
+    changing: Collection[str] = (),
 ) -> StageProgram:
     """Traces, partitions and compiles one stage.
 
@@ -84,6 +88,8 @@ def compile_stage(
         trainable: Names of the parameters to differentiate.
         differentiable: Ids of the received values whose producers want a gradient.
         outputs_with_grad: Positions of the outputs that receive one.
+        changing: Names of the buffers that forward replaces: what backward reads of them is held
+            per microbatch.
     """
     graph = unpack(wire, device)
     fuse_recurrent(graph, device)
@@ -104,7 +110,9 @@ def compile_stage(
     ready = [j for j, n in enumerate(weight_nodes) if n is not None]
     ready.sort(key=lambda j: order.get(weight_nodes[j], -1))  # type: ignore[arg-type]
     given = parts.backward.inputs
-    held = [*parts.saved, *(n for n in parts.kept if _held(keys[place[n]]))]
+    own = {n for n in joint.inputs if _held(keys[place[n]], changing)}
+    held = [*parts.saved, *(n for n in parts.kept if n in own)]
+    later = [n for n in parts.weight_inputs if n not in place or n in own]
     return StageProgram(
         inputs=keys,
         n_outputs=len(joint.outputs),
@@ -132,13 +140,15 @@ def compile_stage(
         n_inputs_grad=n_grads,
         weight_kept=[given.index(n) for n in parts.weight_inputs],
         saved_bytes=saved_bytes(held),
+        half_bytes=saved_bytes([*later, *parts.between]) if edges else 0,
         constants=joint.constants,
     )
 
 
-def _held(key: str) -> bool:
+def _held(key: str, changing: Collection[str]) -> bool:
     """Whether keeping this input costs memory that would otherwise be free."""
-    return key.startswith("edge:")
+    kind, _, name = key.partition(":")
+    return kind == "edge" or (kind == "buffer" and name in changing)
 
 
 def _forward_only(graph: fx.Graph, keys: list[str], name: str, recompute: str) -> StageProgram:

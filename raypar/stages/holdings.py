@@ -116,6 +116,7 @@ def _compile(spec: RankSpec, stage: StageSpec, device: torch.device) -> HeldStag
         trainable=set(stage.trainable),
         differentiable=set(stage.differentiable),
         outputs_with_grad=stage.outputs_with_grad,
+        changing=stage.updates,
     )
     wire = stage.nodes["globals"]
     return HeldStage(stage, program, None if wire is None else unpack(wire, device))

@@ -160,8 +160,8 @@ class RankRunner:
         index = stage.spec.index
         if program.tangent_outputs:
             self._saved[index, microbatch] = kept + saved
-        if not self._measured:
-            self._measure(stage, microbatch, kept, saved)
+            if not self._measured:
+                self._measure(stage, microbatch, kept + saved)
         outputs = results[: program.n_outputs]
         for edge, value in zip(stage.spec.edges_out, outputs, strict=False):
             value = value.contiguous()
@@ -256,6 +256,8 @@ class RankRunner:
             results = program.backward_input(box)
             count = program.n_inputs_grad
             self._halves[stage.spec.index, microbatch] = later + results[count:]
+            if not self._measured:
+                self._measure(stage, microbatch, later + results[count:])
             self._give_back(stage, microbatch, results[:count])
         else:
             self._give_back(stage, microbatch, [])
@@ -385,17 +387,16 @@ class RankRunner:
 
     # -- what is held between forward and backward ------------------------------------------
 
-    def _measure(
-        self, stage: HeldStage, microbatch: int, kept: list[Any], saved: list[Any]
-    ) -> None:
-        program = stage.program
-        keys = [program.inputs[i] for i in program.kept]
-        held = [t for k, t in zip(keys, kept, strict=True) if k.startswith("edge:")] + saved
-        sizes = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for t in held
-            if isinstance(t, torch.Tensor)
-        }
+    def _measure(self, stage: HeldStage, microbatch: int, box: list[Any]) -> None:
+        """Notes what a box holds that would otherwise be free."""
+        outside = [
+            *self._params.values(), *self._inputs.values(), *self._globals.values(),
+            *self._holdings.constants.values(), *self._tangents.values(),
+            *(b for n, b in self._holdings.buffers.items() if n not in stage.spec.updates),
+        ]  # fmt: skip
+        free = {t.untyped_storage().data_ptr() for t in outside}
+        storages = [t.untyped_storage() for t in box if isinstance(t, torch.Tensor)]
+        sizes = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in free}
         live = self._live_bytes.setdefault(stage.spec.index, {})
         live[stage.spec.index, microbatch] = sizes
         total = sum({k: n for part in live.values() for k, n in part.items()}.values())
