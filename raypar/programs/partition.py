@@ -218,8 +218,8 @@ def _rest(
     return own, border
 
 
-def saved_bytes(nodes: Iterable[fx.Node]) -> int:
-    """Bytes of distinct storages behind `nodes` (fake values)."""
+def saved_bytes(nodes: Iterable[fx.Node], free: Iterable[fx.Node] = ()) -> int:
+    """Bytes of distinct storages behind `nodes` (fake values), without those behind `free`."""
     from raypar.compat import storage_id
 
     sizes: dict[int, int] = {}
@@ -229,4 +229,8 @@ def saved_bytes(nodes: Iterable[fx.Node]) -> int:
             storage = value.untyped_storage()
             size = storage.nbytes()
             sizes[storage_id(value)] = size if isinstance(size, int) else size_of(value)
+    for node in free:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            sizes.pop(storage_id(value), None)
     return sum(sizes.values())

@@ -113,6 +113,7 @@ def compile_stage(
     own = {n for n in joint.inputs if _held(keys[place[n]], changing)}
     held = [*parts.saved, *(n for n in parts.kept if n in own)]
     later = [n for n in parts.weight_inputs if n not in place or n in own]
+    free = [n for n in joint.inputs if n not in own]  # held anyway, as are views of them
     return StageProgram(
         inputs=keys,
         n_outputs=len(joint.outputs),
@@ -139,8 +140,8 @@ def compile_stage(
         ),
         n_inputs_grad=n_grads,
         weight_kept=[given.index(n) for n in parts.weight_inputs],
-        saved_bytes=saved_bytes(held),
-        half_bytes=saved_bytes([*later, *parts.between]) if edges else 0,
+        saved_bytes=saved_bytes(held, free),
+        half_bytes=saved_bytes([*later, *parts.between], free) if edges else 0,
         constants=joint.constants,
     )
 
