@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from raypar.schedules.instructions import Instruction, Kind
 from raypar.stages.batch import first_sample, microbatch_rows
 from raypar.stages.gradients import GradientStore
 from raypar.stages.holdings import HeldStage, Holdings
+from raypar.stages.meters import FiniteWatch, SavedMeter
 from raypar.stages.spec import RankSpec, StepReport
 from raypar.stages.transfers import Transfers
 
@@ -52,7 +54,7 @@ class RankRunner:
         self._tangents = self._loss_tangents()
         self._at = -1
         self._step = -1
-        self._measured = False
+        self._meter = SavedMeter()
         self._handlers: dict[Kind, Callable[[Instruction], None]] = {
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward,
@@ -127,10 +129,8 @@ class RankRunner:
         self._saved: dict[tuple[int, int], list[Any]] = {}
         self._halves: dict[tuple[int, int], list[Any]] = {}
         self._globals: dict[str, torch.Tensor] = {}
-        self._loss: dict[int, torch.Tensor] = {}
-        self._probe: dict[int, torch.Tensor] = {}
+        self._watch = FiniteWatch()
         self._seconds = dict.fromkeys(("compute", "recv", "sync", "optimizer"), 0.0)
-        self._live_bytes: dict[int, dict[tuple[int, int], dict[int, int]]] = {}
         old_buffers = dict(self._holdings.buffers)
         self._params = {f"param:{k}": p.detach() for k, p in self._holdings.params.items()}
         self._gradients.begin()
@@ -145,7 +145,9 @@ class RankRunner:
             self._holdings.buffers.update(old_buffers)
         self._seconds["total"] = time.perf_counter() - began
         self._report.seconds = self._seconds
-        self._measured = True
+        if self._meter.open:
+            self._report.peak_saved = dict(self._meter.peaks)
+            self._meter.close()
         self._at = -1
         return self._report
 
@@ -160,18 +162,15 @@ class RankRunner:
         index = stage.spec.index
         if program.tangent_outputs:
             self._saved[index, microbatch] = kept + saved
-            if not self._measured:
-                self._measure(stage, microbatch, kept + saved)
+            self._measure(stage, microbatch, kept + saved)
         outputs = results[: program.n_outputs]
         for edge, value in zip(stage.spec.edges_out, outputs, strict=False):
             value = value.contiguous()
             self._values[edge, microbatch] = value
-            self._watch(index, value)
+            self._watch.activation(index, value)
         place = len(stage.spec.edges_out)
         if stage.spec.loss_scale is not None:
-            loss = outputs[place]
-            known = self._loss.get(index)
-            self._loss[index] = loss if known is None else known + loss
+            self._watch.loss(index, outputs[place])
             place += 1
         for name, value in zip(stage.spec.updates, outputs[place:], strict=True):
             self._holdings.buffers[name] = value
@@ -196,13 +195,6 @@ class RankRunner:
             [self.spec.seed, self._step, first_sample(self.spec, microbatch)], dtype=torch.int64
         )
 
-    def _watch(self, stage: int, value: torch.Tensor) -> None:
-        """Adds up what leaves a stage, so that a NaN can be traced to where it began."""
-        if value.is_floating_point():
-            total = value.sum(dtype=torch.float32)
-            known = self._probe.get(stage)
-            self._probe[stage] = total if known is None else known + total
-
     def _backward(self, now: Instruction) -> None:
         stage, microbatch = self._stage(now)
         began = time.perf_counter()
@@ -212,7 +204,7 @@ class RankRunner:
             self._give_back(stage, microbatch, gradients)
         else:  # what it received decides over indices only: peers still wait for gradients
             self._give_back(stage, microbatch, [])
-        self._forget(stage, microbatch)
+        self._meter.drop(stage.spec.index, microbatch)
         self._seconds["compute"] += time.perf_counter() - began
 
     def _backward_box(self, stage: HeldStage, microbatch: int) -> list[Any] | None:
@@ -250,14 +242,13 @@ class RankRunner:
             self._give_back(
                 stage, microbatch, program.backward(box, self._gradients.sink(stage.spec.index))
             )
-            self._forget(stage, microbatch)
+            self._meter.drop(stage.spec.index, microbatch)
         elif box is not None:
             later = [box[i] for i in program.weight_kept]
             results = program.backward_input(box)
             count = program.n_inputs_grad
             self._halves[stage.spec.index, microbatch] = later + results[count:]
-            if not self._measured:
-                self._measure(stage, microbatch, later + results[count:])
+            self._measure(stage, microbatch, later + results[count:])
             self._give_back(stage, microbatch, results[:count])
         else:
             self._give_back(stage, microbatch, [])
@@ -269,7 +260,7 @@ class RankRunner:
         box = self._halves.pop((stage.spec.index, microbatch), None)
         if box is not None:
             stage.program.backward_weight(box, self._gradients.sink(stage.spec.index))
-        self._forget(stage, microbatch)
+        self._meter.drop(stage.spec.index, microbatch)
         self._seconds["compute"] += time.perf_counter() - began
 
     # -- transfers --------------------------------------------------------------------------
@@ -327,7 +318,8 @@ class RankRunner:
 
     def _norm(self, now: Instruction) -> None:
         began = time.perf_counter()
-        loss = self._finish_loss()
+        scales = {i: s.spec.loss_scale or 0.0 for i, s in self._holdings.stages.items()}
+        loss = self._watch.global_share(scales)
         squares = self._gradients.finish(self._device)
         own = float(squares)
         totals = squares.reshape(1)
@@ -340,35 +332,13 @@ class RankRunner:
         self._report.loss = loss
         if not torch.isfinite(totals).item():
             self._report.applied = False
-            self._report.non_finite = self._blame(loss, own)
+            self._report.non_finite = self._watch.blame(self._holdings.stages, isfinite(own))
         if self.spec.keep_gradients:
             self._gradients.keep()
         limit = self.spec.clip_norm
         if limit is not None and self._report.applied:
             self._gradients.scale(min(1.0, limit / (norm + 1e-6)))
         self._seconds["sync"] += time.perf_counter() - began
-
-    def _finish_loss(self) -> float | None:
-        if not self._loss:
-            return None
-        return sum(
-            float(total.double() * stage.spec.loss_scale)
-            for stage in self._holdings.stages.values()
-            if (total := self._loss.get(stage.spec.index)) is not None
-            and stage.spec.loss_scale is not None
-        )
-
-    def _blame(self, loss: float | None, squares: float) -> str | None:
-        """The first place in graph order where this rank saw a NaN or an infinity."""
-        finite = torch.isfinite
-        for stage in sorted(self._holdings.stages):
-            if stage in self._probe and not finite(self._probe[stage]):
-                return f"stage {stage} activations"
-            if stage in self._loss and not finite(self._loss[stage]):
-                return f"stage {stage} loss"
-        if not finite(torch.tensor(squares)):
-            return f"stage {max(self._holdings.stages)} gradients"
-        return None
 
     def _optimize(self, now: Instruction) -> None:
         if not self._report.applied or self._optimizer is None:
@@ -388,25 +358,14 @@ class RankRunner:
     # -- what is held between forward and backward ------------------------------------------
 
     def _measure(self, stage: HeldStage, microbatch: int, box: list[Any]) -> None:
-        """Notes what a box holds that would otherwise be free."""
-        outside = [
+        if not self._meter.open:
+            return
+        free = [
             *self._params.values(), *self._inputs.values(), *self._globals.values(),
             *self._holdings.constants.values(), *self._tangents.values(),
             *(b for n, b in self._holdings.buffers.items() if n not in stage.spec.updates),
         ]  # fmt: skip
-        free = {t.untyped_storage().data_ptr() for t in outside}
-        storages = [t.untyped_storage() for t in box if isinstance(t, torch.Tensor)]
-        sizes = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in free}
-        live = self._live_bytes.setdefault(stage.spec.index, {})
-        live[stage.spec.index, microbatch] = sizes
-        total = sum({k: n for part in live.values() for k, n in part.items()}.values())
-        peak = self._report.peak_saved
-        peak[stage.spec.index] = max(peak.get(stage.spec.index, 0), total)
-
-    def _forget(self, stage: HeldStage, microbatch: int) -> None:
-        live = self._live_bytes.get(stage.spec.index)
-        if live is not None:
-            live.pop((stage.spec.index, microbatch), None)
+        self._meter.hold(stage.spec.index, microbatch, box, free)
 
     def _stage(self, now: Instruction) -> tuple[HeldStage, int]:
         assert now.stage is not None and now.microbatch is not None
