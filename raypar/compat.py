@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,8 +14,14 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
+    unset_fake_temporarily,
 )
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+)
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils import _pytree as pytree
 
@@ -29,16 +36,22 @@ __all__ = [
     "current_graph",
     "fake_mode",
     "forgetting_sizes",
+    "form_without_out",
+    "has_gradient_hooks",
     "is_autocast_enter",
     "is_autocast_exit",
     "is_grad_mode_switch",
     "is_mutable",
     "make_fx",
+    "outside_trace",
     "overload_name",
     "pytree",
     "raw_callable",
     "schema_name",
+    "set_validation",
     "storage_id",
+    "traced_attribute",
+    "traced_node",
     "written_arguments",
 ]
 
@@ -67,6 +80,49 @@ def current_graph() -> torch.fx.Graph | None:
     """The fx graph that `make_fx` is writing right now, if any."""
     mode = get_proxy_mode()
     return None if mode is None else mode.tracer.graph
+
+
+def traced_node(tensor: torch.Tensor) -> torch.fx.Node | None:
+    """The node of the graph being written by `make_fx` that made `tensor`, if any."""
+    mode = get_proxy_mode()
+    if mode is None:
+        return None
+    slot = get_proxy_slot(tensor, mode.tracer, None)
+    return None if slot is None else slot.proxy.node
+
+
+@contextlib.contextmanager
+def outside_trace() -> Iterator[None]:
+    """While open, ops run for real: not recorded, not on fake tensors."""
+    with disable_proxy_modes_tracing(), unset_fake_temporarily():
+        with torch._C.DisableTorchFunction():
+            yield
+
+
+def traced_attribute(name: str) -> Any:
+    """What a ``get_attr`` node of the graph being written stands for."""
+    mode = get_proxy_mode()
+    value: Any = None if mode is None else mode.tracer.root
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def has_gradient_hooks(tensor: torch.Tensor) -> bool:
+    """Whether hooks would see or change the tensor's gradient."""
+    hooks = (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None))
+    return any(hooks)
+
+
+@contextlib.contextmanager
+def set_validation(on: bool) -> Iterator[None]:
+    """Whether `torch.distributions` checks the values it is given, while open."""
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(on)
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)
 
 
 def is_grad_mode_switch(target: Any) -> bool:
@@ -112,6 +168,16 @@ def argument_names(op: OpOverload) -> list[str]:
 def argument_defaults(op: OpOverload) -> list[tuple[str, object]]:
     """(name, default or None) of the operator's arguments, in schema order."""
     return [(a.name, a.default_value) for a in op._schema.arguments]
+
+
+def form_without_out(op: OpOverload) -> OpOverload | None:
+    """The overload that returns what `op` writes to its ``out`` argument."""
+    wanted = [(a.name, str(a.type)) for a in op._schema.arguments if a.name != "out"]
+    for name in op._overloadpacket.overloads():
+        found: OpOverload = getattr(op._overloadpacket, name)
+        if [(a.name, str(a.type)) for a in found._schema.arguments] == wanted:
+            return found
+    return None
 
 
 def written_arguments(op: OpOverload) -> list[str]:

@@ -227,6 +227,10 @@ def _finish(
             reported[node.meta.get("id", name)] = (  # type: ignore[union-attr]
                 f"buffer {name!r} is updated from the batch"
             )
+        elif any(n.meta.get("id") == f"buffer:{name}" and n.users for n in output.graph.nodes):
+            reported[node.meta.get("id", name)] = (  # type: ignore[union-attr]
+                f"buffer {name!r} is read, and changes with every microbatch"
+            )
 
 
 def _visit(
@@ -280,9 +284,10 @@ def _apply(
     node: fx.Node, other: fx.Node, states: dict[fx.Node, States], analysis: BatchAnalysis
 ) -> States:
     call = Call(node, other, states)
-    if all(s == Const() for s in _input_states(node, states)) and not _grows(node, other):
-        _all_same(call)
-        result: States = Const()
+    constant = all(s == Const() for s in _input_states(node, states))
+    result: States
+    if constant and not _grows(node, other) and _all_same(call):
+        result = Const()
         if isinstance(node.meta["val"], (list, tuple)):
             result = tuple(Const() for _ in node.meta["val"])
         return result
@@ -297,11 +302,13 @@ def _apply(
     return result
 
 
-def _all_same(call: Call) -> None:
+def _all_same(call: Call) -> bool:
+    """Whether every argument that is no tensor is the same at both batch sizes."""
     for name, value in call.args.items():
         items = value if isinstance(value, (list, tuple)) else [value]
-        if not any(isinstance(v, fx.Node) for v in items):
-            call.same(name)
+        if not any(isinstance(v, fx.Node) for v in items) and value != call.twin_args[name]:
+            return False
+    return True
 
 
 def _grows(node: fx.Node, other: fx.Node) -> bool:

@@ -112,6 +112,8 @@ def attention(call: Call) -> States:
 @register("embedding")
 def embedding(call: Call) -> States:
     _weights_const(call, "weight")
+    if call.args["scale_grad_by_freq"]:
+        raise Mixing("scale_grad_by_freq divides gradients by counts of the whole batch")
     return or_const(only_batch(call, call.args["indices"]))
 
 
@@ -121,6 +123,8 @@ def embedding_bag(call: Call) -> States:
     args = call.args
     indices, offsets = args["indices"], args["offsets"]
     _weights_const(call, "weight")
+    if args["scale_grad_by_freq"]:
+        raise Mixing("scale_grad_by_freq divides gradients by counts of the whole batch")
     state = only_batch(call, indices)
     ramp = call.state(offsets) if isinstance(offsets, fx.Node) else None
     if state is None or not isinstance(ramp, Ramp):
@@ -205,16 +209,42 @@ def loss(call: Call) -> States:
     return Reduced(-1 if reduction == _MEAN else 0)
 
 
-@register("cosine_similarity", "pairwise_distance", "cosine_embedding_loss")
+@register("cosine_similarity", "pairwise_distance")
 def pairs(call: Call) -> States:
-    if call.name != "cosine_similarity":
-        raise Mixing(f"{call.name} has no declared batch rule")
-    ndim = len(call.shape(call.tensors()[0]))
+    ndim = max(len(call.shape(v)) for v in call.tensors())
     state = aligned(call, call.tensors(), ndim)
-    dim = call.args["dim"] % ndim
+    dim = call.args["dim"] % ndim if call.name == "cosine_similarity" else ndim - 1
     if state is None or state.dim == dim:
-        raise Mixing("cosine_similarity runs over the batch dim")
+        raise Mixing(f"{call.name} runs over the batch dim")
+    if call.args.get("keepdim"):
+        return state
     return Batch(state.dim - (dim < state.dim), state.outer)
+
+
+@register("cdist", "_cdist_forward")
+def distances(call: Call) -> States:
+    """All pairs of rows within one sample."""
+    ndim = len(call.out.shape)
+    state = aligned(call, call.tensors(), ndim)
+    if state is None or state.dim >= ndim - 2:
+        raise Mixing(f"{call.name} pairs every sample with every other")
+    return state
+
+
+@register("triplet_margin_loss", "cosine_embedding_loss", "multi_margin_loss",
+          "multilabel_margin_loss")
+def row_losses(call: Call) -> States:
+    """Losses of one number per row of their inputs, the samples in dim 0."""
+    _weights_const(call, *(["weight"] if "weight" in call.args else []))
+    values = [v for n, v in call.args.items() if isinstance(v, fx.Node) and n != "weight"]
+    states = {only_batch(call, v) for v in values}
+    if len(states) != 1 or any(len(call.shape(v)) not in (1, 2) for v in values):
+        raise Mixing(f"{call.name} meets values with and without samples")
+    state = states.pop()
+    if state is None or state.dim != 0 or len(call.shape(values[0])) != 2:
+        raise Mixing(f"{call.name} works along the batch dim")
+    reduction = call.args.get("reduction", _MEAN)
+    return state if reduction == _NONE else Reduced(-1 if reduction == _MEAN else 0)
 
 
 @register("_weight_norm", "_weight_norm_interface")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from raypar.graph.batch_rules import (
@@ -70,6 +71,8 @@ def convert(call: Call) -> States:
         # Truncation does not commute with the sum; integer to integer does.
         if call.args["self"].meta["val"].is_floating_point():
             raise Mixing("a value reduced over the batch is truncated")
+        if call.out.dtype == torch.bool:
+            raise Mixing("a value reduced over the batch becomes a truth value")
     return state
 
 
@@ -142,6 +145,8 @@ def add(call: Call) -> States:
             return Batch(*x, a.power)
     if isinstance(a, Const) and a == b:
         return a
+    if isinstance(a, Const) and isinstance(b, Const):
+        raise Mixing("a number that grows with the batch is added to one that does not")
     return or_const(aligned(call, call.tensors(), len(call.out.shape)))
 
 
@@ -151,7 +156,10 @@ def _add_reduced(call: Call, a: State, b: State) -> State:
     The second term is scaled so that it counts like the first: with N parts, a term of power q
     that joins a sum of power p is worth N**(q - p) on each part, a constant N**(-1 - p).
     """
-    powers = [s.power if isinstance(s, Reduced) else -1 for s in (a, b) if _addable(s)]
+    # A constant is a mean over the parts of itself; one that counts samples is a sum.
+    powers = [
+        s.power if isinstance(s, Reduced) else s.power - 1 for s in (a, b) if _addable(s)
+    ]
     if len(powers) != 2:
         raise Mixing("a value reduced over the batch is added to one that keeps samples apart")
     if powers[0] == powers[1]:
@@ -169,7 +177,7 @@ def _add_reduced(call: Call, a: State, b: State) -> State:
 
 
 def _addable(state: State) -> bool:
-    return isinstance(state, Reduced) or state == Const()
+    return isinstance(state, (Reduced, Const))
 
 
 @register("apply_mask")
@@ -198,8 +206,8 @@ def total(call: Call) -> States:
           "logsumexp", "norm", "linalg_vector_norm", "softmax", "log_softmax", "_softmax",
           "_log_softmax", "cumsum", "cumprod", "sort", "argsort", "topk", "median", "var_mean",
           "std_mean", "special_softmax", "special_log_softmax", "softmin", "glu", "kthvalue",
-          "cummax", "cummin", "logcumsumexp", "diff", "count_nonzero", "flip", "roll", "renorm",
-          "aminmax", "quantile", "frobenius_norm", "linalg_norm", "norm_except_dim",
+          "cummax", "cummin", "logcumsumexp", "diff", "count_nonzero", "flip", "roll",
+          "aminmax", "quantile", "frobenius_norm", "linalg_norm",
           "special_logsumexp")
 def along_dims(call: Call) -> States:
     """Ops that work along some dims, one or several outputs: fine off the batch dim."""
@@ -277,17 +285,71 @@ def linear(call: Call) -> States:
     return state
 
 
+@register("baddbmm")
+def add_batched_matmul(call: Call) -> States:
+    args = call.args
+    call.same("alpha", "beta")
+    if not args["beta"]:
+        return aligned_products(call, [args["batch1"], args["batch2"]])
+    return aligned_products(call, [args["self"], args["batch1"], args["batch2"]])
+
+
+def aligned_products(call: Call, values: list[fx.Node]) -> States:
+    """Batched products whose operands all hold the samples in their batch dim."""
+    states = {only_batch(call, v) for v in values if len(call.shape(v)) == 3}
+    if len(states) != 1 or any(len(call.shape(v)) != 3 for v in values):
+        raise Mixing(f"{call.name} meets values with and without samples")
+    state = states.pop()
+    if state is None or state.dim != 0:
+        raise Mixing(f"{call.name} works along the batch dim")
+    return state
+
+
+@register("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft")
+def fourier(call: Call) -> States:
+    return _transformed(call, [call.args["dim"]])
+
+
+@register("fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2", "fft_fftn", "fft_ifftn", "fft_rfftn",
+          "fft_irfftn", "fft_fftshift", "fft_ifftshift")
+def fourier_over_dims(call: Call) -> States:
+    dims = call.args["dim"]
+    if dims is None and call.args.get("s") is not None:
+        raise Mixing(f"{call.name} without dims has no batch rule")
+    return _transformed(call, dims)
+
+
+def _transformed(call: Call, dims: Any) -> States:
+    value = call.args["self"]
+    state = only_batch(call, value)
+    for key in ("n", "s"):
+        call.same(key)
+    if state is None or state.dim in dim_list(dims, len(call.shape(value))):
+        raise Mixing(f"{call.name} transforms along the batch dim")
+    return state
+
+
+@register("view_as_complex", "view_as_real", "complex", "angle", "conj_physical", "_conj",
+          "resolve_conj")
+def complex_views(call: Call) -> States:
+    """Pairs of numbers along a last dim of their own; the samples' dim stays where it is."""
+    if call.name == "complex":
+        return elementwise(call)
+    value = call.args["self"]
+    state = only_batch(call, value)
+    if state is None or (
+        call.name == "view_as_complex" and state.dim == len(call.shape(value)) - 1
+    ):
+        raise Mixing(f"{call.name} works along the batch dim")
+    return state
+
+
 @register("einsum")
 def einsum(call: Call) -> States:
-    equation = call.args["equation"].replace(" ", "")
     operands = call.args["tensors"]
-    if "." in equation:
-        raise Mixing("einsum with an ellipsis has no batch rule")
-    if "->" not in equation:
-        raise Mixing("einsum without an output has no batch rule")
-    left, result = equation.split("->")
+    terms, result = einsum_terms(call.args["equation"], [len(call.shape(v)) for v in operands])
     letters: set[tuple[str, int]] = set()
-    for term, value in zip(left.split(","), operands, strict=True):
+    for term, value in zip(terms, operands, strict=True):
         state = only_batch(call, value)
         if state is not None:
             if len(set(term)) != len(term):
@@ -296,7 +358,31 @@ def einsum(call: Call) -> States:
     if len(letters) != 1:
         raise Mixing("einsum meets samples along different dims")
     letter, outer = letters.pop()
-    for term, value in zip(left.split(","), operands, strict=True):
+    for term, value in zip(terms, operands, strict=True):
         if letter in term and only_batch(call, value) is None:
-            raise Mixing("einsum sums over the batch dim of one operand only")
+            # An ellipsis broadcasts: there, a size of one may stand before the samples.
+            broadcast = letter.isdigit() and call.shape(value)[term.index(letter)] == 1
+            if not broadcast or letter not in result:
+                raise Mixing("einsum sums over the batch dim of one operand only")
     return Batch(result.index(letter), outer) if letter in result else Reduced()
+
+
+def einsum_terms(equation: str, ndims: list[int]) -> tuple[list[str], str]:
+    """The terms and the result of an equation, with ellipses and an implicit result written out.
+
+    Dims under an ellipsis are digits, the last dim 0; there may be ten of them.
+    """
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    terms, hidden = [], 0
+    for term, ndim in zip(left.split(","), ndims, strict=True):
+        width = ndim - len(term.replace("...", "")) if "..." in term else 0
+        if width > 10:
+            raise Mixing("einsum with more than ten dims under an ellipsis has no batch rule")
+        hidden = max(hidden, width)
+        terms.append(term.replace("...", "9876543210"[10 - width :]))
+    dots = "9876543210"[10 - hidden :]
+    if arrow:
+        return terms, result.replace("...", dots)
+    # Without an output: the ellipsis, then every letter that occurs once, in order.
+    letters = [c for c in left if c.isalpha()]
+    return terms, dots + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from raypar.graph.batch_rules import (
@@ -169,13 +170,16 @@ def off_batch(call: Call) -> States:
     tensors = [v for v in (value, args.get("src")) if isinstance(v, fx.Node)]
     states = [call.state(t) for t in tensors]
     ndim = len(call.shape(value))
-    dims = _worked_dims(call, ndim)
     batch = next((s for s in states if isinstance(s, Batch)), None)
+    cuts = batch is not None and batch.outer > 1 and call.name in _CUTS
+    dims = _worked_dims(call, ndim, cuts)
     if batch is None:
         raise Mixing(describe(call, states[0]))
     if call.name in ("slice", "narrow") and batch.dim in dims and call.out.shape == value.meta["val"].shape:
         return batch
     if batch.dim in dims:
+        if len(tensors) == 1 and dims == [batch.dim]:
+            return _cut_batches(call, value, batch)
         raise Mixing(f"{call.name} cuts along the batch dim")
     if len(tensors) == 2:
         return _scattered(call, tensors, dims)
@@ -186,10 +190,41 @@ def off_batch(call: Call) -> States:
     return every_output(call, Batch(batch.dim - drop + gain, batch.outer, batch.power))
 
 
-def _worked_dims(call: Call, ndim: int) -> list[int]:
+_CUTS = frozenset({"slice", "narrow", "split", "chunk", "tensor_split", "split_with_sizes"})
+
+
+def _cut_batches(call: Call, value: fx.Node, state: Batch) -> States:
+    """Whole batches taken out of several that lie one behind the other."""
+    if state.outer == 1 or call.name not in _CUTS or call.args.get("step", 1) not in (None, 1):
+        raise Mixing(f"{call.name} cuts along the batch dim")
+    size = call.shape(value)[state.dim] // state.outer
+    many = isinstance(call.out, (list, tuple))
+    pieces = list(call.out) if many else [call.out]
+    twins = call.twin.meta["val"] if many else [call.twin.meta["val"]]
+    if len(pieces) != len(twins):
+        raise Mixing(f"{call.name} cuts along the batch dim")
+    found, start = [], 0
+    if call.name in ("slice", "narrow"):
+        start = call.args["start"] or 0
+        twin_start = call.twin_args["start"] or 0
+        total = call.shape(value)[state.dim]
+        if start < 0:
+            start, twin_start = start + total, twin_start + 2 * total
+        if twin_start != 2 * start:
+            raise Mixing(f"{call.name} cuts along the batch dim")
+    for piece in pieces:
+        width = piece.shape[state.dim]
+        if start % size or width % size or not width:
+            raise Mixing(f"{call.name} cuts along the batch dim")
+        found.append(Batch(state.dim, width // size, state.power))
+        start += width
+    return tuple(found) if many else found[0]
+
+
+def _worked_dims(call: Call, ndim: int, cuts: bool = False) -> list[int]:
     args = call.args
     for key in ("start", "end", "length", "index", "step", "pad", "diagonal", "offset"):
-        if key in args and not isinstance(args[key], fx.Node):
+        if key in args and not isinstance(args[key], fx.Node) and not cuts:
             _same_off_batch(call, key)
     if call.name in ("triu", "tril"):
         return [ndim - 2, ndim - 1]
@@ -229,9 +264,11 @@ def join(call: Call) -> States:
         raise Mixing(f"{call.name} has no declared batch rule")
     ndim = len(call.out.shape)
     dim = (call.args.get("dim") or 0) % ndim
-    states = {call.state(value) for value in call.args["tensors"]}
+    states = {call.state(value) for value in call.args["tensors"] if call.shape(value) != (0,)}
     if len(states) == 1 and isinstance(next(iter(states)), Reduced):
         return states.pop()  # several losses side by side
+    if call.name != "stack" and any(isinstance(s, Batch) and s.dim == dim for s in states):
+        return _stacked_batches(call, dim)
     found: set[Batch] = set()
     for value in call.args["tensors"]:
         state = call.state(value)
@@ -247,6 +284,21 @@ def join(call: Call) -> States:
     if state.dim == dim:
         raise Mixing(f"{call.name} joins along the batch dim")
     return state
+
+
+def _stacked_batches(call: Call, dim: int) -> Batch:
+    """Whole batches one behind the other: two views of every sample, and the like."""
+    outer, sizes, powers = 0, set(), set()
+    for value in call.args["tensors"]:
+        state = call.state(value)
+        if not isinstance(state, Batch) or state.dim != dim:
+            raise Mixing(f"{call.name} joins along the batch dim")
+        outer += state.outer
+        sizes.add(call.shape(value)[dim] // state.outer)
+        powers.add(state.power)
+    if len(sizes) != 1 or len(powers) != 1:
+        raise Mixing(f"{call.name} joins along the batch dim, with different rows per sample")
+    return Batch(dim, outer, powers.pop())
 
 
 @register("repeat_interleave")
@@ -325,6 +377,78 @@ def index(call: Call) -> States:
     before = sum(d < table.dim for d in used)
     gained = width if (not adjacent or used[0] < table.dim) else 0
     return Batch(table.dim - before + gained, table.outer)
+
+
+@register("index_put", "_index_put_impl", "_unsafe_index_put")
+def index_put(call: Call) -> States:
+    """x[mask] = number, x[arange(n), columns] = value per sample, x[:, columns] = value."""
+    args = call.args
+    value, indices, values = args["self"], args["indices"], args["values"]
+    state = only_batch(call, value)
+    if state is None:
+        raise Mixing("index_put writes a value per sample into one without samples")
+    used = [i for i, x in enumerate(indices) if x is not None]
+    masks = [indices[i] for i in used if indices[i].meta["val"].dtype == torch.bool]
+    if masks:
+        mask_state = only_batch(call, masks[0])
+        width = len(call.shape(masks[0]))
+        place = used[0]
+        if len(used) != 1 or math.prod(call.shape(values)) != 1 or only_batch(call, values):
+            raise Mixing("index_put with a mask writes a number of rows that depends on the data")
+        inside = place <= state.dim < place + width
+        if mask_state != (Batch(state.dim - place, state.outer) if inside else None):
+            raise Mixing("index_put meets samples along different dims")
+        return state
+    picked = index_states(call, indices, used)
+    wanted = state
+    if state.dim in used:
+        ramp = call.state(indices[state.dim])
+        if not isinstance(ramp, Ramp) or ramp.step != 1 or state.outer != 1 or not picked:
+            raise Mixing("index_put writes to picked samples")
+        wanted = Batch(picked.pop().dim + _index_place(used))
+    elif picked:
+        raise Mixing("index_put pairs every sample with every other")
+    else:
+        width = max(len(call.shape(indices[i])) for i in used)
+        before = sum(d < state.dim for d in used)
+        adjacent = used == list(range(used[0], used[-1] + 1))
+        gained = width if (not adjacent or used[0] < state.dim) else 0
+        wanted = Batch(state.dim - before + gained, state.outer)
+    given = only_batch(call, values)
+    if given is None:
+        return state
+    if Batch(given.dim + _put_ndim(call, used, value) - len(call.shape(values)), given.outer) != wanted:
+        raise Mixing("index_put meets samples along different dims")
+    return state
+
+
+def _put_ndim(call: Call, used: list[int], value: fx.Node) -> int:
+    """Dims of what the indices pick."""
+    width = max(len(call.shape(call.args["indices"][i])) for i in used)
+    return len(call.shape(value)) - len(used) + width
+
+
+def _index_place(used: list[int]) -> int:
+    """Where the indices' own dims stand in the result."""
+    return used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+
+
+def index_states(call: Call, indices: list[Any], used: list[int]) -> set[Batch]:
+    """Where the indices hold the samples, in the shape they broadcast to."""
+    width = max(len(call.shape(indices[i])) for i in used)
+    picked: set[Batch] = set()
+    for i in used:
+        state = call.state(indices[i])
+        shift = width - len(call.shape(indices[i]))
+        if isinstance(state, Ramp) and state.step == 1:
+            picked.add(Batch(state.dim + shift))
+            continue
+        found = only_batch(call, indices[i])
+        if found is not None:
+            picked.add(Batch(found.dim + shift, found.outer))
+    if len(picked) > 1:
+        raise Mixing("index meets samples along different dims")
+    return picked
 
 
 @register("one_hot")

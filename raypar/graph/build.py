@@ -15,7 +15,7 @@ from raypar.compat import is_mutable
 from raypar.errors import CaptureError
 from raypar.graph.batchspec import BatchSpec
 from raypar.graph.passes.canonical import canonicalize
-from raypar.graph.passes.emit import aten, is_op, op_name
+from raypar.graph.passes.emit import Emitter, aten, is_op, op_name
 from raypar.graph.passes.functionalize import functionalize
 from raypar.graph.passes.randomness import seed_random_ops
 from raypar.graph.passes.regions import drop_regions
@@ -83,6 +83,7 @@ def build_graph(
     _drop_aliases(graph)
     output = next(n for n in graph.nodes if n.op == "output")
     loss = _leaf(output)
+    updates.update(_reassigned(graph, raw, output))
     updates = {name: _resolve(node) for name, node in updates.items()}
     if not isinstance(loss, fx.Node) or loss.op == "placeholder":
         raise CaptureError("the loss does not depend on any op of the model")
@@ -95,6 +96,18 @@ def build_graph(
     return CleanGraph(
         graph, raw.params, raw.buffers, raw.inputs, constants, rng, updates, loss
     )
+
+
+def _reassigned(graph: fx.Graph, raw: RawTrace, output: fx.Node) -> dict[str, fx.Node]:
+    """New values of the buffers that the module replaced by another tensor."""
+    values = output.args[0][1:] if raw.reassigned else ()  # type: ignore[index]
+    found = {}
+    for name, node in zip(raw.reassigned, values, strict=True):
+        assert isinstance(node, fx.Node)
+        emit = Emitter(graph, output)
+        # A copy: the new value may be an input, a parameter or another buffer.
+        found[name] = emit(aten.clone.default, node) if node.op == "placeholder" else node
+    return found
 
 
 def _leaf(output: fx.Node) -> Any:

@@ -42,12 +42,18 @@ class StageGraph:
     globals: tuple[str, ...] = ()
 
     def keys(self, prefix: str) -> list[str]:
-        """Ids of the placeholders of one kind, without their prefix, in order."""
-        return [
+        """Ids of what this stage reads of one kind, without their prefix, in order.
+
+        What only the batch-wide counts read (a buffer of class weights) comes last.
+        """
+        graphs = [self.graph, *([] if self.globals_graph is None else [self.globals_graph])]
+        found = [
             n.meta["id"].removeprefix(prefix)
-            for n in self.graph.nodes
+            for graph in graphs
+            for n in graph.nodes
             if n.op == "placeholder" and n.meta["id"].startswith(prefix)
         ]
+        return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,10 @@ class Holdings:
             names |= {k[6:] for k in stage.program.inputs if k.startswith("param:")}
         buffers = set(spec.owned_buffers)
         for stage in self.stages.values():
-            buffers |= {k[7:] for k in stage.program.inputs if k.startswith("buffer:")}
+            counts = stage.globals_program
+            read = [] if counts is None else [n.meta["id"] for n in counts.find_nodes(op="placeholder")]
+            keys = [*stage.program.inputs, *read]
+            buffers |= {k[7:] for k in keys if k.startswith("buffer:")}
         model = _seeded_model(spec)
         trainable = dict(model.named_parameters())
         missing = sorted(names - set(trainable))

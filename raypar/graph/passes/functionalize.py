@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from raypar.compat import is_mutable, overload_name, storage_id, written_arguments
+from raypar.compat import form_without_out, is_mutable, overload_name, storage_id, written_arguments
 from raypar.errors import CaptureError
 from raypar.graph.passes.emit import Emitter, aten, bound_args, is_op, op_name
 
@@ -196,6 +196,11 @@ class _Rewriter:
         node.args = fx.map_arg(node.args, fresh)
         node.kwargs = fx.map_arg(node.kwargs, fresh)
         if not writes:
+            # Its arguments are the newest ones now, so this is the newest form of this view: where
+            # it is taken anew must not depend on whether it happens to be a view or a copy.
+            group = self.group_of(node)
+            if group is not None and group.version and node is not group.base:
+                group.current[node] = (group.version, node)
             return
         if len(targets) != 1:
             raise CaptureError(
@@ -257,8 +262,13 @@ class _Rewriter:
 
 def _functional_value(emit: Emitter, node: fx.Node) -> fx.Node:
     name = op_name(node)
-    base = node.args[0]
-    assert isinstance(base, fx.Node)
+    out = node.kwargs.get("out")
+    base = node.args[0] if out is None else out
+    if not isinstance(base, fx.Node):
+        raise CaptureError(
+            f"{node.meta.get('source')}: {name} writes to its arguments in a way that cannot be "
+            "captured; use the out-of-place op"
+        )
     old = base.meta["val"]
     shape, dtype = list(old.shape), old.dtype
     if name == "copy_":
@@ -278,14 +288,16 @@ def _functional_value(emit: Emitter, node: fx.Node) -> fx.Node:
         kwargs = {k: v for k, v in node.kwargs.items() if k != "generator"}
         return emit(_random_form(node), *node.args, **kwargs)
     plain = _OPERATOR_NAMES.get(name, name[:-1] if name.endswith("_") else name)
-    try:
-        functional = getattr(getattr(aten, plain), overload_name(node.target))  # type: ignore[arg-type]
-    except AttributeError:
+    if out is None:
+        functional = getattr(getattr(aten, plain, None), overload_name(node.target), None)  # type: ignore[arg-type]
+    else:
+        functional = form_without_out(node.target)  # type: ignore[arg-type]
+    if functional is None:
         raise CaptureError(
             f"{node.meta.get('source')}: in-place op {name} has no out-of-place form here; write "
             f"the model without it"
-        ) from None
-    new = emit(functional, *node.args, **node.kwargs)
+        )
+    new = emit(functional, *node.args, **{k: v for k, v in node.kwargs.items() if k != "out"})
     if new.meta["val"].dtype != dtype:
         new = emit(aten.to.dtype, new, dtype)
     if list(new.meta["val"].shape) != shape:
