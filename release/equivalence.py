@@ -166,7 +166,8 @@ def _check_plan(
 
 def _in_words(error: Exception) -> str:
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+    first = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {first} ({place.filename}:{place.lineno})"
 
 
 def _reference(
