@@ -2,9 +2,9 @@
 
 Ray keeps a placement group that cannot be placed pending for ever, and two runs that want several
 groups each can end up with half of theirs. So every acquisition has a deadline, what can never fit
-is refused at once, and an attempt that does not get everything gives everything back. Two things keep
-contenders from stumbling over each other for ever: each is patient for a random time, so that one
-gives back first and the other gets what it lacks; and who gave back waits a random time
+is refused at once, and an attempt that does not get everything gives everything back. Two things
+keep contenders from stumbling over each other for ever: each is patient for a random time, so that
+one gives back first and the other gets what it lacks; and who gave back waits a random time
 (exponential backoff with jitter: M. Brooker, "Exponential Backoff and Jitter", AWS Architecture
 Blog, 2015) and until the free resources suffice before it tries again.
 """
@@ -41,7 +41,9 @@ from raypar.mesh.device_mesh import PlacementRequest
 
 NODE_ID_LABEL = "ray.io/node-id"
 DEFAULT_DEADLINE_S = 60.0
-_ATTEMPT_S = 2.0
+_ATTEMPT_S = 1.0
+_LOOK_S = 0.05
+_RENEW_S = 0.2
 _FIRST_BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 2.0
 _FREEING_S = 5.0
@@ -235,9 +237,21 @@ def _attempt(requests: Sequence[PlacementRequest], wait_s: float) -> list[Placem
     try:
         for request in requests:
             groups.append(_create(request))
-        # The first wait gets a floor so that an expired deadline still tries once.
-        if all(group.wait(max(0.05, end - time.monotonic())) for group in groups):
-            return groups
+        made = time.monotonic()
+        while True:
+            # The first look is patient enough for a group that is about to be placed.
+            pending = [i for i, group in enumerate(groups) if not group.wait(_LOOK_S)]
+            if not pending:
+                return groups
+            if time.monotonic() >= end:
+                break
+            # Ray looks at a pending group about once a second, but at a new one at once: where
+            # there is room by now, asking anew saves that second.
+            if time.monotonic() - made > _RENEW_S and _room_now([requests[i] for i in pending]):
+                for i in pending:
+                    remove_placement_group(groups[i])
+                    groups[i] = _create(requests[i])
+                made = time.monotonic()
     except BaseException:
         release(groups)
         raise
