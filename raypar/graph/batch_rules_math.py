@@ -53,6 +53,17 @@ def elementwise(call: Call) -> States:
     return or_const(aligned(call, call.tensors(), len(call.out.shape)))
 
 
+@register("where")
+def choose(call: Call) -> States:
+    """A condition that is the same for all samples chooses between two sums or means."""
+    states = {call.state(call.args[k]) for k in ("self", "other") if k in call.args}
+    if len(states) == 1 and call.state(call.args["condition"]) == Const():
+        state = states.pop()
+        if isinstance(state, Reduced):
+            return state
+    return elementwise(call)
+
+
 @register("neg", "negative", "real", "imag", "conj", "zeros_like", "ones_like", "full_like",
           "empty_like")
 def unary_linear(call: Call) -> States:
@@ -131,7 +142,11 @@ def add(call: Call) -> States:
     call.same("alpha")
     a = call.state(left)
     if not isinstance(right, fx.Node):
-        if call.number("other")[1]:
+        grows = call.number("other")[1]
+        if grows:
+            # A count of samples adds up over the parts just as a sum does.
+            if a == Reduced(grows - 1):
+                return a
             raise Mixing(f"{call.name} is applied with a number that grows with the batch")
         b: State = Const()
     else:

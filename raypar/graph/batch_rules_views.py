@@ -78,6 +78,8 @@ def _doubles(call: Call, dim: int) -> bool:
 @register("permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T",
           "mT", "transpose_copy", "permute_copy", "matrix_H", "adjoint")
 def permute(call: Call) -> States:
+    if isinstance(call.state(call.args["self"]), Reduced):
+        return call.state(call.args["self"])
     value, state = _source(call)
     ndim = len(call.shape(value))
     order = list(range(ndim))
@@ -170,6 +172,9 @@ def off_batch(call: Call) -> States:
     tensors = [v for v in (value, args.get("src")) if isinstance(v, fx.Node)]
     states = [call.state(t) for t in tensors]
     ndim = len(call.shape(value))
+    if len(tensors) == 1 and isinstance(states[0], Reduced) and call.name in _PICKS:
+        _worked_dims(call, ndim)
+        return every_output(call, states[0])  # one of several losses
     batch = next((s for s in states if isinstance(s, Batch)), None)
     cuts = batch is not None and batch.outer > 1 and call.name in _CUTS
     dims = _worked_dims(call, ndim, cuts)
@@ -190,6 +195,9 @@ def off_batch(call: Call) -> States:
     return every_output(call, Batch(batch.dim - drop + gain, batch.outer, batch.power))
 
 
+_PICKS = frozenset(
+    {"select", "unbind", "slice", "narrow", "split", "chunk", "split_with_sizes", "diagonal"}
+)
 _CUTS = frozenset({"slice", "narrow", "split", "chunk", "tensor_split", "split_with_sizes"})
 
 

@@ -142,7 +142,8 @@ def _lift_constants(raw: RawTrace) -> dict[str, tuple[fx.Node, torch.Tensor]]:
                 raise CaptureError(
                     f"{node.meta.get('source')}: a tensor of shape {tuple(value.shape)} that "
                     "requires grad is used but is not a registered parameter; register it with "
-                    "nn.Parameter on a module that model_fn returns"
+                    "nn.Parameter on a module that model_fn returns (gradients taken inside the "
+                    "forward pass, as by torch.func.grad, cannot be captured)"
                 )
             with graph.inserting_after(last):
                 holder = graph.placeholder(f"const_{len(found)}")

@@ -38,12 +38,20 @@ def refuse_hooks(model: nn.Module) -> None:
             )
 
 
-def refuse_tensor_hook() -> CaptureError:
-    """The error for ``tensor.register_hook`` in a forward pass (without the source line)."""
-    return CaptureError(
+REFUSED: dict[Any, str] = {
+    torch.Tensor.register_hook: (
         "the forward pass registers a hook on a tensor's gradient, which a captured graph cannot "
         "hold; write it as ops, for example 2 * x.detach() - x for a reversed gradient"
-    )
+    ),
+    torch.autograd.grad: (
+        "the forward pass takes gradients itself (torch.autograd.grad), which cannot be captured; "
+        "write the derivative as tensor ops, or leave the term out of the captured loss"
+    ),
+    torch.Tensor.backward: (
+        "the forward pass calls backward() itself, which cannot be captured; return the loss"
+    ),
+}
+"""Functions that a captured graph cannot hold → what to say."""
 
 
 @contextlib.contextmanager
@@ -78,10 +86,30 @@ def visible_backwards(where: Callable[[], str]) -> Iterator[None]:
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
     try:
-        with set_validation(False):
+        with set_validation(False), _inference_as_no_grad():
             yield
     finally:
         torch.autograd.Function.apply = plain  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _inference_as_no_grad() -> Iterator[None]:
+    """While open, ``torch.inference_mode`` is ``torch.no_grad``, which a trace records."""
+    mode: Any = torch.inference_mode
+    enter, leave = mode.__enter__, mode.__exit__
+
+    def begin(self: Any) -> None:
+        self.raypar_no_grad = torch.no_grad() if self.mode else contextlib.nullcontext()
+        self.raypar_no_grad.__enter__()
+
+    def end(self: Any, *error: Any) -> None:
+        self.raypar_no_grad.__exit__(*error)
+
+    mode.__enter__, mode.__exit__ = begin, end
+    try:
+        yield
+    finally:
+        mode.__enter__, mode.__exit__ = enter, leave
 
 
 def _gaussian_nll_loss(
@@ -164,10 +192,10 @@ class ModuleState:
 
 
 __all__ = [
+    "REFUSED",
     "SUBSTITUTES",
     "Change",
     "ModuleState",
     "refuse_hooks",
-    "refuse_tensor_hook",
     "visible_backwards",
 ]

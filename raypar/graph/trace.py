@@ -31,11 +31,11 @@ from raypar.compat import (
 from raypar.errors import CaptureError
 from raypar.graph.batchspec import BatchSpec
 from raypar.graph.side_effects import (
+    REFUSED,
     SUBSTITUTES,
     Change,
     ModuleState,
     refuse_hooks,
-    refuse_tensor_hook,
     visible_backwards,
 )
 
@@ -77,8 +77,8 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.Tensor.register_hook:
-            raise CaptureError(f"{user_line()}: {refuse_tensor_hook()}")
+        if func in REFUSED:
+            raise CaptureError(f"{user_line()}: {REFUSED[func]}")
         if func in _VALUE_READS and args:
             known = _constant_value(args[0])
             if known is not None:
@@ -290,7 +290,9 @@ def _trace_once(
     except Exception as error:
         raise CaptureError(
             f"{_line_of(error)}: the forward pass failed while it was captured: "
-            f"{type(error).__name__}: {_first_line(error)}"
+            f"{type(error).__name__}: {_first_line(error)}. If it does not fail on real tensors, "
+            "this call cannot be captured (packed sequences, NumPy, calls out of torch): use "
+            "tensor ops of fixed shapes, such as masks over a padded batch"
         ) from error
     finally:
         for hook in hooks:

@@ -7,9 +7,11 @@ a cut, and must not change which ops there are.
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
 from raypar.errors import CaptureError
@@ -32,6 +34,8 @@ def canonicalize(graph: fx.Graph) -> None:
             _refuse_sparse(node)
         elif name == "instance_norm":
             _instance_norm(node)
+        elif name in ("index", "masked_select"):
+            _masked_total(graph, node)
         elif name in ("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d"):
             _mean_over_count(graph, node)
 
@@ -89,6 +93,40 @@ def _refuse_sparse(node: fx.Node) -> None:
             f"{node.meta.get('source')}: {op_name(node)} with sparse=True makes sparse gradients, "
             "which cannot be summed over microbatches and replicas here; set sparse=False"
         )
+
+
+def _masked_total(graph: fx.Graph, node: fx.Node) -> None:
+    """``x[mask].mean()`` and ``x[mask].sum()`` without a size that depends on the data."""
+    b = bound_args(node)
+    masks = b["indices"] if "indices" in b else [b["mask"]]
+    users = list(node.users)
+    if len(masks) != 1 or masks[0] is None or masks[0].meta["val"].dtype != torch.bool:
+        return
+    totals = (aten.mean.default, aten.sum.default)
+    if not users or any(
+        u.target not in totals or u.kwargs or not u.args[0].meta["val"].is_floating_point()
+        for u in users
+    ):
+        return
+    value, mask = b["self"], masks[0]
+    shape, width = list(value.meta["val"].shape), mask.meta["val"].dim()
+    if list(mask.meta["val"].shape) != shape[:width]:
+        return
+    emit = Emitter(graph, node)
+    wide = mask
+    if len(shape) > width:
+        wide = emit(aten.reshape.default, mask, shape[:width] + [1] * (len(shape) - width))
+    zero = emit(aten.zeros.default, [], dtype=value.meta["val"].dtype, device=value.meta["val"].device)
+    total = emit(aten.sum.default, emit(aten.where.self, wide, value, zero))
+    count = emit(aten.to.dtype, emit(aten.sum.default, mask), value.meta["val"].dtype)
+    if len(shape) > width:
+        count = emit(aten.mul.Tensor, count, math.prod(shape[width:]))
+    for user in users:
+        if user.target is aten.sum.default:
+            _replace(graph, user, total)
+        else:
+            _replace(graph, user, emit(aten.div.Tensor, total, count))
+    graph.erase_node(node)
 
 
 def _mean_over_count(graph: fx.Graph, node: fx.Node) -> None:
