@@ -21,9 +21,9 @@ GOAL = 2.2
 
 def main() -> int:
     """Trains, reports, and returns the exit code."""
-    config = load_config(Path(__file__).with_name("demo.yaml"), sys.argv[1:])
-    workers = 2 if config.mesh.num_workers == "auto" else config.mesh.num_workers
     try:
+        config = load_config(Path(__file__).with_name("demo.yaml"), sys.argv[1:])
+        workers = 2 if config.mesh.num_workers == "auto" else config.mesh.num_workers
         if workers == 0:
             result = train_config(config)
         else:

@@ -71,7 +71,9 @@ class BuildData:
                 f"data.target: {_name(self.target)}(...) returned {type(made).__name__}, "
                 "not an iterable of batches"
             )
-        return _Cast(made, self.dtype)
+        # What can be gone through once stays so: who looks at the first batch must not lose it.
+        cast = _Cast(made, self.dtype)
+        return iter(cast) if isinstance(made, Iterator) else cast
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from raypar.errors import CommError, CommTimeoutError
 
 _HELLO = struct.Struct("<64sI")
 _POLL_S = 0.05
+_LONGEST_BASE = 80  # "/raypar-12345678/s" is added; the path of a unix socket has 103 bytes at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ class _Join:
                 f"{_first_line(error)}; is rank 0's process alive, and its host reachable?"
             ) from None
         self._prefix = f"raypar/{name}/{use}"
-        self._folder = tempfile.mkdtemp(prefix="raypar-")
+        self._folder = tempfile.mkdtemp(prefix="raypar-", dir=_socket_base())
         self._listeners: list[socket.socket] = []
 
     def run(self) -> dict[int, Link]:
@@ -280,7 +281,18 @@ def _machine() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         boot = ""
-    return f"{boot}/{socket.gethostname()}/{tempfile.gettempdir()}"
+    return f"{boot}/{socket.gethostname()}/{_socket_base()}"
+
+
+def _socket_base() -> str:
+    """A temporary folder short enough for the path of a unix socket."""
+    for folder in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
+        if len(os.fsencode(folder)) <= _LONGEST_BASE and os.access(folder, os.W_OK):
+            return folder
+    raise CommError(
+        f"no writable temporary folder with a path of at most {_LONGEST_BASE} bytes, which sockets "
+        f"need: {tempfile.gettempdir()!r} is longer; set TMPDIR=/tmp"
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -27,7 +27,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from raypar.errors import RayparError
 from raypar.stages.actor import ActorInfo, Joining, StageActor, actor_class
 from raypar.stages.faults import Failure, Positions, RankInfo, failure_of
-from raypar.stages.rescue import Calls, Replies, await_exit, rescue
+from raypar.stages.rescue import Calls, Replies, await_exit, lost_call, rescue
 from raypar.stages.seats import Seats, SeatSettings
 
 _WINDOW = 3
@@ -120,7 +120,7 @@ class Driver:
             return self._start(specs, feeds, runners)
         except BaseException as error:
             self._release()
-            return RunFailure((failure_of(error, None),), infos=tuple(self._infos))
+            return self._failed(error)
 
     def _start(
         self, specs: list[Any], feeds: list[Any], runners: list[Any]
@@ -170,6 +170,15 @@ class Driver:
                 f"{self._settings.start_timeout_s:g} s; is the cluster overloaded? Raise "
                 "start_timeout_s"
             ) from None
+        except RayError:
+            for rank, ref in enumerate(refs):  # whose error was it?
+                try:
+                    ray.get(ref, timeout=0)
+                except GetTimeoutError:
+                    continue
+                except RayError as error:
+                    raise _RankLost(lost_call(error, rank, None)) from None
+            raise
 
     def _await_setup(self, calls: Calls) -> tuple[list[dict[str, float]], RunFailure | None]:
         deadline = time.monotonic() + self._settings.start_timeout_s
@@ -197,7 +206,7 @@ class Driver:
             failure = self._drive(first, first + steps)
         except BaseException as error:
             self._release()
-            failure = RunFailure((failure_of(error, None),), infos=tuple(self._infos))
+            failure = self._failed(error)
         self._events.put(Ended(failure, time.process_time() - cpu, time.perf_counter() - began))
 
     def _drive(self, first: int, end: int) -> RunFailure | None:
@@ -237,6 +246,16 @@ class Driver:
         self._emit(rows)
         self._release()
         return RunFailure(tuple(failures), positions, tuple(self._infos))
+
+    def _failed(self, error: BaseException) -> RunFailure:
+        """What this actor itself raised, or met at a stage actor outside of steps."""
+        if isinstance(error, _RankLost):
+            known = error.failure
+        elif isinstance(error, RayError):
+            known = lost_call(error, None, None)
+        else:
+            known = failure_of(error, None)
+        return RunFailure((known,), infos=tuple(self._infos))
 
     def _emit(self, rows: Replies) -> list[int | None]:
         """Takes complete rows out, in step order, and hands them to the client."""
@@ -287,6 +306,12 @@ class Driver:
             here = ray.util.get_node_ip_address()
             await_exit([at.pid for at in self._where if at.ip == here])
             self._where = []
+
+
+class _RankLost(RayparError):
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
 
 
 class _Pace:

@@ -10,6 +10,7 @@ This file imports no torch, so that the driver actor starts fast and stays small
 from __future__ import annotations
 
 import pickle
+import re
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from raypar.errors import (
 )
 
 _TRACE_LINES = 30
+_LONGEST = 400
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_RAISED = re.compile(r"^([\w.]*(?:Error|Exception|Exit|Interrupt))(?::\s*(.*))?$")
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,45 @@ def failure_of(error: BaseException, rank: int | None, step: int | None = None) 
         died=isinstance(error, StageDiedError),
         severity=_severity(error),
     )
+
+
+def cause_of(text: str) -> tuple[str | None, str]:
+    """What the text of a Ray error comes down to.
+
+    Ray's first line names the task and the last line of the traceback below it the cause; texts of
+    dead workers hold one sentence that matters.
+
+    Returns:
+        The class name of the exception behind it, if the text holds one, and a short message.
+    """
+    lines = [line.strip() for line in _COLOUR.sub("", text).splitlines() if line.strip()]
+    found = next((m for line in reversed(lines) if (m := _RAISED.match(line))), None)
+    if found is not None:
+        name, message = found[1].rpartition(".")[2], found[2] or ""
+        return name, _shortened(message) + _mend(name, message)
+    whole = " ".join(lines)
+    for mark in ("Worker exit detail:", "The actor died because", "The actor is dead because"):
+        if mark in whole:
+            whole = whole[whole.index(mark) :].removeprefix("Worker exit detail:").strip()
+            break
+    return None, _shortened(whole)
+
+
+def _mend(name: str, message: str) -> str:
+    if name not in ("ModuleNotFoundError", "ImportError"):
+        return ""
+    module = re.search(r"'([^']+)'", message)
+    what = repr(module[1]) if module else "it"
+    return (
+        f": the workers cannot import what this process can. Start in the folder that holds {what} "
+        "(with `ray job submit`: --working-dir), pass ray.init(runtime_env={'py_modules': [...]}), "
+        "or install it on every node with pip"
+    )
+
+
+def _shortened(text: str) -> str:
+    text = text.split(" If the process was killed by the kernel OOM killer")[0]
+    return text if len(text) < _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 def root_failure(failures: Iterable[Failure]) -> Failure:

@@ -14,12 +14,12 @@ import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from raypar.comm.group import DEFAULT_TIMEOUT_S
-from raypar.errors import ClusterError, RayparError, StageDiedError
+from raypar.errors import ClusterError, RayparError, StageDiedError, TrainingError
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.stages.actor import actor_class
 from raypar.stages.driver import Driver, DriverSettings, Ended, Rows, RunFailure
-from raypar.stages.faults import Failure, to_exception
+from raypar.stages.faults import Failure, cause_of, to_exception
 from raypar.stages.run import OnReport, Run, StepResult, merge_reports, raise_if_not_finite
 from raypar.stages.seats import SeatSettings
 from raypar.stages.spec import RankSpec, StepReport
@@ -168,10 +168,12 @@ class RayRun(Run):
     def _ask(self, ref: Any) -> Any:
         try:
             return ray.get(ref)
-        except RayActorError as error:
-            raise StageDiedError(
-                f"lost an actor of run {self.name}: {' '.join(str(error).split())[:240]}"
-            ) from error
+        except RayError as error:
+            name, message = cause_of(str(error))
+            text = f"{name}: {message}" if name else message
+            if isinstance(error, RayActorError):
+                raise StageDiedError(f"lost an actor of run {self.name}: {text}") from error
+            raise TrainingError(f"run {self.name}: an actor raised {text}") from error
 
     def _raise(self, failure: RunFailure) -> None:
         infos = list(failure.infos) or self.infos

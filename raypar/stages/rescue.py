@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from raypar.stages.actor import Reply
-from raypar.stages.faults import Failure, Positions, root_failure
+from raypar.stages.faults import Failure, Positions, cause_of, root_failure
 
 _ANSWER_S = 2.0
 _IDLE_S = 10.0  # between looks at whether the run was closed
@@ -55,7 +55,7 @@ class Calls:
             try:
                 value = ray.get(ref)
             except RayError as error:
-                value = _lost(error, rank, step)
+                value = lost_call(error, rank, step)
             found.append((step, rank, value))
         return found
 
@@ -138,25 +138,20 @@ def _ask_positions(actors: Sequence[Any], lost: set[int | None]) -> tuple[Positi
         try:
             found.at[refs[ref]] = ray.get(ref)
         except RayActorError as error:
-            dead.append(_lost(error, refs[ref], None))
+            dead.append(lost_call(error, refs[ref], None))
         except RayError as error:
-            found.at[refs[ref]] = f"cannot tell: {_short(error)}"
+            found.at[refs[ref]] = f"cannot tell: {cause_of(str(error))[1]}"
     return found, dead
 
 
-def _lost(error: RayError, rank: int, step: int | None) -> Failure:
+def lost_call(error: RayError, rank: int | None, step: int | None) -> Failure:
+    """Describes what Ray raised for a call to `rank` instead of an answer."""
     died = isinstance(error, RayActorError)
-    kind = "StageDiedError" if died else type(error).__name__
-    return Failure(rank, step, kind, _short(error), died=died, severity=0 if died else 1)
-
-
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    for mark in ("Worker exit detail:", "The actor died because", "The actor is dead because"):
-        if mark in text:
-            text = text[text.index(mark) :].removeprefix("Worker exit detail:").strip()
-            break
-    return text if len(text) < 240 else text[:237] + "..."
+    name, message = cause_of(str(error))
+    if died:
+        text = f"{name}: {message}" if name else message
+        return Failure(rank, step, "StageDiedError", text, died=True, severity=0)
+    return Failure(rank, step, name or type(error).__name__, message)
 
 
 def _exists(pid: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -16,9 +17,12 @@ import ray
 
 from raypar.errors import ClusterError
 from raypar.mesh import discover
+from raypar.train import _folders
 
 _SHORT = 40  # longer temp paths break the sockets that Ray puts below them (107 bytes at most)
 _STORE_BYTES = 512 * 2**20
+_CPUS_PER_CORE = 8  # logical CPUs of a Ray started here: more ranks than that only thrash
+_CPUS_AT_LEAST = 16
 
 
 class RaySession:
@@ -63,22 +67,27 @@ def start_private_ray(num_cpus: int, *, log_to_driver: bool = False) -> RaySessi
     """Starts a Ray of this process alone, whatever else runs on the machine.
 
     RAY_ADDRESS, running clusters and token authentication are left aside, and its files lie in a
-    folder with a path short enough for its sockets.
+    folder with a path short enough for its sockets. Folders that killed processes left behind are
+    removed.
 
     Args:
         num_cpus: Logical CPUs: how many actors of one CPU each fit; may exceed the real cores.
         log_to_driver: Whether the actors' output is printed here.
 
     Raises:
-        ClusterError: Ray does not start, or this process is connected to one already.
+        ClusterError: Ray does not start, this machine is far too small for `num_cpus` actors, or
+            this process is connected to a Ray already.
     """
     if ray.is_initialized():
         raise ClusterError(
             "this process is connected to a Ray already; call ray.shutdown() first, or use that one"
         )
+    _refuse_too_many(num_cpus)
     began = time.perf_counter()
-    env = _swap({"RAY_ADDRESS": None, "RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": None})
-    folder = tempfile.mkdtemp(prefix="rp-", dir=_short_folder())
+    base = _short_folder()
+    _folders.remove_stale(base)
+    folder = _folders.make(base)
+    env = _swap({"RAY_ADDRESS": None, **_authentication()})
     session = RaySession(True, folder, env)
     try:
         with _quiet():
@@ -126,6 +135,32 @@ def connect(address: str | None = None, *, num_cpus: int = 1) -> RaySession:
     session = RaySession(True)
     session.seconds = time.perf_counter() - began
     return session
+
+
+def _refuse_too_many(num_cpus: int) -> None:
+    cores = os.cpu_count() or 1
+    most = max(_CPUS_AT_LEAST, _CPUS_PER_CORE * cores)
+    if num_cpus > most:
+        raise ClusterError(
+            f"{num_cpus} ranks on this machine alone: it has {cores} cores, and raypar starts at "
+            f"most {most} ranks on them ({_CPUS_PER_CORE} a core, {_CPUS_AT_LEAST} at least). Set "
+            f"mesh.num_workers={cores} (ScalingConfig.num_workers), or set RAY_ADDRESS to a "
+            "cluster that has the devices"
+        )
+
+
+def _authentication() -> dict[str, str | None]:
+    """The environment in which a Ray of this process alone starts, whatever the user's says.
+
+    Ray reads RAY_AUTH_MODE when it is imported, before anything here runs: what it read cannot be
+    changed, so with tokens on, the private Ray gets a token where the user's cannot be read.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        return {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": None}
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if os.environ.get("RAY_AUTH_TOKEN") or not path or os.access(path, os.R_OK):
+        return {}
+    return {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def _short_folder() -> str:

@@ -133,10 +133,14 @@ class Trainer:
         form = BatchForm(opened.example, self._batch_dims)
         clock.mark("data")
         with ExitStack() as stack:
-            cluster = self._reach_cluster(stack, plan, clock)
+            arm = stack.enter_context(terminating())
+            if self._scaling.num_workers == 0:
+                stack.enter_context(_random_state_kept())
+            # What is wrong with model or optimizer is told before any Ray is started.
             graph = capture(self._model_fn, opened.example, self._loss_fn, self._batch_dims)
             check_optimizer(self._optimizer, _parameters(graph))
             clock.mark("capture")
+            cluster = self._reach_cluster(stack, plan, clock, arm)
             if plan is None:
                 plan = self._search(graph, cluster)
                 clock.mark("plan")
@@ -159,11 +163,12 @@ class Trainer:
 
     # ---- before the first step ------------------------------------------------------------
 
-    def _reach_cluster(self, stack: ExitStack, plan: Plan | None, clock: _Clock) -> Cluster:
+    def _reach_cluster(
+        self, stack: ExitStack, plan: Plan | None, clock: _Clock, arm: Callable[[], None]
+    ) -> Cluster:
         """The devices to plan for; connects to Ray where the run needs it."""
         wanted = self._scaling.num_workers
         if wanted == 0:
-            stack.enter_context(_random_state_kept())
             count = len(plan.devices) if plan else max(os.cpu_count() or 1, self._least_devices())
             return Cluster.local(count)
         from raypar.train.session import connect
@@ -172,7 +177,7 @@ class Trainer:
         cores = os.cpu_count() or 1
         session = connect(num_cpus=max(needed, cores, self._least_devices()))
         stack.callback(session.close)
-        stack.enter_context(terminating())
+        arm()
         clock.mark("ray")
         cluster = Cluster.from_ray(device="GPU" if self._scaling.use_gpu else "CPU")
         clock.mark("cluster")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import raypar
@@ -203,3 +204,16 @@ def test_train_in_one_process_leaves_a_run_that_can_be_repeated(
         raypar.Plan.load(tmp_path / "runs" / name / "plan.json") for name in ("small", "again")
     )
     assert first.diff(second) == []
+
+
+@pytest.mark.parametrize("once", [True, False], ids=["iterator", "list"])
+def test_configured_data_lose_no_batch_to_the_look_at_the_first(once: bool) -> None:
+    from raypar._launch import BuildData
+    from raypar.train.data import peek
+
+    values = [torch.full((2,), float(i)) for i in range(3)]
+    data = BuildData(lambda: iter(values) if once else values, {}, torch.float64)
+    opened = peek(data, seed=0)
+    assert opened.one_shot == once
+    assert [float(batch[0]) for batch in opened.batches] == [0.0, 1.0, 2.0]
+    assert opened.example.dtype == torch.float64

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,3 +171,18 @@ def test_headers_round_trip(key: bytes, shape: list[int], dtype: torch.dtype) ->
     assert _frames.head_size(buffer, 2) == len(header)
     head = _frames.parse_head(buffer, 2)
     assert head == (_frames.DATA, dtype, tuple(shape), key, len(_frames.payload(tensor)))
+
+
+def test_a_long_temporary_folder_does_not_break_the_sockets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 120)))
+    server = Rendezvous()
+
+    def one(rank: int) -> float:
+        group = GlooGroup.create("long", rank, 2, server.address, timeout_s=20.0)
+        total = exchange(group)
+        group.close()
+        return total
+
+    assert together(2, one) == [400_000.0] * 2

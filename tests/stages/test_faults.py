@@ -17,6 +17,7 @@ from raypar.stages.faults import (
     Failure,
     Positions,
     RankInfo,
+    cause_of,
     failure_of,
     root_failure,
     to_exception,
@@ -81,3 +82,34 @@ def test_a_hang_keeps_its_class_and_lists_everyone() -> None:
     assert type(found) is CommTimeoutError
     assert "recv x waited 5 s" in str(found)
     assert "stage 1 (rank 1): 1F0" in str(found)
+
+
+IN_SETUP = """\x1b[36mray::StageActor.setup()\x1b[39m (pid=1, ip=10.0.0.1, actor_id=ab, repr=<x>)
+  At least one of the input arguments for this task could not be computed:
+ray.exceptions.RaySystemError: System error: No module named 'hidden'
+traceback: Traceback (most recent call last):
+          ^^^^^^^^^^^^^^
+ModuleNotFoundError: No module named 'hidden'
+"""
+DIED = """The actor died unexpectedly before finishing this task.
+\tclass_name: StageActor
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit \
+detail: Worker unexpectedly exits with a connection error code 2. End of file. If the process was \
+killed by the kernel OOM killer (verifiable by checking for OOM in dmesg), consider something."""
+
+
+def test_the_cause_of_a_ray_error_is_its_last_line_without_colours_and_with_a_mend() -> None:
+    name, message = cause_of(IN_SETUP)
+    assert name == "ModuleNotFoundError"
+    assert message.startswith("No module named 'hidden': the workers cannot import")
+    assert "folder that holds 'hidden'" in message
+    assert "\x1b" not in message
+
+
+def test_a_dead_worker_is_told_by_its_exit_detail() -> None:
+    assert cause_of(DIED) == (
+        None,
+        "Worker unexpectedly exits with a connection error code 2. End of file.",
+    )
+    killed = "The actor died unexpectedly.\nThe actor is dead because it was killed by `ray.kill`."
+    assert cause_of(killed) == (None, "The actor is dead because it was killed by `ray.kill`.")
