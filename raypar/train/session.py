@@ -41,8 +41,8 @@ class RaySession:
 
     def close(self) -> None:
         """Shuts a Ray that was started here down, or disconnects; no-op for one that was there."""
-        if self.began and ray.is_initialized():
-            ray.shutdown()
+        if self.began:
+            ray.shutdown()  # also where ray.init was interrupted: it ends the daemons begun so far
         self.began = False
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)

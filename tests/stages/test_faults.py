@@ -94,7 +94,8 @@ ModuleNotFoundError: No module named 'hidden'
 DIED = """The actor died unexpectedly before finishing this task.
 \tclass_name: StageActor
 The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit \
-detail: Worker unexpectedly exits with a connection error code 2. End of file. If the process was \
+detail: Worker unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the \
+OOM killer, (2) ray stop. If the process was \
 killed by the kernel OOM killer (verifiable by checking for OOM in dmesg), consider something."""
 
 
@@ -109,7 +110,8 @@ def test_the_cause_of_a_ray_error_is_its_last_line_without_colours_and_with_a_me
 def test_a_dead_worker_is_told_by_its_exit_detail() -> None:
     assert cause_of(DIED) == (
         None,
-        "Worker unexpectedly exits with a connection error code 2. End of file.",
+        "Worker unexpectedly exits with a connection error code 2. End of file. It crashed, or "
+        "was killed: by someone, or by the system for want of memory (see dmesg).",
     )
     killed = "The actor died unexpectedly.\nThe actor is dead because it was killed by `ray.kill`."
     assert cause_of(killed) == (None, "The actor is dead because it was killed by `ray.kill`.")
