@@ -208,7 +208,8 @@ def _finish(
     analysis: BatchAnalysis,
     reported: dict[str, str],
 ) -> None:
-    loss, *updates = output.args[0]  # type: ignore[misc]
+    returned: Any = output.args[0]
+    loss, *updates = returned
     names = output.meta.get("updates", [])
     found = states[loss]  # type: ignore[index]
     if isinstance(found, Mixed):
@@ -252,9 +253,7 @@ def _visit(
         return _apply(node, other, states, analysis)
     except Mixing as mixing:
         reduced = [
-            i
-            for i in node.all_input_nodes
-            if isinstance(states[i], Reduced) and i in param_free
+            i for i in node.all_input_nodes if isinstance(states[i], Reduced) and i in param_free
         ]
         if not reduced:
             return Mixed(node.meta["id"], str(mixing))
@@ -312,7 +311,8 @@ def _all_same(call: Call) -> bool:
 
 
 def _grows(node: fx.Node, other: fx.Node) -> bool:
-    mine, twin = node.meta.get("val"), other.meta.get("val")
+    mine: Any = node.meta.get("val")
+    twin: Any = other.meta.get("val")
     if not isinstance(mine, (list, tuple)):
         mine, twin = [mine], [twin]
     return any(

@@ -45,16 +45,45 @@ def layer_norm(call: Call) -> States:
     return every_output(call, state)
 
 
-@register("group_norm", "instance_norm", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
-          "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-          "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-          "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
-          "max_pool2d_with_indices", "upsample_nearest1d", "upsample_nearest2d",
-          "upsample_nearest3d", "upsample_bilinear2d", "upsample_linear1d", "upsample_bicubic2d",
-          "upsample_trilinear3d", "im2col", "col2im", "reflection_pad1d", "reflection_pad2d",
-          "replication_pad1d", "replication_pad2d", "_upsample_nearest_exact2d",
-          "local_response_norm", "max_pool1d_with_indices", "_adaptive_avg_pool2d",
-          "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")
+@register(
+    "group_norm",
+    "instance_norm",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "channel_shuffle",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    "max_pool2d_with_indices",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "upsample_bilinear2d",
+    "upsample_linear1d",
+    "upsample_bicubic2d",
+    "upsample_trilinear3d",
+    "im2col",
+    "col2im",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "_upsample_nearest_exact2d",
+    "local_response_norm",
+    "max_pool1d_with_indices",
+    "_adaptive_avg_pool2d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+)
 def images(call: Call) -> States:
     """Layers that treat dim 0 as samples and never look across it."""
     names = [n for n, v in call.args.items() if isinstance(v, fx.Node)]
@@ -72,16 +101,26 @@ def batch_norm(call: Call) -> States:
     return images(call)
 
 
-@register("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
-          "conv_transpose3d", "convolution", "conv_tbc")
+@register(
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "convolution",
+    "conv_tbc",
+)
 def convolution(call: Call) -> States:
     if call.name == "conv_tbc":
         raise Mixing("conv_tbc has no declared batch rule")
     value = call.args["input"]
     state = only_batch(call, value)
     _weights_const(call, "weight", "bias")
-    if state is None or state.dim != 0 or len(call.shape(value)) != len(
-        call.shape(call.args["weight"])
+    if (
+        state is None
+        or state.dim != 0
+        or len(call.shape(value)) != len(call.shape(call.args["weight"]))
     ):
         raise Mixing(f"{call.name} works along the batch dim")
     return state
@@ -177,11 +216,25 @@ def bilinear(call: Call) -> States:
     return state
 
 
-@register("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d", "mse_loss", "l1_loss",
-          "smooth_l1_loss", "huber_loss", "binary_cross_entropy",
-          "binary_cross_entropy_with_logits", "kl_div", "soft_margin_loss",
-          "gaussian_nll_loss", "poisson_nll_loss", "margin_ranking_loss",
-          "hinge_embedding_loss", "multilabel_soft_margin_loss")
+@register(
+    "cross_entropy_loss",
+    "nll_loss",
+    "nll_loss_nd",
+    "nll_loss2d",
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "kl_div",
+    "soft_margin_loss",
+    "gaussian_nll_loss",
+    "poisson_nll_loss",
+    "margin_ranking_loss",
+    "hinge_embedding_loss",
+    "multilabel_soft_margin_loss",
+)
 def loss(call: Call) -> States:
     args = call.args
     first, target = call.tensors()[:2]
@@ -231,8 +284,9 @@ def distances(call: Call) -> States:
     return state
 
 
-@register("triplet_margin_loss", "cosine_embedding_loss", "multi_margin_loss",
-          "multilabel_margin_loss")
+@register(
+    "triplet_margin_loss", "cosine_embedding_loss", "multi_margin_loss", "multilabel_margin_loss"
+)
 def row_losses(call: Call) -> States:
     """Losses of one number per row of their inputs, the samples in dim 0."""
     _weights_const(call, *(["weight"] if "weight" in call.args else []))

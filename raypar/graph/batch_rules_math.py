@@ -64,8 +64,9 @@ def choose(call: Call) -> States:
     return elementwise(call)
 
 
-@register("neg", "negative", "real", "imag", "conj", "zeros_like", "ones_like", "full_like",
-          "empty_like")
+@register(
+    "neg", "negative", "real", "imag", "conj", "zeros_like", "ones_like", "full_like", "empty_like"
+)
 def unary_linear(call: Call) -> States:
     state = call.state(call.args["self"])
     if call.name.endswith("_like"):
@@ -173,7 +174,9 @@ def _add_reduced(call: Call, a: State, b: State) -> State:
     """
     # A constant is a mean over the parts of itself; one that counts samples is a sum.
     powers = [
-        s.power if isinstance(s, Reduced) else s.power - 1 for s in (a, b) if _addable(s)
+        s.power if isinstance(s, Reduced) else s.power - 1
+        for s in (a, b)
+        if isinstance(s, (Reduced, Const)) and _addable(s)
     ]
     if len(powers) != 2:
         raise Mixing("a value reduced over the batch is added to one that keeps samples apart")
@@ -217,13 +220,51 @@ def total(call: Call) -> States:
     return Reduced(state.power - (call.name == "mean"))
 
 
-@register("amax", "amin", "any", "all", "argmax", "argmin", "max", "min", "prod", "var", "std",
-          "logsumexp", "norm", "linalg_vector_norm", "softmax", "log_softmax", "_softmax",
-          "_log_softmax", "cumsum", "cumprod", "sort", "argsort", "topk", "median", "var_mean",
-          "std_mean", "special_softmax", "special_log_softmax", "softmin", "glu", "kthvalue",
-          "cummax", "cummin", "logcumsumexp", "diff", "count_nonzero", "flip", "roll",
-          "aminmax", "quantile", "frobenius_norm", "linalg_norm",
-          "special_logsumexp")
+@register(
+    "amax",
+    "amin",
+    "any",
+    "all",
+    "argmax",
+    "argmin",
+    "max",
+    "min",
+    "prod",
+    "var",
+    "std",
+    "logsumexp",
+    "norm",
+    "linalg_vector_norm",
+    "softmax",
+    "log_softmax",
+    "_softmax",
+    "_log_softmax",
+    "cumsum",
+    "cumprod",
+    "sort",
+    "argsort",
+    "topk",
+    "median",
+    "var_mean",
+    "std_mean",
+    "special_softmax",
+    "special_log_softmax",
+    "softmin",
+    "glu",
+    "kthvalue",
+    "cummax",
+    "cummin",
+    "logcumsumexp",
+    "diff",
+    "count_nonzero",
+    "flip",
+    "roll",
+    "aminmax",
+    "quantile",
+    "frobenius_norm",
+    "linalg_norm",
+    "special_logsumexp",
+)
 def along_dims(call: Call) -> States:
     """Ops that work along some dims, one or several outputs: fine off the batch dim."""
     args = call.args
@@ -325,8 +366,18 @@ def fourier(call: Call) -> States:
     return _transformed(call, [call.args["dim"]])
 
 
-@register("fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2", "fft_fftn", "fft_ifftn", "fft_rfftn",
-          "fft_irfftn", "fft_fftshift", "fft_ifftshift")
+@register(
+    "fft_fft2",
+    "fft_ifft2",
+    "fft_rfft2",
+    "fft_irfft2",
+    "fft_fftn",
+    "fft_ifftn",
+    "fft_rfftn",
+    "fft_irfftn",
+    "fft_fftshift",
+    "fft_ifftshift",
+)
 def fourier_over_dims(call: Call) -> States:
     dims = call.args["dim"]
     if dims is None and call.args.get("s") is not None:
@@ -344,8 +395,9 @@ def _transformed(call: Call, dims: Any) -> States:
     return state
 
 
-@register("view_as_complex", "view_as_real", "complex", "angle", "conj_physical", "_conj",
-          "resolve_conj")
+@register(
+    "view_as_complex", "view_as_real", "complex", "angle", "conj_physical", "_conj", "resolve_conj"
+)
 def complex_views(call: Call) -> States:
     """Pairs of numbers along a last dim of their own; the samples' dim stays where it is."""
     if call.name == "complex":

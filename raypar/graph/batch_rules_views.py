@@ -14,6 +14,7 @@ from raypar.graph.batch_rules import (
     Mixing,
     Ramp,
     Reduced,
+    State,
     States,
     describe,
     dim_list,
@@ -23,6 +24,7 @@ from raypar.graph.batch_rules import (
     or_const,
     register,
 )
+from raypar.graph.passes.emit import pick
 
 if TYPE_CHECKING:
     from raypar.graph.batch import Call
@@ -30,21 +32,43 @@ if TYPE_CHECKING:
 
 def _source(call: Call) -> tuple[fx.Node, Batch]:
     """The first argument and its state, which must be Batch; powers pass through views."""
-    value = call.args.get("self", call.args.get("input"))
+    value = pick(call.args, "self", "input")
     state = call.state(value)
     if not isinstance(state, Batch):
         raise Mixing(describe(call, state))
     return value, state
 
 
-@register("clone", "contiguous", "detach", "alias", "lift_fresh_copy", "lift_fresh", "lift",
-          "_unsafe_view_same", "resolve_conj", "resolve_neg", "requires_grad_")
+@register(
+    "clone",
+    "contiguous",
+    "detach",
+    "alias",
+    "lift_fresh_copy",
+    "lift_fresh",
+    "lift",
+    "_unsafe_view_same",
+    "resolve_conj",
+    "resolve_neg",
+    "requires_grad_",
+)
 def identity(call: Call) -> States:
     return call.state(call.args["self"])
 
 
-@register("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as",
-          "unsqueeze", "squeeze", "ravel", "view_copy")
+@register(
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "_unsafe_view",
+    "view_as",
+    "reshape_as",
+    "unsqueeze",
+    "squeeze",
+    "ravel",
+    "view_copy",
+)
 def reshape(call: Call) -> States:
     value = call.args["self"]
     state = call.state(value)
@@ -75,8 +99,21 @@ def _doubles(call: Call, dim: int) -> bool:
     return bool(twin[dim] == 2 * call.out.shape[dim])
 
 
-@register("permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T",
-          "mT", "transpose_copy", "permute_copy", "matrix_H", "adjoint")
+@register(
+    "permute",
+    "transpose",
+    "t",
+    "movedim",
+    "moveaxis",
+    "swapaxes",
+    "swapdims",
+    "numpy_T",
+    "mT",
+    "transpose_copy",
+    "permute_copy",
+    "matrix_H",
+    "adjoint",
+)
 def permute(call: Call) -> States:
     if isinstance(call.state(call.args["self"]), Reduced):
         return call.state(call.args["self"])
@@ -115,7 +152,7 @@ def expand(call: Call) -> States:
     if isinstance(state, Batch):
         dim = state.dim + shift
         if call.name in ("repeat", "tile"):
-            times = call.args.get("repeats", call.args.get("dims"))
+            times = pick(call.args, "repeats", "dims")
             outer = state.outer * ([1] * (ndim - len(times)) + list(times))[dim]
             return Batch(dim, outer, state.power)
         return Batch(dim, state.outer, state.power)
@@ -138,8 +175,19 @@ def _stretched(call: Call, shape: tuple[int, ...], shift: int) -> Batch:
     raise Mixing(f"{call.name} makes a tensor that follows the batch size")
 
 
-@register("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty",
-          "scalar_tensor", "empty_strided", "new_empty_strided")
+@register(
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "scalar_tensor",
+    "empty_strided",
+    "new_empty_strided",
+)
 def create(call: Call) -> States:
     if isinstance(call.args.get("fill_value"), fx.Node):
         raise Mixing(f"{call.name} with a tensor as fill value has no batch rule")
@@ -162,9 +210,27 @@ def arange(call: Call) -> States:
     raise Mixing("arange counts over the batch")
 
 
-@register("slice", "narrow", "select", "unbind", "split", "split_with_sizes", "chunk",
-          "tensor_split", "diagonal", "triu", "tril", "unfold", "constant_pad_nd", "pad",
-          "select_scatter", "slice_scatter", "diagonal_scatter", "diag_embed", "hsplit")
+@register(
+    "slice",
+    "narrow",
+    "select",
+    "unbind",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "tensor_split",
+    "diagonal",
+    "triu",
+    "tril",
+    "unfold",
+    "constant_pad_nd",
+    "pad",
+    "select_scatter",
+    "slice_scatter",
+    "diagonal_scatter",
+    "diag_embed",
+    "hsplit",
+)
 def off_batch(call: Call) -> States:
     """Ops that work along named dims other than the batch dim."""
     args = call.args
@@ -180,7 +246,11 @@ def off_batch(call: Call) -> States:
     dims = _worked_dims(call, ndim, cuts)
     if batch is None:
         raise Mixing(describe(call, states[0]))
-    if call.name in ("slice", "narrow") and batch.dim in dims and call.out.shape == value.meta["val"].shape:
+    if (
+        call.name in ("slice", "narrow")
+        and batch.dim in dims
+        and call.out.shape == value.meta["val"].shape
+    ):
         return batch
     if batch.dim in dims:
         if len(tensors) == 1 and dims == [batch.dim]:
@@ -350,8 +420,11 @@ def index(call: Call) -> States:
     value, indices = call.args["self"], call.args["indices"]
     table = only_batch(call, value)
     used = [i for i, x in enumerate(indices) if x is not None]
-    if any(indices[i].meta["val"].dtype.is_floating_point is False and
-           str(indices[i].meta["val"].dtype) == "torch.bool" for i in used):
+    if any(
+        indices[i].meta["val"].dtype.is_floating_point is False
+        and str(indices[i].meta["val"].dtype) == "torch.bool"
+        for i in used
+    ):
         raise Mixing("index with a mask picks a number of rows that depends on the data")
     adjacent = used == list(range(used[0], used[-1] + 1))
     width = max(len(call.shape(indices[i])) for i in used)
@@ -425,7 +498,10 @@ def index_put(call: Call) -> States:
     given = only_batch(call, values)
     if given is None:
         return state
-    if Batch(given.dim + _put_ndim(call, used, value) - len(call.shape(values)), given.outer) != wanted:
+    if (
+        Batch(given.dim + _put_ndim(call, used, value) - len(call.shape(values)), given.outer)
+        != wanted
+    ):
         raise Mixing("index_put meets samples along different dims")
     return state
 
@@ -466,7 +542,7 @@ def one_hot(call: Call) -> States:
 
 @register("broadcast_tensors")
 def broadcast_tensors(call: Call) -> States:
-    found = []
+    found: list[State] = []
     for value, out, twin in zip(call.args["tensors"], call.out, call.twin.meta["val"], strict=True):
         state = only_batch(call, value)
         shift = len(out.shape) - len(call.shape(value))

@@ -87,9 +87,7 @@ class BatchSpec:
         return pytree.tree_unflatten([leaves[i] for i in range(len(leaves))], self.structure)
 
 
-def _dims(
-    tensors: list[torch.Tensor], batch: Any, batch_dims: Any
-) -> tuple[int | None, ...]:
+def _dims(tensors: list[torch.Tensor], batch: Any, batch_dims: Any) -> tuple[int | None, ...]:
     if batch_dims is None:
         size = next(t for t in tensors if t.ndim).shape[0]
         return tuple(0 if t.ndim and t.shape[0] == size else None for t in tensors)
@@ -100,9 +98,7 @@ def _dims(
         count = len(pytree.tree_leaves(batch, is_leaf=lambda x: x is None))
         if len(given) == count != len(tensors):
             leaves = pytree.tree_leaves(batch, is_leaf=lambda x: x is None)
-            given = [
-                g for g, x in zip(given, leaves, strict=True) if isinstance(x, torch.Tensor)
-            ]
+            given = [g for g, x in zip(given, leaves, strict=True) if isinstance(x, torch.Tensor)]
         if len(given) != len(tensors):
             raise CaptureError(
                 f"batch_dims has {len(given)} entries, the batch has {len(tensors)} tensors"

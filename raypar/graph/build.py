@@ -93,14 +93,13 @@ def build_graph(
     _name(raw, constants, rng)
     _assign_ids(graph)
     graph.lint()
-    return CleanGraph(
-        graph, raw.params, raw.buffers, raw.inputs, constants, rng, updates, loss
-    )
+    return CleanGraph(graph, raw.params, raw.buffers, raw.inputs, constants, rng, updates, loss)
 
 
 def _reassigned(graph: fx.Graph, raw: RawTrace, output: fx.Node) -> dict[str, fx.Node]:
     """New values of the buffers that the module replaced by another tensor."""
-    values = output.args[0][1:] if raw.reassigned else ()  # type: ignore[index]
+    returned: Any = output.args[0]
+    values = returned[1:] if raw.reassigned else ()
     found = {}
     for name, node in zip(raw.reassigned, values, strict=True):
         assert isinstance(node, fx.Node)
@@ -189,9 +188,7 @@ def _drop_dead(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _name(
-    raw: RawTrace, constants: dict[str, tuple[fx.Node, torch.Tensor]], rng: fx.Node
-) -> None:
+def _name(raw: RawTrace, constants: dict[str, tuple[fx.Node, torch.Tensor]], rng: fx.Node) -> None:
     for name, node in raw.params.items():
         node.meta["id"] = f"param:{name}"
     for name, node in raw.buffers.items():

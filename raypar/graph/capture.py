@@ -145,7 +145,11 @@ def _wants_batch(loss_fn: LossFn) -> bool:
         return True
     except ValueError:
         return False
-    kinds = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    kinds = [
+        p
+        for p in signature.parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     return len([p for p in kinds if p.default is p.empty]) >= 2
 
 

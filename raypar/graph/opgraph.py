@@ -198,7 +198,7 @@ class OpGraph:
 
     @property
     def loss_power(self) -> int | None:
-        """p where the global loss is ``N**p`` times the sum over N parts; None where inexact."""
+        """P where the global loss is ``N**p`` times the sum over N parts; None where inexact."""
         if not self.analysis.exact:
             return None
         state = self.analysis.loss
@@ -330,7 +330,8 @@ def dynamic(node: fx.Node) -> bool:
 def _op(node: fx.Node) -> Op:
     value = node.meta.get("val")
     tensors = [
-        v for v in (value if isinstance(value, (list, tuple)) else [value])
+        v
+        for v in (value if isinstance(value, (list, tuple)) else [value])
         if isinstance(v, torch.Tensor)
     ]
     inputs = tuple(i.meta["id"] for i in node.all_input_nodes)

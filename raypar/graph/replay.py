@@ -87,8 +87,4 @@ def gradient_flow(clean: CleanGraph, trainable: Mapping[str, bool]) -> frozenset
                 "no_grad; unfreeze a parameter (requires_grad=True)"
             )
         gradients = torch.autograd.grad(loss, [t for _, t in kept], allow_unused=True)
-    return frozenset(
-        key for (key, _), g in zip(kept, gradients, strict=True) if g is not None
-    )
-
-
+    return frozenset(key for (key, _), g in zip(kept, gradients, strict=True) if g is not None)

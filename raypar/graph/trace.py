@@ -74,9 +74,7 @@ class _Recorder(TorchFunctionMode):
         self.path: list[str] = [""]
         self.marks: dict[str, tuple[str, str]] = {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in REFUSED:
             raise CaptureError(f"{user_line()}: {REFUSED[func]}")
         if func in _VALUE_READS and args:

@@ -104,7 +104,7 @@ def _masked_total(graph: fx.Graph, node: fx.Node) -> None:
         return
     totals = (aten.mean.default, aten.sum.default)
     if not users or any(
-        u.target not in totals or u.kwargs or not u.args[0].meta["val"].is_floating_point()
+        u.target not in totals or u.kwargs or not node.meta["val"].is_floating_point()
         for u in users
     ):
         return
@@ -116,7 +116,9 @@ def _masked_total(graph: fx.Graph, node: fx.Node) -> None:
     wide = mask
     if len(shape) > width:
         wide = emit(aten.reshape.default, mask, shape[:width] + [1] * (len(shape) - width))
-    zero = emit(aten.zeros.default, [], dtype=value.meta["val"].dtype, device=value.meta["val"].device)
+    zero = emit(
+        aten.zeros.default, [], dtype=value.meta["val"].dtype, device=value.meta["val"].device
+    )
     total = emit(aten.sum.default, emit(aten.where.self, wide, value, zero))
     count = emit(aten.to.dtype, emit(aten.sum.default, mask), value.meta["val"].dtype)
     if len(shape) > width:

@@ -39,6 +39,11 @@ def bound_args(node: fx.Node) -> dict[str, Any]:
     return bound
 
 
+def pick(bound: dict[str, Any], *names: str) -> Any:
+    """The first of `names` among bound arguments: overloads name their arguments differently."""
+    return next((bound[name] for name in names if name in bound), None)
+
+
 def fake_call(target: Any, args: Any, kwargs: Any) -> Any:
     """Runs `target` on the fake values of its node arguments; gives a fake result."""
     values = pytree.tree_map(value_of, (args, kwargs))

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from raypar.compat import form_without_out, is_mutable, overload_name, storage_id, written_arguments
+from raypar.compat import (
+    OpOverload,
+    form_without_out,
+    is_mutable,
+    overload_name,
+    storage_id,
+    written_arguments,
+)
 from raypar.errors import CaptureError
 from raypar.graph.passes.emit import Emitter, aten, bound_args, is_op, op_name
 
@@ -187,7 +194,7 @@ class _Rewriter:
         return node
 
     def visit(self, node: fx.Node) -> None:
-        writes = is_op(node) and is_mutable(node.target)
+        writes = isinstance(node.target, OpOverload) and is_mutable(node.target)
         targets = [self.original(t) for t in _written_args(node)] if writes else []
 
         def fresh(arg: fx.Node) -> fx.Node:
@@ -371,9 +378,7 @@ _INVERSES: dict[str, Callable[[Emitter, dict[str, Any], fx.Node, fx.Node], fx.No
     "narrow": lambda e, b, old, new: e(
         aten.slice_scatter.default, old, new, b["dim"], b["start"], b["start"] + b["length"], 1
     ),
-    "select": lambda e, b, old, new: e(
-        aten.select_scatter.default, old, new, b["dim"], b["index"]
-    ),
+    "select": lambda e, b, old, new: e(aten.select_scatter.default, old, new, b["dim"], b["index"]),
     "diagonal": lambda e, b, old, new: e(
         aten.diagonal_scatter.default, old, new, b["offset"] or 0, b["dim1"] or 0, b["dim2"] or 1
     ),

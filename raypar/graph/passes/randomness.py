@@ -11,7 +11,7 @@ from torch import fx
 
 import raypar.graph.randomops  # noqa: F401  (registers raypar::seeded)
 from raypar.errors import CaptureError
-from raypar.graph.passes.emit import Emitter, aten, bound_args, is_op, op_name
+from raypar.graph.passes.emit import Emitter, aten, bound_args, is_op, op_name, pick
 
 _REFUSED = frozenset(
     {
@@ -77,20 +77,22 @@ class _Random(Emitter):
     def draw_like(self, kind: str, like: fx.Node, shape: Any = None, p: float = 0.0) -> fx.Node:
         value = like.meta["val"]
         dtype = value.dtype if value.is_floating_point() else torch.float32
-        return self.draw(kind, list(value.shape if shape is None else shape), dtype, value.device, p)
+        return self.draw(
+            kind, list(value.shape if shape is None else shape), dtype, value.device, p
+        )
 
     def mask(self, like: fx.Node, shape: list[int], keep: float) -> fx.Node:
         return self.draw("bernoulli", shape, torch.bool, like.meta["val"].device, keep)
 
 
 def _dropout(r: _Random, b: dict[str, Any]) -> fx.Node:
-    x = b.get("input", b.get("self"))
+    x = pick(b, "input", "self")
     value = x.meta["val"]
     return _masked(r, b, x, list(value.shape))
 
 
 def _feature_dropout(r: _Random, b: dict[str, Any]) -> fx.Node:
-    x = b.get("input", b.get("self"))
+    x = pick(b, "input", "self")
     shape = list(x.meta["val"].shape)
     return _masked(r, b, x, shape[:2] + [1] * (len(shape) - 2))
 
@@ -105,7 +107,7 @@ def _masked(r: _Random, b: dict[str, Any], x: fx.Node, shape: list[int]) -> fx.N
 
 
 def _alpha_dropout(r: _Random, b: dict[str, Any], by_feature: bool = False) -> fx.Node:
-    x = b.get("input", b.get("self"))
+    x = pick(b, "input", "self")
     p = float(b["p"])
     if not b["train"] or p == 0.0:
         return x
