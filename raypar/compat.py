@@ -102,7 +102,7 @@ def outside_trace() -> Iterator[None]:
 def traced_attribute(name: str) -> Any:
     """What a ``get_attr`` node of the graph being written stands for."""
     mode = get_proxy_mode()
-    value: Any = None if mode is None else mode.tracer.root
+    value: Any = None if mode is None else getattr(mode.tracer, "root", None)
     for part in name.split("."):
         value = getattr(value, part)
     return value
@@ -183,9 +183,7 @@ def form_without_out(op: OpOverload) -> OpOverload | None:
 def written_arguments(op: OpOverload) -> list[str]:
     """Names of the arguments that the operator writes to."""
     return [
-        a.name
-        for a in op._schema.arguments
-        if a.alias_info is not None and a.alias_info.is_write
+        a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write
     ]
 
 

@@ -64,12 +64,16 @@ def _check_alone(plan: Plan) -> None:
     _check_meshes(plan)
     parts = plan.microbatches * plan.replicas
     if plan.global_batch % parts:
-        fitting = [m for m in range(1, plan.global_batch + 1)
-                   if plan.global_batch % (m * plan.replicas) == 0]
+        fitting = [
+            m
+            for m in range(1, plan.global_batch + 1)
+            if plan.global_batch % (m * plan.replicas) == 0
+        ]
         near = min(fitting, key=lambda m: abs(m - plan.microbatches), default=None)
         hint = (
-            f"microbatches={near} works" if near else
-            f"a batch of {plan.global_batch} cannot be cut over {plan.replicas} replicas"
+            f"microbatches={near} works"
+            if near
+            else f"a batch of {plan.global_batch} cannot be cut over {plan.replicas} replicas"
         )
         raise PlanError(
             f"a global batch of {plan.global_batch} does not divide into {plan.microbatches} "
@@ -176,8 +180,10 @@ def _check_graph(plan: Plan, graph: OpGraph) -> None:
     for s, (_, end) in enumerate(ranges[:-1]):
         if end not in cuts:
             near = min(cuts, key=lambda c: abs(c - end), default=None)
-            hint = "this model has no place to cut" if near is None else (
-                f"the nearest cut is behind {graph.ops[near - 1].id!r}"
+            hint = (
+                "this model has no place to cut"
+                if near is None
+                else (f"the nearest cut is behind {graph.ops[near - 1].id!r}")
             )
             raise PlanError(
                 f"stages[{s}] ends at {graph.ops[end - 1].id!r}, where the graph cannot be cut "

@@ -100,7 +100,9 @@ class _Writer:
 
     def _call(self, node: fx.Node) -> None:
         if node.op == "get_attr":
-            self.lines.append(f"{self.names[node]} = {self._bind(self.constants[str(node.target)])}")
+            self.lines.append(
+                f"{self.names[node]} = {self._bind(self.constants[str(node.target)])}"
+            )
             return
         target = node.target
         function = raw_callable(target) if isinstance(target, OpOverload) else target
@@ -123,7 +125,9 @@ class _Writer:
         if isinstance(value, tuple):
             return f"({', '.join(self._ref(v) for v in value)}{',' if len(value) == 1 else ''})"
         if isinstance(value, slice):
-            return f"slice({self._ref(value.start)}, {self._ref(value.stop)}, {self._ref(value.step)})"
+            return (
+                f"slice({self._ref(value.start)}, {self._ref(value.stop)}, {self._ref(value.step)})"
+            )
         if value is None or type(value) in (bool, int, str):
             return repr(value)
         return self._bind(value)

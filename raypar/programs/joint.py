@@ -54,9 +54,7 @@ def trace_joint(graph: fx.Graph, wrt: Sequence[int], candidates: Sequence[int]) 
     differentiated: list[int] = []
 
     def outputs_of(values: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[Any]]:
-        leaves = [
-            v.detach().requires_grad_(True) if i in wrt else v for i, v in enumerate(values)
-        ]
+        leaves = [v.detach().requires_grad_(True) if i in wrt else v for i, v in enumerate(values)]
         with torch.enable_grad():
             return leaves, list(replay(graph, dict(zip(holders, leaves, strict=True))))
 

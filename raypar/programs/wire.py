@@ -82,7 +82,14 @@ def pack(graph: fx.Graph) -> Wire:
             region = node.meta.get("autocast")
             cast = None if region is None else (region[0], plain(region[1]), region[2])
             nodes.append(
-                ("call", node.meta["id"], target_name(node.target), plain(list(node.args))[1], kwargs, cast)
+                (
+                    "call",
+                    node.meta["id"],
+                    target_name(node.target),
+                    plain(list(node.args))[1],
+                    kwargs,
+                    cast,
+                )
             )
         elif node.op == "output":
             result = plain(tuple(node.args[0]))  # type: ignore[arg-type]
@@ -166,7 +173,10 @@ def unpack(wire: Wire, device: torch.device) -> fx.Graph:
             holder = graph.placeholder(f"p{len(made)}")
             with mode:
                 where = torch.device("cpu") if key == "rng" else device
-                holder.meta = {"id": key, "val": torch.empty(shape, dtype=real(dtype), device=where)}
+                holder.meta = {
+                    "id": key,
+                    "val": torch.empty(shape, dtype=real(dtype), device=where),
+                }
             made.append(holder)
         else:
             _, key, name, args, kwargs, cast = node

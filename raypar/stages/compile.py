@@ -227,9 +227,7 @@ def _inputs(stages: Sequence[StageGraph]) -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda k: int(k[3:])))
 
 
-def _constants(
-    graph: OpGraph, stages: Sequence[StageGraph]
-) -> dict[str, torch.Tensor | Path]:
+def _constants(graph: OpGraph, stages: Sequence[StageGraph]) -> dict[str, torch.Tensor | Path]:
     wanted = {
         n.meta["id"]
         for stage in stages

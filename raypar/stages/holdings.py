@@ -60,7 +60,11 @@ class Holdings:
         buffers = set(spec.owned_buffers)
         for stage in self.stages.values():
             counts = stage.globals_program
-            read = [] if counts is None else [n.meta["id"] for n in counts.find_nodes(op="placeholder")]
+            read = (
+                []
+                if counts is None
+                else [n.meta["id"] for n in counts.find_nodes(op="placeholder")]
+            )
             keys = [*stage.program.inputs, *read]
             buffers |= {k[7:] for k in keys if k.startswith("buffer:")}
         model = _seeded_model(spec)

@@ -90,7 +90,13 @@ def run_plan(
     dims = list(plan.batch_dims) if batch_dims is None else batch_dims
     graph = capture(model_fn, batch, loss_fn, dims)
     return run_graph(
-        graph, batch, plan, optimizer=optimizer, steps=steps, backend=backend, seed=seed,
+        graph,
+        batch,
+        plan,
+        optimizer=optimizer,
+        steps=steps,
+        backend=backend,
+        seed=seed,
         clip_norm=clip_norm,
     )
 
@@ -310,7 +316,10 @@ def assert_plan_equivalent(
     dims = list(plan.batch_dims) if batch_dims is None else batch_dims
     graph = capture(model_fn, batch, loss_fn, dims)
     options: dict[str, Any] = {
-        "optimizer": optimizer, "steps": steps, "seed": seed, "clip_norm": clip_norm
+        "optimizer": optimizer,
+        "steps": steps,
+        "seed": seed,
+        "clip_norm": clip_norm,
     }
     bound = tolerance(graph) if rtol is None else rtol
     wanted = reference_run(graph, batch, plan, **options)

@@ -139,9 +139,7 @@ def _stages(at: float, graph: OpGraph, groups: int) -> int:
     return 2 + int((at - 0.1) / 0.9 * (most - 1))
 
 
-def _placement(
-    rng: random.Random, n_stages: int, groups: int
-) -> tuple[tuple[int, int], ...]:
+def _placement(rng: random.Random, n_stages: int, groups: int) -> tuple[tuple[int, int], ...]:
     """(rank group, chunk) of every stage: round robin, or any assignment that uses every group."""
     used = rng.randint(max(1, min(2, groups)), groups) if groups > 1 else 1
     owners = [s % used for s in range(n_stages)]

@@ -40,9 +40,7 @@ any_plans = st.builds(
     global_batch=ints,
     microbatches=ints,
     batch_dims=st.lists(st.none() | ints, max_size=3).map(tuple),
-    schedule=st.builds(
-        ScheduleSpec, texts, st.lists(st.tuples(ints, ints), max_size=3).map(tuple)
-    ),
+    schedule=st.builds(ScheduleSpec, texts, st.lists(st.tuples(ints, ints), max_size=3).map(tuple)),
     stages=st.lists(
         st.builds(
             StagePlan,
