@@ -94,9 +94,9 @@ def traced_node(tensor: torch.Tensor) -> torch.fx.Node | None:
 @contextlib.contextmanager
 def outside_trace() -> Iterator[None]:
     """While open, ops run for real: not recorded, not on fake tensors."""
-    with disable_proxy_modes_tracing(), unset_fake_temporarily():
-        with torch._C.DisableTorchFunction():
-            yield
+    no_functions = torch._C.DisableTorchFunction
+    with disable_proxy_modes_tracing(), unset_fake_temporarily(), no_functions():
+        yield
 
 
 def traced_attribute(name: str) -> Any:

@@ -56,7 +56,7 @@ class BatchAnalysis:
 
     states: dict[str, States] = field(default_factory=dict)
     globals: dict[str, int] = field(default_factory=dict)
-    loss: State = Const()
+    loss: State = field(default_factory=Const)
     blockers: list[tuple[str, str]] = field(default_factory=list)
     layouts: dict[str, Layout] = field(default_factory=dict)
     rescales: dict[str, tuple[int, bool]] = field(default_factory=dict)
@@ -98,6 +98,7 @@ class Call:
 
     @property
     def out(self) -> Any:
+        """Output value(s), fake."""
         return self.node.meta["val"]
 
     def state(self, value: Any) -> State:
@@ -110,6 +111,7 @@ class Call:
         return found
 
     def shape(self, value: fx.Node) -> tuple[int, ...]:
+        """Shape of a tensor argument."""
         return tuple(value.meta["val"].shape)
 
     def tensors(self) -> list[fx.Node]:

@@ -381,7 +381,7 @@ def _stacked_batches(call: Call, dim: int) -> Batch:
 
 @register("repeat_interleave")
 def repeat_interleave(call: Call) -> States:
-    value, state = _source(call)
+    _, state = _source(call)
     if isinstance(call.args.get("repeats"), fx.Node) or call.args.get("dim") is None:
         raise Mixing("repeat_interleave with a tensor of counts, or flattened, has no batch rule")
     return state

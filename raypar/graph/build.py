@@ -205,8 +205,8 @@ def _assign_ids(graph: fx.Graph) -> None:
             continue
         if is_op(node) and is_mutable(node.target):
             raise CaptureError(
-                f"{node.meta.get('source')}: {op_name(node)} changes its argument in place in a way "
-                "that cannot be captured; use the out-of-place op"
+                f"{node.meta.get('source')}: {op_name(node)} changes its argument in place in a "
+                "way that cannot be captured; use the out-of-place op"
             )
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
             key = f"{node.args[0].meta['id']}.{node.args[1]}"

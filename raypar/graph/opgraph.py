@@ -154,8 +154,8 @@ class OpGraph:
     def _differs(self, size: int, mine: str, theirs: str, node: fx.Node) -> CaptureError:
         return CaptureError(
             f"{node.meta.get('source')}: the model runs other ops on a batch of {size} than on the "
-            f"example batch of {self.global_batch} ({mine} became {theirs}), so the batch cannot be "
-            "split: use microbatches=1 and replicas=1, or make the code independent of the size"
+            f"example batch of {self.global_batch} ({mine} became {theirs}), so the batch cannot "
+            "be split: use microbatches=1 and replicas=1, or make the code independent of the size"
         )
 
     @cached_property
@@ -315,10 +315,7 @@ def stable_number(text: str) -> int:
 def dynamic(node: fx.Node) -> bool:
     """Whether the node's value is, or has, a size that depends on the data."""
     value = node.meta.get("val")
-    if isinstance(value, (list, tuple)):
-        items = list(value)
-    else:
-        items = [value]
+    items = list(value) if isinstance(value, (list, tuple)) else [value]
     for item in items:
         if isinstance(item, torch.SymInt | torch.SymFloat | torch.SymBool):
             return True

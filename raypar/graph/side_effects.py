@@ -56,8 +56,7 @@ REFUSED: dict[Any, str] = {
 
 @contextlib.contextmanager
 def visible_backwards(where: Callable[[], str]) -> Iterator[None]:
-    """While open, hand-written backward passes are refused, and argument checks do not ask for
-    tensor values.
+    """While open, hand-written backward passes are refused; argument checks ask for no values.
 
     Args:
         where: Gives the user's source line.
@@ -120,7 +119,7 @@ def _gaussian_nll_loss(
     eps: float = 1e-6,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """`F.gaussian_nll_loss` without its check that no variance is negative, which asks for values."""
+    """`F.gaussian_nll_loss` without its check for negative variances, which asks for values."""
     if isinstance(var, float):
         var = var * torch.ones_like(input)
     elif var.size() != input.size() and input.size()[:-1] == var.size():

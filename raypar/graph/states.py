@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class Const:
+    """The same on every part, up to the factor N**power."""
+
     power: int = 0
 
 
@@ -40,11 +42,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
+    """The whole is the sum over the parts, times N**power."""
+
     power: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Ramp:
+    """The numbers 0, step, 2·step, ... along the batch dim."""
+
     dim: int = 0
     step: int = 1
 

@@ -58,6 +58,7 @@ def trains_alike(model_fn, batch, *, exact, plans=3):
 
 
 def close(found, wanted):
-    assert found.shape == wanted.shape and found.dtype == wanted.dtype
+    assert found.shape == wanted.shape
+    assert found.dtype == wanted.dtype
     bound = 1e-9 * max(1.0, wanted.abs().max().item())
     assert (found - wanted).abs().max().item() <= bound

@@ -84,7 +84,7 @@ def test_writes_become_pure(write):
     clean = raypar.capture(Model, (x,)).clean
     assert not any(is_op(n) and is_mutable(n.target) for n in clean.ops)
     values = {clean.inputs[0]: x.clone(), clean.rng: torch.zeros(3, dtype=torch.int64)}
-    values.update({node: tensor for node, tensor in clean.constants.values()})
+    values.update(dict(clean.constants.values()))
     (loss,) = replay(clean.graph, values)
     with torch.no_grad():
         assert torch.allclose(loss, Model()(x))

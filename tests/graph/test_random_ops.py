@@ -36,7 +36,8 @@ def test_moments():
     assert abs(normal.mean().item()) < 4 / math.sqrt(n)
     assert abs(normal.var().item() - 1) < 4 * math.sqrt(2 / n)
     assert abs(uniform.mean().item() - 0.5) < 4 / math.sqrt(12 * n)
-    assert uniform.min() >= 0 and uniform.max() < 1
+    assert uniform.min() >= 0
+    assert uniform.max() < 1
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"step": 1}, {"key": 2}, {"first": 64}])

@@ -154,7 +154,7 @@ def test_a_refusal_leaves_torch_and_the_module_as_they_were():
     assert module.hidden is None
     assert torch.autograd.Function.__dict__["apply"] is apply
     assert torch.inference_mode.__enter__ is enter
-    with pytest.raises(ValueError, match="std|scale"):
+    with pytest.raises(ValueError, match=r"std|scale"):
         torch.distributions.Normal(0.0, torch.tensor(-1.0))  # still checks its arguments
 
 

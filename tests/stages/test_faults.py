@@ -94,8 +94,8 @@ ModuleNotFoundError: No module named 'hidden'
 DIED = """The actor died unexpectedly before finishing this task.
 \tclass_name: StageActor
 The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit \
-detail: Worker unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the \
-OOM killer, (2) ray stop. If the process was \
+detail: Worker unexpectedly exits with a connection error code 2. End of file. Some common causes \
+include: (1) the OOM killer, (2) ray stop. If the process was \
 killed by the kernel OOM killer (verifiable by checking for OOM in dmesg), consider something."""
 
 
