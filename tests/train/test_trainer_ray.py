@@ -169,10 +169,12 @@ def processes() -> dict[int, tuple[int, str]]:
 
 
 def actor_processes() -> set[int]:
+    """Those of the shared Ray, which this process started: others may train on this machine too."""
+    own = descendants(os.getpid())
     return {
         pid
         for pid, (_, command) in processes().items()
-        if "ray::StageActor" in command or "ray::Driver" in command
+        if pid in own and ("ray::StageActor" in command or "ray::Driver" in command)
     }
 
 
