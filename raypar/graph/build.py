@@ -91,7 +91,7 @@ def build_graph(
     output.meta["updates"] = list(updates)
     _drop_dead(graph)
     _name(raw, constants, rng)
-    _assign_ids(graph)
+    assign_ids(graph)
     graph.lint()
     return CleanGraph(graph, raw.params, raw.buffers, raw.inputs, constants, rng, updates, loss)
 
@@ -197,7 +197,7 @@ def _name(raw: RawTrace, constants: dict[str, tuple[fx.Node, torch.Tensor]], rng
         node.meta["id"] = f"in:{i}"
 
 
-def _assign_ids(graph: fx.Graph) -> None:
+def assign_ids(graph: fx.Graph) -> None:
     """Canonical ids: module path, op name, occurrence; pieces of a tuple add their index."""
     seen: Counter[str] = Counter()
     for node in graph.nodes:

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from raypar.errors import CaptureError
+from raypar.graph.align import restore_expands
 from raypar.graph.batch import RATIO, BatchAnalysis, Layout, analyze
 from raypar.graph.batchspec import BatchSpec
 from raypar.graph.build import CleanGraph, build_graph
@@ -129,6 +130,8 @@ class OpGraph:
         """
         if local_batch not in self._sized:
             graph = build_graph(self._model, self._loss_of, self.spec, local_batch)
+            if [n.meta["id"] for n in graph.ops] != [n.meta["id"] for n in self.clean.ops]:
+                restore_expands(self.clean, graph)
             mine, theirs = self.clean.ops, graph.ops
             for a, b in zip(mine, theirs, strict=False):
                 if a.meta["id"] != b.meta["id"]:
