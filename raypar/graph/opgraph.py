@@ -24,6 +24,7 @@ from raypar.graph.op import Op
 from raypar.graph.origins import Path, find_tensor
 from raypar.graph.passes.emit import op_name
 from raypar.graph.passes.randomness import SEEDED
+from raypar.graph.states import Const
 
 
 class OpGraph:
@@ -206,7 +207,7 @@ class OpGraph:
             return None
         state = self.analysis.loss
         power = getattr(state, "power", 0)
-        return power - 1 if type(state).__name__ == "Const" else power
+        return power - 1 if isinstance(state, Const) else power
 
     @cached_property
     def cloneable(self) -> frozenset[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from raypar.compat import storage_id
 from raypar.graph.costs import size_of
 from raypar.programs.joint import Joint, is_piece
 from raypar.programs.policy import Predicate
@@ -100,12 +101,13 @@ def partition(joint: Joint, recompute: Predicate, received: Collection[int]) -> 
     return Parts(forward, backward, first, second, kept, saved, between, weight_inputs)
 
 
-def _ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:
+def _ancestors(roots: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """`roots` and what they are made of, up to and without `stop`."""
     found: set[fx.Node] = set()
     stack = list(roots)
     while stack:
         node = stack.pop()
-        if node not in found:
+        if node not in found and node not in stop:
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
@@ -135,14 +137,8 @@ def _needed(
 
 
 def _between(joint: Joint, roots: Sequence[fx.Node], given: set[fx.Node]) -> list[fx.Node]:
-    wanted: set[fx.Node] = set()
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        if node in wanted or node in given:
-            continue
-        wanted.add(node)
-        stack.extend(node.all_input_nodes)
+    """What computes `roots` from `given`, in graph order."""
+    wanted = _ancestors(roots, given)
     return [n for n in joint.graph.nodes if n in wanted]
 
 
@@ -220,8 +216,6 @@ def _rest(
 
 def saved_bytes(nodes: Iterable[fx.Node], free: Iterable[fx.Node] = ()) -> int:
     """Bytes of distinct storages behind `nodes` (fake values), without those behind `free`."""
-    from raypar.compat import storage_id
-
     sizes: dict[int, int] = {}
     for node in nodes:
         value = node.meta.get("val")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,7 +64,6 @@ class StageProgram:
     weight_kept: list[int]
     saved_bytes: int
     half_bytes: int = 0
-    constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def compile_stage(
@@ -142,7 +141,6 @@ def compile_stage(
         weight_kept=[given.index(n) for n in parts.weight_inputs],
         saved_bytes=saved_bytes(held, free),
         half_bytes=saved_bytes([*later, *parts.between], free) if edges else 0,
-        constants=joint.constants,
     )
 
 
