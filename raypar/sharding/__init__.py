@@ -1,0 +1,1 @@
+"""One tensor over one mesh: states, conversions, rules per op, lowering to a local graph."""

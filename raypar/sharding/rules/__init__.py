@@ -1,0 +1,8 @@
+"""How each op may be split over one mesh axis; one file per family of ops.
+
+A new family is a new file, named in `ALL`.
+"""
+
+from raypar.sharding.rules import matmul
+
+ALL = (matmul,)

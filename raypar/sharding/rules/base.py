@@ -1,0 +1,206 @@
+"""The rule contract: what an op may do on one mesh axis.
+
+A rule looks at one op and an axis size and lists the op's `Choice`s: in which state it reads every
+tensor, and in which state its results then lie, so that running the *same op on the local parts*
+gives the local parts of the result, forward and backward. `R` everywhere is always possible and is
+added by itself. Where the local call is not the same call on smaller tensors, the rule also has a
+`Localiser` that writes it. `raypar.testing.rules` checks any rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from raypar.compat import pytree
+from raypar.graph.passes.emit import Emitter, bound_args, is_op, op_name
+from raypar.sharding.spec import ShardingSpec, State
+
+
+class Choice(NamedTuple):
+    """One way to run an op on one mesh axis.
+
+    Attributes:
+        inputs: For every tensor argument (in the order of `OpView.tensors`) its state.
+        outputs: For every tensor result its state.
+        tag: For the localiser, where the states alone do not say what to do.
+    """
+
+    inputs: tuple[State, ...]
+    outputs: tuple[State, ...]
+    tag: str = ""
+
+
+@dataclass(frozen=True)
+class OpView:
+    """An op as rules see it.
+
+    Attributes:
+        node: The call, at the size of one microbatch on one replica.
+    """
+
+    node: fx.Node
+
+    @cached_property
+    def name(self) -> str:
+        """``linear`` for ``aten.linear.default``."""
+        return op_name(self.node)
+
+    @cached_property
+    def bound(self) -> dict[str, Any]:
+        """Arguments by schema name, defaults filled in."""
+        return bound_args(self.node) if is_op(self.node) else {}
+
+    @cached_property
+    def tensors(self) -> tuple[fx.Node, ...]:
+        """The tensor arguments in call order; one that is given twice is there twice."""
+        leaves = pytree.tree_leaves((self.node.args, self.node.kwargs))
+        return tuple(a for a in leaves if isinstance(a, fx.Node) and is_tensor(a.meta.get("val")))
+
+    @cached_property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of every tensor argument."""
+        return tuple(tuple(a.meta["val"].shape) for a in self.tensors)
+
+    def blocks(self, dim: int) -> tuple[int, ...]:
+        """Into how many equal blocks a dim of the (first) result may be seen; always holds 1.
+
+        Blocks come from readers that take the dim apart (`raypar.sharding.blocks`).
+        """
+        return (1, *sorted(self.node.meta.get("blocks", {}).get(dim, ())))
+
+    @cached_property
+    def results(self) -> tuple[torch.Tensor, ...]:
+        """The fake value of every tensor result."""
+        value = self.node.meta.get("val")
+        items = value if isinstance(value, (list, tuple)) else (value,)
+        return tuple(v for v in items if isinstance(v, torch.Tensor))
+
+    @cached_property
+    def out(self) -> tuple[int, ...]:
+        """Shape of the first result."""
+        return tuple(self.results[0].shape)
+
+
+class Strategy(NamedTuple):
+    """One way to run an op on a mesh.
+
+    Attributes:
+        inputs: For every tensor argument its sharding.
+        outputs: For every tensor result its sharding.
+        tags: For every mesh axis the tag of the choice made there.
+    """
+
+    inputs: tuple[ShardingSpec, ...]
+    outputs: tuple[ShardingSpec, ...]
+    tags: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """``S0,R Rg,S1 > S0,P``: inputs, then results."""
+        left = " ".join(str(s) for s in self.inputs)
+        return f"{left} > {' '.join(str(s) for s in self.outputs)}"
+
+
+@dataclass
+class LocalCall:
+    """What a localiser gets: one op, its strategy, and its local inputs.
+
+    Attributes:
+        op: The op at full size.
+        strategy: How it is to run.
+        axes: (name, size) of every mesh axis.
+        args: The call's positional arguments with local tensors in place.
+        kwargs: The same for keyword arguments.
+        emit: Writes nodes: ``emit(target, *args, **kwargs) -> node``.
+    """
+
+    op: OpView
+    strategy: Strategy
+    axes: Sequence[tuple[str, int]]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    emit: Emitter
+    mesh: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mesh = tuple(size for _, size in self.axes)
+
+    def local_out(self, index: int = 0) -> list[int]:
+        """Local shape of a result."""
+        spec = self.strategy.outputs[index]
+        return list(spec.local_shape(tuple(self.op.results[index].shape), self.mesh))
+
+    def same(self) -> fx.Node:
+        """The same call on the local inputs."""
+        return self.emit(self.op.node.target, *self.args, **self.kwargs)
+
+
+Rule = Callable[[OpView, int], Iterable[Choice]]
+Localiser = Callable[[LocalCall], fx.Node]
+
+_RULES: dict[str, Rule] = {}
+_LOCALISERS: dict[str, Localiser] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for ops by name (``linear``, ``add``, ``add_``: no overloads).
+
+    Raises:
+        ValueError: One of them has a rule already.
+    """
+
+    def add(function: Rule) -> Rule:
+        for name in names:
+            if _RULES.setdefault(name, function) is not function:
+                raise ValueError(f"op {name!r} has a sharding rule already")
+        return function
+
+    return add
+
+
+def localiser(*names: str) -> Callable[[Localiser], Localiser]:
+    """Registers how the local call of ops is written, where it is not the same call.
+
+    Raises:
+        ValueError: One of them has a localiser already.
+    """
+
+    def add(function: Localiser) -> Localiser:
+        for name in names:
+            if _LOCALISERS.setdefault(name, function) is not function:
+                raise ValueError(f"op {name!r} has a localiser already")
+        return function
+
+    return add
+
+
+def find_rule(name: str) -> Rule | None:
+    """The rule of an op, if it has one."""
+    _load()
+    return _RULES.get(name)
+
+
+def find_localiser(name: str) -> Localiser | None:
+    """The localiser of an op, if it has one."""
+    _load()
+    return _LOCALISERS.get(name)
+
+
+def rule_names() -> tuple[str, ...]:
+    """Every op that has a rule."""
+    _load()
+    return tuple(sorted(_RULES))
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value is one tensor."""
+    return isinstance(value, torch.Tensor)
+
+
+def _load() -> None:
+    from raypar.sharding.rules import ALL  # noqa: F401  (every file registers its rules)

@@ -1,0 +1,139 @@
+"""All strategies of an op on a mesh: the product of its choices on every axis."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from functools import lru_cache
+
+from torch import fx
+
+from raypar.compat import pytree
+from raypar.errors import PlanError
+from raypar.sharding.rules.base import Choice, OpView, Strategy, find_rule
+from raypar.sharding.spec import R, ShardingSpec
+
+
+def choices(op: OpView, size: int) -> list[Choice]:
+    """What an op may do on one axis; the first choice is ``R`` everywhere.
+
+    A choice whose cut dims do not divide by `size` is left out.
+    """
+    whole = Choice((R,) * len(op.shapes), (R,) * len(op.results))
+    found = [whole]
+    if size == 1:
+        return found
+    rule = find_rule(op.name)
+    if rule is None:
+        return found
+    for choice in rule(op, size):
+        states = zip((*choice.inputs, *choice.outputs), (*op.shapes, *_results(op)), strict=True)
+        if all(ShardingSpec((s,)).fits(shape, (size,)) for s, shape in states):
+            found.append(choice)
+    return list(dict.fromkeys(found))
+
+
+def strategies(node: fx.Node, mesh: Sequence[int]) -> list[Strategy]:
+    """Every strategy of an op on a mesh; the first is whole on every axis.
+
+    Args:
+        node: The call (not a ``getitem``: pieces lie as the op that made them).
+        mesh: Size of every mesh axis.
+    """
+    key = _key(node)
+    if key is None:
+        return _enumerate(OpView(node), tuple(mesh))
+    known = _CACHE.get((key, tuple(mesh)))
+    if known is None:
+        known = _CACHE[key, tuple(mesh)] = _enumerate(OpView(node), tuple(mesh))
+        if len(_CACHE) > _MOST:
+            _CACHE.pop(next(iter(_CACHE)))
+    return known
+
+
+_CACHE: dict[object, list[Strategy]] = {}
+_MOST = 4096
+
+
+def _enumerate(op: OpView, mesh: tuple[int, ...]) -> list[Strategy]:
+    per_axis = [choices(op, size) for size in mesh]
+    results = _results(op)
+    found: dict[Strategy, None] = {}
+    seen: set[tuple[object, object]] = set()
+    for combination in itertools.product(*per_axis):
+        inputs = tuple(
+            ShardingSpec(c.inputs[i] for c in combination) for i in range(len(op.shapes))
+        )
+        outputs = tuple(
+            ShardingSpec(c.outputs[i] for c in combination) for i in range(len(results))
+        )
+        values = zip((*inputs, *outputs), (*op.shapes, *results), strict=True)
+        if (inputs, outputs) in seen or not all(s.fits(shape, mesh) for s, shape in values):
+            continue
+        seen.add((inputs, outputs))
+        found[Strategy(inputs, outputs, tuple(c.tag for c in combination))] = None
+    return list(found)
+
+
+def find_strategy(node: fx.Node, mesh: Sequence[int], text: str) -> Strategy:
+    """The strategy that prints as `text`.
+
+    Raises:
+        PlanError: The op has no such strategy on this mesh.
+    """
+    known = strategies(node, mesh)
+    for strategy in known:
+        if str(strategy) == text:
+            return strategy
+    some = "; ".join(str(s) for s in known[:6])
+    raise PlanError(
+        f"op {node.meta.get('id')!r} cannot run as {text!r} on a mesh of {list(mesh)}; it has "
+        f"{len(known)} strategies: {some}{' ...' if len(known) > 6 else ''}"
+    )
+
+
+def whole(node: fx.Node, n_axes: int) -> Strategy:
+    """The strategy that computes everything on every rank."""
+    op = OpView(node)
+    all_r = ShardingSpec.replicated(n_axes)
+    return Strategy((all_r,) * len(op.shapes), (all_r,) * len(op.results), ("",) * n_axes)
+
+
+def is_piece(node: fx.Node) -> bool:
+    """Whether the node takes one result of a several-result op."""
+    return node.target is operator.getitem
+
+
+def _results(op: OpView) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(r.shape) for r in op.results)
+
+
+def _key(node: fx.Node) -> object:
+    """What the choices of an op depend on; None where it cannot be told."""
+    leaves = pytree.tree_leaves((node.args, node.kwargs))
+    parts: list[object] = [node.target]
+    for leaf in leaves:
+        if isinstance(leaf, fx.Node):
+            value = leaf.meta.get("val")
+            shape = tuple(getattr(value, "shape", ()))
+            dtype = str(getattr(value, "dtype", type(value)))
+            parts.append((shape, dtype, leaf.op == "placeholder"))
+        else:
+            parts.append(str(leaf))
+    parts.append(tuple(node.kwargs))
+    parts.append(tuple(tuple(r.shape) for r in OpView(node).results))
+    parts.append(tuple((d, tuple(sorted(g))) for d, g in node.meta.get("blocks", {}).items()))
+    try:
+        hash(tuple(parts))
+    except TypeError:
+        return None
+    return tuple(parts)
+
+
+@lru_cache(maxsize=4096)
+def pattern_of(op_id: str) -> str:
+    """An op's id with the numbers in its path replaced by ``*``: equal for repeated layers."""
+    path, sep, rest = op_id.partition("/")
+    parts = ["*" if p.isdigit() else p for p in path.split(".")]
+    return ".".join(parts) + sep + rest
