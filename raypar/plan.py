@@ -28,12 +28,28 @@ class MeshSlice:
     Attributes:
         devices: Cluster-wide device indices, in mesh order (row-major).
         shape: Mesh shape; its product is ``len(devices)``.
-        axes: One name per mesh axis; ``"data"`` holds the replicas.
+        axes: One name per mesh axis. ``"data"``, if there, is the first and holds the replicas:
+            every stage has equally many. Over all other axes ops are sharded by rules.
     """
 
     devices: tuple[int, ...]
     shape: tuple[int, ...]
     axes: tuple[str, ...] = ("data",)
+
+    @property
+    def replicas(self) -> int:
+        """Size of the ``data`` axis; 1 without one."""
+        return self.shape[self.axes.index("data")] if "data" in self.axes else 1
+
+    @property
+    def named(self) -> tuple[tuple[str, int], ...]:
+        """(name, size) of every axis."""
+        return tuple(zip(self.axes, self.shape, strict=True))
+
+    @property
+    def inner(self) -> tuple[tuple[str, int], ...]:
+        """(name, size) of the axes over which ops are sharded: all but ``data``."""
+        return tuple((name, size) for name, size in self.named if name != "data")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +60,12 @@ class MemoryPolicy:
         recompute: ``none`` saves all that backward needs; ``selective`` recomputes the cheap ops
             (element-wise, norms, dropout masks) from saved matmul-like results; ``full`` saves the
             stage's inputs only and recomputes the forward pass.
+        zero: What is cut over the axes on which a parameter would be held whole (Rajbhandari et
+            al. 2020, "ZeRO"): 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too.
     """
 
     recompute: str = "none"
+    zero: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +77,10 @@ class StagePlan:
         last: Canonical id of the last op (inclusive).
         mesh: The devices.
         memory: What is saved and what is recomputed.
-        sharding: Sharding choices that differ from the layer group's default (op id → spec text).
+        sharding: How ops run on the mesh's axes other than ``data``: op id → strategy, as
+            ``S0,R Rg,S1 > S0,P``. An id with ``*`` for the numbers in its module path speaks for
+            all repeated layers that have no entry of their own; an op without an entry is computed
+            whole on every rank.
         predicted: Predicted figures (``forward_s``, ``backward_s``, ``peak_bytes``, ...), if known.
     """
 
@@ -121,7 +143,7 @@ class Plan:
     @property
     def replicas(self) -> int:
         """D: data-parallel replicas of every stage."""
-        return len(self.stages[0].mesh.devices)
+        return self.stages[0].mesh.replicas
 
     @property
     def local_batch(self) -> int:

@@ -146,7 +146,7 @@ class ShardingSpec(tuple[State, ...]):
         return count
 
     def gradient(self) -> ShardingSpec:
-        """How the value's gradient lies: ``P`` where the value is ``Rg``, ``R`` where it is ``P``."""
+        """How its gradient lies: ``P`` where the value is ``Rg``, ``R`` where it is ``P``."""
         return ShardingSpec(gradient_state(s) for s in self)
 
     def value(self) -> ShardingSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from raypar.schedules.check import check_lists
 from raypar.schedules.compile import compile_schedule
 from raypar.schedules.instructions import Instruction
 from raypar.schedules.io import Edge, StageIO
-from raypar.stages.spec import OptimizerFn, RankSpec, StageSpec
+from raypar.sharding.spec import RG, R, ShardingSpec
+from raypar.stages.spec import OptimizerFn, ParamLayout, RankSpec, StageSpec
 from raypar.stages.transfers import posting_plan
 
 
@@ -107,22 +109,24 @@ def compile_plan(
         if len(groups) > 1 and f"param:{name}" in sliced.flow
     }
     packed = [_pack_stage(graph, plan, sliced, s) for s in sliced.stages]
-    devices = {g: plan.stages[s].mesh.devices for s, g in enumerate(placement)}
+    slices = {g: plan.stages[s].mesh for s, g in enumerate(placement)}
+    meshes = tuple(slices[g].named for g in range(n_groups))
+    bases = tuple(accumulate((len(slices[g].devices) for g in range(n_groups - 1)), initial=0))
     specs = []
     for group in range(n_groups):
         own = [s for s in range(len(placement)) if placement[s] == group]
-        for replica in range(replicas):
-            first = replica == 0
+        for position, device in enumerate(slices[group].devices):
+            first = position == 0
             specs.append(
                 RankSpec(
-                    rank=group * replicas + replica,
-                    world=n_groups * replicas,
+                    rank=bases[group] + position,
+                    world=sum(len(s.devices) for s in slices.values()),
                     group=group,
-                    replica=replica,
+                    replica=position * replicas // len(slices[group].devices),
                     replicas=replicas,
                     microbatches=plan.microbatches,
                     global_batch=plan.global_batch,
-                    device=devices[group][replica],
+                    device=device,
                     stages=tuple(packed[s] for s in own),
                     instructions=tuple(sliced.lists[group]),
                     posts=posting_plan(sliced.lists, group),
@@ -141,6 +145,14 @@ def compile_plan(
                     constants=_constants(graph, [sliced.stages[s] for s in own]),
                     shapes={
                         v.id: (v.shape, str(v.dtype).removeprefix("torch.")) for v in sliced.values
+                    },
+                    meshes=meshes,
+                    bases=bases,
+                    params=_layouts(graph, plan, group, [sliced.stages[s] for s in own]),
+                    edge_specs={
+                        (v.id, g): ShardingSpec.replicated(len(slices[g].inner))
+                        for v in sliced.values
+                        for g in {placement[s] for s in (v.source, *v.targets)}
                     },
                     clip_norm=clip_norm,
                     seed=seed,
@@ -199,6 +211,15 @@ def _param_holders(stages: Sequence[StageGraph], placement: Sequence[int]) -> di
         for name in stage.keys("param:"):
             holders.setdefault(name, set()).add(placement[stage.index])
     return {name: sorted(groups) for name, groups in holders.items()}
+
+
+def _layouts(
+    graph: OpGraph, plan: Plan, group: int, stages: Sequence[StageGraph]
+) -> dict[str, ParamLayout]:
+    names = {n for stage in stages for n in stage.keys("param:")}
+    axes = plan.stages[stages[0].index].mesh.named
+    held, stored = ShardingSpec((RG,) * len(axes)), ShardingSpec((R,) * len(axes))
+    return {n: ParamLayout(graph.params[n][0], held, stored) for n in graph.params if n in names}
 
 
 def _buffer_owners(

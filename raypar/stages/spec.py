@@ -11,9 +11,39 @@ import torch
 from raypar.graph.origins import Path
 from raypar.schedules.instructions import Instruction
 from raypar.schedules.io import Edge
+from raypar.sharding.spec import ShardingSpec
+
+DATA = "data"
+"""Name of the axis whose coordinates are the replicas."""
 
 OptimizerFn = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 """Builds the optimizer from one rank's own parameters."""
+
+
+Axes = tuple[tuple[str, int], ...]
+"""(name, size) of every axis of a mesh; ranks are numbered row-major. ``data``, the axis of the
+replicas, comes first where there is one."""
+
+
+@dataclass(frozen=True)
+class ParamLayout:
+    """How one parameter lies on the mesh of one rank group.
+
+    Attributes:
+        shape: Shape of the whole parameter.
+        held: How programs take it, over all axes of the mesh: cut, ``R`` (every rank computes the
+            whole gradient) or ``Rg`` (the gradient is a partial sum over the axis).
+        stored: How the optimizer holds it: like `held`, but cut over further axes under ZeRO; never
+            ``Rg``.
+        zero: ZeRO level: 0, 1 (optimizer state follows `stored`), 2 (gradients too), 3 (the
+            parameter too: programs take the stored part and gather it where they read it, so
+            `held` is `stored` as far as the rank's memory goes).
+    """
+
+    shape: tuple[int, ...]
+    held: ShardingSpec
+    stored: ShardingSpec
+    zero: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,6 +64,10 @@ class StageSpec:
         trainable: Its parameters that receive a gradient.
         differentiable: Ids of received values that receive a gradient here.
         outputs_with_grad: Positions of its outputs that receive a gradient.
+        arrivals: Received value → how it lies on this stage's mesh (without the ``data`` axis) when
+            the programs take it; its gradient leaves in the same sharding.
+        departures: Sent value → how it lies when the programs return it; its gradient comes back in
+            the same sharding.
     """
 
     index: int
@@ -46,6 +80,8 @@ class StageSpec:
     trainable: tuple[str, ...] = ()
     differentiable: tuple[str, ...] = ()
     outputs_with_grad: tuple[int, ...] = ()
+    arrivals: dict[str, ShardingSpec] = field(default_factory=dict)
+    departures: dict[str, ShardingSpec] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,8 +89,8 @@ class RankSpec:
     """All that one rank needs to hold its stages and run steps.
 
     Attributes:
-        rank: This rank's number in the run, 0-based; replica r of rank group g is
-            ``g * replicas + r``.
+        rank: This rank's number in the run, 0-based; position p of rank group g's mesh is
+            ``bases[g] + p``.
         world: Number of ranks in the run.
         group: Its rank group (the row of the schedule it executes).
         replica: Its replica number.
@@ -75,7 +111,12 @@ class RankSpec:
         owned_buffers: The same for buffers.
         constants: Constant tensors of the graph by placeholder id: the value, or where the model
             that the rank builds has it.
-        shapes: Edge id → (shape, dtype as text) for one microbatch on one replica.
+        shapes: Edge id → (whole shape, dtype as text) for one microbatch on one replica.
+        meshes: Axes of every rank group's mesh.
+        bases: First rank of every rank group.
+        params: Layout of every parameter that this rank group holds.
+        edge_specs: (edge id, rank group) → how the value lies there, without the ``data`` axis: as
+            sent on its source's rank group, as received on the others.
         model_fn: Builds the model.
         loss_fn: Maps the model's output (and batch) to the loss, or None.
         optimizer: Builds the optimizer from the rank's own parameters.
@@ -110,12 +151,42 @@ class RankSpec:
     owned_buffers: tuple[str, ...] = ()
     constants: dict[str, torch.Tensor | Path] = field(default_factory=dict)
     shapes: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    meshes: tuple[Axes, ...] = ()
+    bases: tuple[int, ...] = ()
+    params: dict[str, ParamLayout] = field(default_factory=dict)
+    edge_specs: dict[tuple[str, int], ShardingSpec] = field(default_factory=dict)
     clip_norm: float | None = None
     seed: int = 0
     default_dtype: str = "float32"
     threads: int | None = None
     keep_gradients: bool = False
     accelerator: bool = False
+
+    @property
+    def axes(self) -> Axes:
+        """Axes of the own rank group's mesh."""
+        return self.meshes[self.group]
+
+    @property
+    def coordinate(self) -> tuple[int, ...]:
+        """Where this rank lies on every axis of its mesh."""
+        return coordinate_of(self.rank - self.bases[self.group], self.axes)
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the first rank of its replica: the one that speaks for all of it."""
+        return all(
+            c == 0 for c, (n, _) in zip(self.coordinate, self.axes, strict=True) if n != DATA
+        )
+
+
+def coordinate_of(position: int, axes: Axes) -> tuple[int, ...]:
+    """Where the rank at `position` (row-major) lies on every axis."""
+    found: list[int] = []
+    for _, size in reversed(axes):
+        position, index = divmod(position, size)
+        found.append(index)
+    return tuple(reversed(found))
 
 
 @dataclass
