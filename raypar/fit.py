@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from raypar.errors import PlanError, RayparError, did_you_mean
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
-from raypar.plan import RECOMPUTE_POLICIES, Plan
+from raypar.plan import DATA, RECOMPUTE_POLICIES, MeshSlice, Plan, StagePlan
 from raypar.schedules.base import Placement
 from raypar.schedules.registry import get_schedule
+from raypar.sharding.strategies import pattern_of
 
 
 def check_plan(plan: Plan, graph: OpGraph | None = None, cluster: Cluster | None = None) -> None:
@@ -86,10 +90,16 @@ def _check_alone(plan: Plan) -> None:
                 f"stages[{s}].memory.recompute is {policy!r}; valid are "
                 f"{', '.join(RECOMPUTE_POLICIES)}.{did_you_mean(policy, RECOMPUTE_POLICIES)}"
             )
-        if stage.sharding:
+        if stage.memory.zero not in range(4):
             raise PlanError(
-                f"stages[{s}].sharding is set, but this version splits models over stages and "
-                "replicas only; leave it empty"
+                f"stages[{s}].memory.zero is {stage.memory.zero}; valid are 0 (nothing is cut), 1 "
+                "(optimizer state), 2 (gradients too), 3 (parameters too)"
+            )
+        if stage.sharding and not stage.mesh.inner:
+            raise PlanError(
+                f"stages[{s}].sharding is set, but its mesh has only a data axis: replicas need "
+                "no sharding. Give the mesh another axis, for example shape "
+                f"(1, {len(stage.mesh.devices)}), axes ('data', 'x'), or leave sharding empty"
             )
     _check_placement(plan)
 
@@ -101,22 +111,41 @@ def _check_meshes(plan: Plan) -> None:
             raise PlanError(f"stages[{s}].mesh.devices is {mesh.devices}; name each device once")
         if any(d < 0 for d in mesh.devices):
             raise PlanError(f"stages[{s}].mesh.devices is {mesh.devices}; indices start at 0")
-        if mesh.axes != ("data",) or mesh.shape != (len(mesh.devices),):
+        _check_axes(s, mesh)
+        if mesh.replicas != plan.replicas:
             raise PlanError(
-                f"stages[{s}].mesh has shape {mesh.shape} and axes {mesh.axes}; this version has "
-                f"one axis: shape ({len(mesh.devices)},), axes ('data',)"
-            )
-        if len(mesh.devices) != plan.replicas:
-            raise PlanError(
-                f"stages[{s}] has {len(mesh.devices)} replicas, stages[0] has {plan.replicas}; "
-                "all stages have equally many"
+                f"stages[{s}] has {mesh.replicas} replicas (its 'data' axis), stages[0] has "
+                f"{plan.replicas}; all stages have equally many"
             )
         for t, other in enumerate(plan.stages[:s]):
-            if set(mesh.devices) & set(other.mesh.devices) and mesh.devices != other.mesh.devices:
+            if set(mesh.devices) & set(other.mesh.devices) and mesh != other.mesh:
                 raise PlanError(
-                    f"the mesh slices of stages {t} {other.mesh.devices} and {s} {mesh.devices} "
-                    "overlap; slices are equal or disjoint"
+                    f"the mesh slices of stages {t} ({_words(other.mesh)}) and {s} "
+                    f"({_words(mesh)}) overlap; slices are equal or disjoint"
                 )
+
+
+def _words(mesh: MeshSlice) -> str:
+    axes = " × ".join(f"{name} {size}" for name, size in mesh.named)
+    return f"devices {', '.join(map(str, mesh.devices))} as {axes}"
+
+
+def _check_axes(s: int, mesh: MeshSlice) -> None:
+    if len(mesh.axes) != len(mesh.shape) or math.prod(mesh.shape) != len(mesh.devices):
+        raise PlanError(
+            f"stages[{s}].mesh has {len(mesh.devices)} devices, shape {mesh.shape} and axes "
+            f"{mesh.axes}: the shape's product must be the number of devices, with a name for "
+            f"every axis; for example shape ({len(mesh.devices)},), axes ('data',)"
+        )
+    if any(size < 1 for size in mesh.shape):
+        raise PlanError(f"stages[{s}].mesh.shape is {mesh.shape}; every size is at least 1")
+    if len(set(mesh.axes)) < len(mesh.axes) or DATA in mesh.axes[1:]:
+        raise PlanError(
+            f"stages[{s}].mesh.axes is {mesh.axes}; names are different, and {DATA!r} comes first "
+            "where it is there"
+        )
+    if any(not name.isidentifier() for name in mesh.axes):
+        raise PlanError(f"stages[{s}].mesh.axes is {mesh.axes}; a name is letters and digits")
 
 
 def _check_placement(plan: Plan) -> None:
@@ -125,14 +154,14 @@ def _check_placement(plan: Plan) -> None:
         raise PlanError(
             f"schedule.placement names {len(placement)} stages, the plan has {len(plan.stages)}"
         )
-    groups: dict[int, tuple[int, ...]] = {}
+    groups: dict[int, MeshSlice] = {}
     chunks: dict[int, int] = {}
     for s, (group, chunk) in enumerate(placement):
-        devices = plan.stages[s].mesh.devices
-        if groups.setdefault(group, devices) != devices:
+        mesh = plan.stages[s].mesh
+        if groups.setdefault(group, mesh) != mesh:
             raise PlanError(
-                f"schedule.placement puts stages on devices {groups[group]} and {devices} into one "
-                f"rank group {group}; a rank group has one mesh slice"
+                f"schedule.placement puts stages on {_words(groups[group])} and {_words(mesh)} "
+                f"into one rank group {group}; a rank group has one mesh slice"
             )
         if chunk != chunks.get(group, 0):
             raise PlanError(
@@ -176,6 +205,8 @@ def _check_graph(plan: Plan, graph: OpGraph) -> None:
     if plan.batch_dims != graph.batch_dims:
         raise PlanError(f"the plan's batch_dims {plan.batch_dims} are not {graph.batch_dims}")
     ranges = stage_ranges(plan, graph)
+    for s, (first, end) in enumerate(ranges):
+        _check_sharding(s, plan.stages[s], [op.id for op in graph.ops[first:end]])
     cuts = set(graph.cuts)
     for s, (_, end) in enumerate(ranges[:-1]):
         if end not in cuts:
@@ -195,6 +226,18 @@ def _check_graph(plan: Plan, graph: OpGraph) -> None:
             f"the plan has {plan.replicas} replicas, but samples meet at {op!r} ({reason}), so "
             f"only replicas=1 trains exactly like the unsplit model"
         )
+
+
+def _check_sharding(s: int, stage: StagePlan, ids: Sequence[str]) -> None:
+    if not stage.sharding:
+        return
+    known = {*ids, *(pattern_of(key) for key in ids)}
+    for key in stage.sharding:
+        if key not in known:
+            raise PlanError(
+                f"stages[{s}].sharding names {key!r}, which is no op of the stage (nor a pattern "
+                f"of one, with * for numbers).{did_you_mean(key, known)}"
+            )
 
 
 def _check_cluster(plan: Plan, cluster: Cluster) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from raypar.graph.opgraph import OpGraph
 
 PLAN_FORMAT = 1
+DATA = "data"
+"""Name of the mesh axis whose coordinates are the replicas."""
 RECOMPUTE_POLICIES = ("none", "selective", "full")
 
 
@@ -39,7 +41,7 @@ class MeshSlice:
     @property
     def replicas(self) -> int:
         """Size of the ``data`` axis; 1 without one."""
-        return self.shape[self.axes.index("data")] if "data" in self.axes else 1
+        return self.shape[self.axes.index(DATA)] if DATA in self.axes else 1
 
     @property
     def named(self) -> tuple[tuple[str, int], ...]:
@@ -49,7 +51,7 @@ class MeshSlice:
     @property
     def inner(self) -> tuple[tuple[str, int], ...]:
         """(name, size) of the axes over which ops are sharded: all but ``data``."""
-        return tuple((name, size) for name, size in self.named if name != "data")
+        return tuple((name, size) for name, size in self.named if name != DATA)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,8 @@ from raypar.schedules.check import check_lists
 from raypar.schedules.instructions import Instruction
 from raypar.schedules.registry import schedule_names
 from raypar.schedules.saved import peak_saved_per_stage
-from raypar.stages.compile import compile_plan, slice_plan
+from raypar.lowered import lower_plan
+from raypar.stages.compile import compile_plan
 from raypar.stages.interpreter import RankRunner
 from raypar.stages.local import LocalRun
 from raypar.stages.run import StepResult
@@ -138,7 +139,7 @@ def check(name: str, schedule: str, recompute: str, stages: int) -> Line:
         schedule=schedule, recompute=recompute,
     )  # fmt: skip
     plan: Plan = make_plan(graph, Cluster.local(stages), search)
-    sliced = slice_plan(graph, plan)
+    sliced = lower_plan(graph, plan)
     walk = check_lists(sliced.lists, sliced.io, plan.microbatches)
     specs = compile_plan(graph, plan, optimizer=default_optimizer)
     lock, runners = threading.Lock(), []

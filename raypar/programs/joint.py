@@ -14,6 +14,7 @@ from raypar.compat import forgetting_sizes, make_fx, pytree
 from raypar.graph.passes.emit import aten
 from raypar.graph.passes.functionalize import functionalize
 from raypar.graph.replay import replay
+from raypar.sharding.convert import NONE
 
 
 @dataclass
@@ -90,11 +91,15 @@ def _read(
 ) -> Joint:
     graph = module.graph
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in (
-            aten.detach.default,
-            aten.alias.default,
-            aten.lift_fresh.default,
-        ):
+        if (
+            node.op == "call_function"
+            and node.target
+            in (
+                aten.detach.default,
+                aten.alias.default,
+                aten.lift_fresh.default,
+            )
+        ) or _moves_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     for node in reversed(list(graph.nodes)):
@@ -117,6 +122,11 @@ def _read(
         wrt,
         constants,
     )
+
+
+def _moves_nothing(node: fx.Node) -> bool:
+    """A conversion that is only there for its backward, which is part of the graph by now."""
+    return node.target is torch.ops.raypar.convert.default and node.args[1] == NONE
 
 
 def is_piece(node: fx.Node) -> bool:

@@ -49,8 +49,24 @@ def recomputable(policy: str) -> Predicate:
     return _is_free
 
 
+def is_parameter_gather(node: fx.Node) -> bool:
+    """Whether the node makes a whole parameter of its parts, which is never held (ZeRO-3)."""
+    while _is_convert(node):
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            return False
+        if source.op == "placeholder":
+            return str(source.meta.get("id", "")).startswith("param:")
+        node = source
+    return False
+
+
+def _is_convert(node: fx.Node) -> bool:
+    return is_op(node) and op_name(node) == "convert"
+
+
 def _is_free(node: fx.Node) -> bool:
-    if node.op == "get_attr":
+    if node.op == "get_attr" or is_parameter_gather(node):
         return True
     source = node.args[0] if node.target is operator.getitem else None
     if isinstance(source, fx.Node):
@@ -59,8 +75,10 @@ def _is_free(node: fx.Node) -> bool:
 
 
 def _cheap(node: fx.Node) -> bool:
-    if node.op == "get_attr":
+    if node.op == "get_attr" or is_parameter_gather(node):
         return True
+    if _is_convert(node):  # a collective is dear, and a part is smaller than what it is a part of
+        return False
     source = node.args[0] if node.target is operator.getitem else node
     if not isinstance(source, fx.Node) or source.op == "placeholder":
         return False

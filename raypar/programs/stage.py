@@ -100,6 +100,8 @@ def compile_stage(
     if not holders or not wrt:
         return _forward_only(graph, keys, name, recompute)
     joint = trace_joint(graph, wrt, outputs_with_grad)
+    for node, key in zip(joint.inputs, keys, strict=True):
+        node.meta["id"] = key
     parts = partition(joint, recomputable(recompute), set(edges))
     place = {node: i for i, node in enumerate(joint.inputs)}
     n_grads = len(edges)

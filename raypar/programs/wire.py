@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-import raypar.graph.randomops  # noqa: F401  (registers raypar's own ops)
+import raypar.graph.randomops
+import raypar.sharding.collectives  # noqa: F401  (both register raypar's own ops)
 from raypar.compat import OpOverload, fake_mode, overload_name, schema_name
 from raypar.errors import PlanError
 

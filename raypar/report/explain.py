@@ -5,10 +5,10 @@ from __future__ import annotations
 from raypar._plan_text import Column, graph_notes, plan_columns, plan_lines, table
 from raypar.fit import check_plan, stage_ranges
 from raypar.graph.opgraph import OpGraph
+from raypar.lowered import LoweredPlan, lower_plan
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.schedules.timing import Durations, ideal_timeline
-from raypar.stages.compile import Sliced, slice_plan
 
 _SHOWN = 5
 
@@ -35,7 +35,7 @@ def explain(plan: Plan, graph: OpGraph | None = None, cluster: Cluster | None = 
     columns = plan_columns(plan)
     notes: list[str] = []
     if graph is not None:
-        sliced = slice_plan(graph, plan)
+        sliced = lower_plan(graph, plan)
         columns += _columns(plan, graph, sliced)
         lines.append(_idle(plan, graph, sliced))
         notes = _notes(graph, sliced)
@@ -49,7 +49,7 @@ def _work(plan: Plan, graph: OpGraph) -> list[int]:
     ]
 
 
-def _columns(plan: Plan, graph: OpGraph, sliced: Sliced) -> list[Column]:
+def _columns(plan: Plan, graph: OpGraph, sliced: LoweredPlan) -> list[Column]:
     work = _work(plan, graph)
     total = max(sum(work), 1)
     held = [[p for p in s.keys("param:") if p in graph.params] for s in sliced.stages]
@@ -62,7 +62,7 @@ def _columns(plan: Plan, graph: OpGraph, sliced: Sliced) -> list[Column]:
     ]
 
 
-def _idle(plan: Plan, graph: OpGraph, sliced: Sliced) -> str:
+def _idle(plan: Plan, graph: OpGraph, sliced: LoweredPlan) -> str:
     """Idle share of the schedule where time is work: forward F, input and weight halves F each."""
     forward = tuple(float(max(w, 1)) for w in _work(plan, graph))
     again = tuple(
@@ -78,7 +78,7 @@ def _idle(plan: Plan, graph: OpGraph, sliced: Sliced) -> str:
     )
 
 
-def _notes(graph: OpGraph, sliced: Sliced) -> list[str]:
+def _notes(graph: OpGraph, sliced: LoweredPlan) -> list[str]:
     notes = graph_notes(graph)
     holders: dict[str, list[int]] = {}
     for stage in sliced.stages:

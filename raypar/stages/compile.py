@@ -3,71 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
 
 from raypar.errors import PlanError
-from raypar.fit import check_plan, stage_ranges
 from raypar.graph.opgraph import OpGraph
 from raypar.graph.origins import Path
-from raypar.graph.replay import gradient_flow
+from raypar.lowered import LoweredPlan, lower_plan
 from raypar.plan import Plan
-from raypar.programs.slicing import StageGraph, ValueEdge, slice_stages
+from raypar.programs.slicing import StageGraph
 from raypar.programs.wire import pack
-from raypar.schedules.check import check_lists
-from raypar.schedules.compile import compile_schedule
-from raypar.schedules.instructions import Instruction
-from raypar.schedules.io import Edge, StageIO
-from raypar.sharding.spec import RG, R, ShardingSpec
-from raypar.stages.spec import OptimizerFn, ParamLayout, RankSpec, StageSpec
+from raypar.stages.spec import OptimizerFn, RankSpec, StageSpec
 from raypar.stages.transfers import posting_plan
-
-
-@dataclass
-class Sliced:
-    """A plan's stages before they become rank specs.
-
-    Attributes:
-        stages: Stage graphs at the size of one microbatch on one replica.
-        values: What crosses between them.
-        flow: Ids of values that receive a gradient.
-        io: The stages as a schedule sees them.
-        lists: One checked instruction list per rank group.
-    """
-
-    stages: list[StageGraph]
-    values: list[ValueEdge]
-    flow: frozenset[str]
-    io: StageIO
-    lists: list[list[Instruction]]
-
-
-def slice_plan(graph: OpGraph, plan: Plan) -> Sliced:
-    """Cuts the graph as the plan says and compiles the schedule.
-
-    Raises:
-        PlanError: The plan does not fit the graph.
-        ScheduleError: The instruction lists do not pass the checker.
-    """
-    check_plan(plan, graph)
-    clean = graph.local(plan.local_batch)
-    stages, values = slice_stages(
-        clean, stage_ranges(plan, graph), graph.cloneable, graph.analysis.globals
-    )
-    flow = gradient_flow(clean, {n: t for n, (_, _, t) in graph.params.items()})
-    edges = tuple(Edge(v.id, v.source, v.targets, v.id in flow, v.nbytes) for v in values)
-    splits = tuple(
-        any(e in flow for e in s.keys("edge:"))
-        and any(f"param:{p}" in flow for p in s.keys("param:"))
-        for s in stages
-    )
-    io = StageIO(len(stages), tuple(group for group, _ in plan.schedule.placement), edges, splits)
-    lists = compile_schedule(plan.schedule.name, io, plan.microbatches)
-    check_lists(lists, io, plan.microbatches)
-    return Sliced(stages, values, flow, io, lists)
 
 
 def compile_plan(
@@ -97,18 +46,18 @@ def compile_plan(
         PlanError: The plan does not fit the graph.
         ScheduleError: The instruction lists do not pass the checker.
     """
-    sliced = slice_plan(graph, plan)
+    low = lower_plan(graph, plan)
     placement = [group for group, _ in plan.schedule.placement]
     n_groups = max(placement) + 1
     replicas = plan.replicas
-    holders = _param_holders(sliced.stages, placement)
-    buffer_owner = _buffer_owners(graph, sliced.stages, placement)
+    holders = _param_holders(low.stages, placement)
+    buffer_owner = _buffer_owners(graph, low.stages, placement)
     shared = {
         name: tuple(groups)
         for name, groups in holders.items()
-        if len(groups) > 1 and f"param:{name}" in sliced.flow
+        if len(groups) > 1 and f"param:{name}" in low.flow
     }
-    packed = [_pack_stage(graph, plan, sliced, s) for s in sliced.stages]
+    packed = [_pack_stage(graph, plan, low, s) for s in low.stages]
     slices = {g: plan.stages[s].mesh for s, g in enumerate(placement)}
     meshes = tuple(slices[g].named for g in range(n_groups))
     bases = tuple(accumulate((len(slices[g].devices) for g in range(n_groups - 1)), initial=0))
@@ -128,11 +77,11 @@ def compile_plan(
                     global_batch=plan.global_batch,
                     device=device,
                     stages=tuple(packed[s] for s in own),
-                    instructions=tuple(sliced.lists[group]),
-                    posts=posting_plan(sliced.lists, group),
-                    edges=sliced.io.edges,
+                    instructions=tuple(low.lists[group]),
+                    posts=posting_plan(low.lists, group),
+                    edges=low.io.edges,
                     rank_group_of=tuple(placement),
-                    inputs=_inputs([sliced.stages[s] for s in own]),
+                    inputs=_inputs([low.stages[s] for s in own]),
                     batch_dims=graph.batch_dims,
                     shared=shared,
                     model_fn=graph.model_fn,
@@ -142,18 +91,14 @@ def compile_plan(
                         n for n in graph.params if first and holders.get(n, [0])[0] == group
                     ),
                     owned_buffers=tuple(n for n, g in buffer_owner.items() if first and g == group),
-                    constants=_constants(graph, [sliced.stages[s] for s in own]),
+                    constants=_constants(graph, [low.stages[s] for s in own]),
                     shapes={
-                        v.id: (v.shape, str(v.dtype).removeprefix("torch.")) for v in sliced.values
+                        v.id: (v.shape, str(v.dtype).removeprefix("torch.")) for v in low.values
                     },
                     meshes=meshes,
                     bases=bases,
-                    params=_layouts(graph, plan, group, [sliced.stages[s] for s in own]),
-                    edge_specs={
-                        (v.id, g): ShardingSpec.replicated(len(slices[g].inner))
-                        for v in sliced.values
-                        for g in {placement[s] for s in (v.source, *v.targets)}
-                    },
+                    params=low.layouts[group],
+                    edge_specs=low.edge_specs,
                     clip_norm=clip_norm,
                     seed=seed,
                     default_dtype=str(torch.get_default_dtype()).removeprefix("torch."),
@@ -175,8 +120,8 @@ def loss_scale(graph: OpGraph, plan: Plan) -> float:
     return float(plan.microbatches * plan.replicas) ** power
 
 
-def _pack_stage(graph: OpGraph, plan: Plan, sliced: Sliced, stage: StageGraph) -> StageSpec:
-    flow = sliced.flow
+def _pack_stage(graph: OpGraph, plan: Plan, low: LoweredPlan, stage: StageGraph) -> StageSpec:
+    flow = low.flow
     received = [e for e in stage.keys("edge:") if e in flow]
     with_grad = [i for i, e in enumerate(stage.edges_out) if e in flow]
     scale = None
@@ -201,6 +146,8 @@ def _pack_stage(graph: OpGraph, plan: Plan, sliced: Sliced, stage: StageGraph) -
         trainable=tuple(p for p in stage.keys("param:") if f"param:{p}" in flow),
         differentiable=tuple(received),
         outputs_with_grad=tuple(with_grad),
+        arrivals=low.lowered[stage.index].arrivals,
+        departures=low.lowered[stage.index].departures,
     )
 
 
@@ -211,15 +158,6 @@ def _param_holders(stages: Sequence[StageGraph], placement: Sequence[int]) -> di
         for name in stage.keys("param:"):
             holders.setdefault(name, set()).add(placement[stage.index])
     return {name: sorted(groups) for name, groups in holders.items()}
-
-
-def _layouts(
-    graph: OpGraph, plan: Plan, group: int, stages: Sequence[StageGraph]
-) -> dict[str, ParamLayout]:
-    names = {n for stage in stages for n in stage.keys("param:")}
-    axes = plan.stages[stages[0].index].mesh.named
-    held, stored = ShardingSpec((RG,) * len(axes)), ShardingSpec((R,) * len(axes))
-    return {n: ParamLayout(graph.params[n][0], held, stored) for n in graph.params if n in names}
 
 
 def _buffer_owners(

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 
 from raypar.comm.group import Group
+from raypar.comm.mesh import MeshGroups
 from raypar.errors import OptimizerError, RayparError
 from raypar.graph.replay import replay
+from raypar.plan import DATA
 from raypar.schedules.instructions import Instruction, Kind
+from raypar.sharding.collectives import set_context
 from raypar.stages.batch import first_sample, microbatch_rows
 from raypar.stages.gradients import GradientStore
 from raypar.stages.holdings import HeldStage, Holdings
@@ -47,7 +50,8 @@ class RankRunner:
         self._world = world
         self._device = _device_of(spec)
         self._holdings = Holdings(spec, self._device, trace_lock)
-        self._replicas = self._replica_group()
+        self._mesh = MeshGroups(world, spec.meshes, spec.bases, spec.group)
+        self._replicas = self._mesh.along((DATA,))
         self._gradients = GradientStore(spec, self._holdings, world, self._replicas)
         self._optimizer = self._make_optimizer()
         self._transfers = Transfers(spec, world)
@@ -72,17 +76,6 @@ class RankRunner:
         }
 
     # -- set-up -----------------------------------------------------------------------------
-
-    def _replica_group(self) -> Group | None:
-        """The replicas of this rank group; every rank makes all groups, in the same order."""
-        spec, own = self.spec, None
-        if spec.replicas == 1:
-            return None
-        for group in range(spec.world // spec.replicas):
-            ranks = range(group * spec.replicas, (group + 1) * spec.replicas)
-            made = self._world.subgroup(list(ranks), f"replicas of rank group {group}")
-            own = made if group == spec.group else own
-        return own
 
     def _make_optimizer(self) -> torch.optim.Optimizer | None:
         params = list(self._holdings.params.values())
@@ -134,6 +127,7 @@ class RankRunner:
         old_buffers = dict(self._holdings.buffers)
         self._params = {f"param:{k}": p.detach() for k, p in self._holdings.params.items()}
         self._gradients.begin()
+        set_context(self._mesh)
         began = time.perf_counter()
         with torch.no_grad():
             for position, instruction in enumerate(self.spec.instructions):
@@ -226,7 +220,9 @@ class RankRunner:
             gradient = None if index is None else gradients[index]
             if gradient is None:
                 shape, dtype = self.spec.shapes[edge]
-                gradient = torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
+                sizes = [size for name, size in self.spec.axes if name != DATA]
+                local = stage.spec.arrivals[edge].local_shape(shape, sizes)
+                gradient = torch.zeros(local, dtype=getattr(torch, dtype), device=self._device)
             self._accumulate((GRAD + edge, microbatch), gradient)
 
     def _accumulate(self, key: tuple[str, int], gradient: torch.Tensor) -> None:
@@ -329,7 +325,7 @@ class RankRunner:
             self._world.all_reduce(totals, name="gradient norm").wait()
         norm = float(totals.sqrt())
         self._report.grad_norm = norm
-        self._report.loss = loss
+        self._report.loss = loss if self.spec.leads else None
         if not torch.isfinite(totals).item():
             self._report.applied = False
             self._report.non_finite = self._watch.blame(self._holdings.stages, isfinite(own))

@@ -9,41 +9,14 @@ from typing import Any
 import torch
 
 from raypar.graph.origins import Path
+from raypar.plan import DATA
 from raypar.schedules.instructions import Instruction
 from raypar.schedules.io import Edge
+from raypar.sharding.layout import Axes, ParamLayout
 from raypar.sharding.spec import ShardingSpec
-
-DATA = "data"
-"""Name of the axis whose coordinates are the replicas."""
 
 OptimizerFn = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 """Builds the optimizer from one rank's own parameters."""
-
-
-Axes = tuple[tuple[str, int], ...]
-"""(name, size) of every axis of a mesh; ranks are numbered row-major. ``data``, the axis of the
-replicas, comes first where there is one."""
-
-
-@dataclass(frozen=True)
-class ParamLayout:
-    """How one parameter lies on the mesh of one rank group.
-
-    Attributes:
-        shape: Shape of the whole parameter.
-        held: How programs take it, over all axes of the mesh: cut, ``R`` (every rank computes the
-            whole gradient) or ``Rg`` (the gradient is a partial sum over the axis).
-        stored: How the optimizer holds it: like `held`, but cut over further axes under ZeRO; never
-            ``Rg``.
-        zero: ZeRO level: 0, 1 (optimizer state follows `stored`), 2 (gradients too), 3 (the
-            parameter too: programs take the stored part and gather it where they read it, so
-            `held` is `stored` as far as the rank's memory goes).
-    """
-
-    shape: tuple[int, ...]
-    held: ShardingSpec
-    stored: ShardingSpec
-    zero: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,178 @@
+"""Plan → what its ranks run: local stage graphs, how values lie at every border, and the lists.
+
+Simulators and stage actors both start here, so that what is judged is what is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from raypar.fit import check_plan, stage_ranges
+from raypar.graph.opgraph import OpGraph
+from raypar.graph.replay import gradient_flow
+from raypar.plan import Plan
+from raypar.programs.slicing import StageGraph, ValueEdge, slice_stages
+from raypar.schedules.check import check_lists
+from raypar.schedules.compile import compile_schedule
+from raypar.schedules.instructions import Instruction
+from raypar.schedules.io import Edge, StageIO
+from raypar.sharding.layout import ParamLayout, layout_of
+from raypar.sharding.lower import (
+    Gathered,
+    Lowered,
+    arrival_spec,
+    assign,
+    held_spec,
+    lower,
+    readings,
+)
+from raypar.sharding.rules.base import Strategy
+from raypar.sharding.spec import RG, ShardingSpec
+
+
+@dataclass
+class LoweredPlan:
+    """A plan's stages as ranks run them.
+
+    Attributes:
+        stages: Stage graphs of local shape.
+        whole: The same stages before lowering, at the size of one microbatch on one replica.
+        lowered: Per stage how received and sent values lie.
+        values: What crosses between stages, with whole shapes.
+        flow: Ids of values that receive a gradient.
+        io: The stages as a schedule sees them.
+        lists: One checked instruction list per rank group.
+        layouts: Per rank group how its parameters lie.
+        edge_specs: (edge id, rank group) → how the value lies there, over the inner axes.
+        chosen: Per stage the strategy of every op.
+    """
+
+    stages: list[StageGraph]
+    whole: list[StageGraph]
+    lowered: list[Lowered]
+    values: list[ValueEdge]
+    flow: frozenset[str]
+    io: StageIO
+    lists: list[list[Instruction]]
+    layouts: list[dict[str, ParamLayout]]
+    edge_specs: dict[tuple[str, int], ShardingSpec]
+    chosen: list[dict[fx.Node, Strategy]] = field(default_factory=list)
+
+
+def lower_plan(graph: OpGraph, plan: Plan) -> LoweredPlan:
+    """Cuts the graph as the plan says, lowers every stage, and compiles the schedule.
+
+    Raises:
+        PlanError: The plan does not fit the graph.
+        ScheduleError: The instruction lists do not pass the checker.
+    """
+    check_plan(plan, graph)
+    clean = graph.local(plan.local_batch)
+    whole, values = slice_stages(
+        clean, stage_ranges(plan, graph), graph.cloneable, graph.analysis.globals
+    )
+    flow = gradient_flow(clean, {n: t for n, (_, _, t) in graph.params.items()})
+    edges = tuple(Edge(v.id, v.source, v.targets, v.id in flow, v.nbytes) for v in values)
+    splits = tuple(
+        any(e in flow for e in s.keys("edge:"))
+        and any(f"param:{p}" in flow for p in s.keys("param:"))
+        for s in whole
+    )
+    groups = tuple(group for group, _ in plan.schedule.placement)
+    io = StageIO(len(whole), groups, edges, splits)
+    lists = compile_schedule(plan.schedule.name, io, plan.microbatches)
+    check_lists(lists, io, plan.microbatches)
+    chosen = [
+        assign(
+            s.graph, plan.stages[s.index].sharding, [n for _, n in plan.stages[s.index].mesh.inner]
+        )
+        for s in whole
+    ]
+    layouts = [_layouts(graph, plan, whole, chosen, group) for group in range(max(groups) + 1)]
+    specs = _arrivals(plan, values, whole, chosen)
+    lowered = []
+    for stage in whole:
+        group = groups[stage.index]
+        found = _lower_stage(plan, stage, chosen[stage.index], layouts[group], specs, group)
+        specs.update({(edge, group): spec for edge, spec in found.departures.items()})
+        lowered.append(found)
+    stages = [
+        StageGraph(
+            s.index, low.graph, s.edges_out, s.has_loss, s.updates, s.globals_graph, s.globals
+        )
+        for s, low in zip(whole, lowered, strict=True)
+    ]
+    return LoweredPlan(stages, whole, lowered, values, flow, io, lists, layouts, specs, chosen)
+
+
+def _layouts(
+    graph: OpGraph,
+    plan: Plan,
+    stages: Sequence[StageGraph],
+    chosen: Sequence[Mapping[fx.Node, Strategy]],
+    group: int,
+) -> dict[str, ParamLayout]:
+    """How the parameters of one rank group lie: decided over all of its stages."""
+    own = [s for s in stages if plan.schedule.placement[s.index][0] == group]
+    mesh = plan.stages[own[0].index].mesh
+    wanted: dict[str, set[ShardingSpec]] = {}
+    zero: dict[str, int] = {}
+    for stage in own:
+        for key, specs in readings(stage.graph, chosen[stage.index]).items():
+            if key.startswith("param:"):
+                wanted.setdefault(key[6:], set()).update(specs)
+        for name in stage.keys("param:"):
+            level = plan.stages[stage.index].memory.zero
+            zero[name] = min(level, zero.get(name, level))
+    data = (RG,) * (len(mesh.named) - len(mesh.inner))
+    found = {}
+    for name, level in zero.items():
+        held = ShardingSpec((*data, *held_spec(wanted.get(name, set()), len(mesh.inner))))
+        found[name] = layout_of(graph.params[name][0], held, mesh.named, level)
+    return {name: found[name] for name in graph.params if name in found}
+
+
+def _arrivals(
+    plan: Plan,
+    values: Sequence[ValueEdge],
+    stages: Sequence[StageGraph],
+    chosen: Sequence[Mapping[fx.Node, Strategy]],
+) -> dict[tuple[str, int], ShardingSpec]:
+    """How values lie on the rank groups that receive them: decided over all readers there."""
+    reads = [readings(s.graph, chosen[s.index]) for s in stages]
+    groups = [group for group, _ in plan.schedule.placement]
+    n_axes = {g: len(s.mesh.inner) for g, s in zip(groups, plan.stages, strict=True)}
+    wanted: dict[tuple[str, int], set[ShardingSpec]] = {}
+    for value in values:
+        for target in value.targets:
+            specs = reads[target].get(f"edge:{value.id}", set())
+            wanted.setdefault((value.id, groups[target]), set()).update(specs)
+    return {key: arrival_spec(specs, n_axes[key[1]]) for key, specs in wanted.items()}
+
+
+def _lower_stage(
+    plan: Plan,
+    stage: StageGraph,
+    chosen: Mapping[fx.Node, Strategy],
+    layouts: Mapping[str, ParamLayout],
+    specs: Mapping[tuple[str, int], ShardingSpec],
+    group: int,
+) -> Lowered:
+    mesh = plan.stages[stage.index].mesh
+    first = len(mesh.named) - len(mesh.inner)
+    return lower(
+        stage.graph,
+        chosen,
+        mesh.inner,
+        held={name: ShardingSpec(x.held[first:]) for name, x in layouts.items()},
+        gathered={
+            name: Gathered(x.stored, x.held, mesh.named)
+            for name, x in layouts.items()
+            if x.in_program
+        },
+        arriving={edge: spec for (edge, g), spec in specs.items() if g == group},
+        departing=stage.edges_out,
+    )
