@@ -11,7 +11,7 @@ from torch import fx
 
 from raypar.compat import pytree
 from raypar.errors import PlanError
-from raypar.sharding.rules.base import Choice, OpView, Strategy, find_rule
+from raypar.sharding.rules.base import Choice, OpView, Strategy, find_combination, find_rule
 from raypar.sharding.spec import R, ShardingSpec
 
 
@@ -59,6 +59,7 @@ _MOST = 4096
 def _enumerate(op: OpView, mesh: tuple[int, ...]) -> list[Strategy]:
     per_axis = [choices(op, size) for size in mesh]
     results = _results(op)
+    allowed = find_combination(op.name)
     found: dict[Strategy, None] = {}
     seen: set[tuple[object, object]] = set()
     for combination in itertools.product(*per_axis):
@@ -71,8 +72,11 @@ def _enumerate(op: OpView, mesh: tuple[int, ...]) -> list[Strategy]:
         values = zip((*inputs, *outputs), (*op.shapes, *results), strict=True)
         if (inputs, outputs) in seen or not all(s.fits(shape, mesh) for s, shape in values):
             continue
+        strategy = Strategy(inputs, outputs, tuple(c.tag for c in combination))
+        if allowed is not None and not allowed(op, strategy, mesh):
+            continue
         seen.add((inputs, outputs))
-        found[Strategy(inputs, outputs, tuple(c.tag for c in combination))] = None
+        found[strategy] = None
     return list(found)
 
 
@@ -118,7 +122,10 @@ def _key(node: fx.Node) -> object:
             value = leaf.meta.get("val")
             shape = tuple(getattr(value, "shape", ()))
             dtype = str(getattr(value, "dtype", type(value)))
-            parts.append((shape, dtype, leaf.op == "placeholder"))
+            # A rule may look at a constant that the graph makes (offsets in equal steps).
+            made = leaf.op == "call_function" and not leaf.all_input_nodes
+            constant = f"{leaf.target}{leaf.args}" if made else ""
+            parts.append((shape, dtype, leaf.op == "placeholder", constant))
         else:
             parts.append(str(leaf))
     parts.append(tuple(node.kwargs))

@@ -142,9 +142,11 @@ class LocalCall:
 
 Rule = Callable[[OpView, int], Iterable[Choice]]
 Localiser = Callable[[LocalCall], fx.Node]
+Combination = Callable[[OpView, Strategy, Sequence[int]], bool]
 
 _RULES: dict[str, Rule] = {}
 _LOCALISERS: dict[str, Localiser] = {}
+_COMBINATIONS: dict[str, Combination] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -177,6 +179,31 @@ def localiser(*names: str) -> Callable[[Localiser], Localiser]:
         return function
 
     return add
+
+
+def combination(*names: str) -> Callable[[Combination], Combination]:
+    """Registers which strategies over several axes an op has: ``(op, strategy, mesh) -> bool``.
+
+    For ops whose choices are each right alone and may be wrong together, as the groups of a
+    convolution, which must divide by all axes that cut them. That tensors divide is checked anyway.
+
+    Raises:
+        ValueError: One of them has such a check already.
+    """
+
+    def add(function: Combination) -> Combination:
+        for name in names:
+            if _COMBINATIONS.setdefault(name, function) is not function:
+                raise ValueError(f"op {name!r} has a check of its combinations already")
+        return function
+
+    return add
+
+
+def find_combination(name: str) -> Combination | None:
+    """The check of an op's strategies over several axes, if it has one."""
+    _load()
+    return _COMBINATIONS.get(name)
 
 
 def find_rule(name: str) -> Rule | None:
