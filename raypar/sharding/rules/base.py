@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+import raypar.sharding.collectives  # noqa: F401  (registers raypar::convert)
 from raypar.compat import pytree
 from raypar.graph.passes.emit import Emitter, bound_args, is_op, op_name
+from raypar.sharding.convert import conversion
 from raypar.sharding.spec import ShardingSpec, State
 
 
@@ -138,6 +140,17 @@ class LocalCall:
     def same(self) -> fx.Node:
         """The same call on the local inputs."""
         return self.emit(self.op.node.target, *self.args, **self.kwargs)
+
+    def convert(self, node: fx.Node, source: ShardingSpec, target: ShardingSpec) -> fx.Node:
+        """Brings a value that the localiser made from one sharding to another."""
+        for step in conversion(source, target):
+            name, size = self.axes[step.axis]
+            node = self.emit(
+                torch.ops.raypar.convert.default,
+                node, step.forward, step.backward, step.cut, step.to, name, size,
+            )  # fmt: skip
+            node.meta.pop("autocast", None)
+        return node
 
 
 Rule = Callable[[OpView, int], Iterable[Choice]]
