@@ -26,6 +26,7 @@ __all__ = [
     "RunRecord",
     "assert_plan_equivalent",
     "random_plan",
+    "random_sharding",
     "run_plan",
 ]
 
@@ -36,6 +37,7 @@ _HOMES = {
     "RunRecord": ("raypar.testing.equivalence", "RunRecord"),
     "assert_plan_equivalent": ("raypar.testing.equivalence", "assert_plan_equivalent"),
     "random_plan": ("raypar.testing.plans", "random_plan"),
+    "random_sharding": ("raypar.testing.sharding", "random_sharding"),
     "run_plan": ("raypar.testing.equivalence", "run_plan"),
 }
 
