@@ -39,7 +39,7 @@ def balanced_cuts(
     prefix = [0.0]
     for op in graph.ops:
         prefix.append(prefix[-1] + 3 * (op.flops + _FLOPS_PER_BYTE * op.nbytes))
-    crossing = _crossing_bytes(graph)
+    crossing = crossing_bytes(graph)
     bounds = [*graph.cuts, len(graph.ops)]
     entry = {0: 0.0, **{c: 2 * flops_per_cut_byte * crossing[c] for c in graph.cuts}}
     # best[k][i]: least heaviest load of k + 1 stages that end at bounds[i].
@@ -64,7 +64,7 @@ def balanced_cuts(
     return cuts[::-1]
 
 
-def _crossing_bytes(graph: OpGraph) -> list[int]:
+def crossing_bytes(graph: OpGraph) -> list[int]:
     """Bytes that cross each position; cheap values that a stage makes itself do not count."""
     change = [0] * (len(graph.ops) + 1)
     last: dict[str, int] = {}

@@ -1,0 +1,296 @@
+"""The pipeline: which units make a stage, on how many devices, run in which way.
+
+For a bound on the slowest stage, dynamic programming finds the stages with the least sum of stage
+times; the step takes that sum plus (M - 1) times the slowest stage (Zheng et al. 2022, "Alpa",
+section 5.1). The bounds that can win are few: from the least feasible one upwards until the bound
+alone is worse than the best pipeline found. Memory follows 1F1B: a stage with s - 1 stages behind
+it holds min(s, M) microbatches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+_FINENESS = 2e-3
+"""Relative distance to which the least feasible bound on the slowest stage is narrowed down."""
+_LOOSER = (1.005, 1.01, 1.02, 1.05, 1.1, 1.2, 1.5)
+"""Bounds above the least feasible one that are tried, as multiples of it."""
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run any unit on a mesh, with what every unit then costs.
+
+    Attributes:
+        key: Says what it is; opaque here.
+        memory: Bytes that one device of the mesh may fill.
+        seconds: Per unit, forward and backward of one microbatch, collectives included.
+        once: Per unit, seconds once a step (gradient sync, optimizer).
+        fixed: Per unit, bytes held through the step.
+        saved: Per unit, bytes held per microbatch in flight.
+        transient: Per unit, most bytes held for a moment.
+        entry: Per unit, seconds that a microbatch needs to enter a stage that begins there (both
+            directions), as far as it is not hidden.
+        held: Per unit, bytes that are kept per microbatch in flight where a stage begins there.
+    """
+
+    key: object
+    memory: float
+    seconds: Array
+    once: Array
+    fixed: Array
+    saved: Array
+    transient: Array
+    entry: Array
+    held: Array
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a pipeline.
+
+    Attributes:
+        first: Its first unit.
+        last: One past its last unit.
+        devices: Devices of one replica.
+        place: The first of them, counted within a replica.
+        way: How it runs.
+        seconds: Of one microbatch, forward and backward.
+    """
+
+    first: int
+    last: int
+    devices: int
+    place: int
+    way: Way
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages in order.
+
+    Attributes:
+        stages: The stages.
+        step_s: Predicted seconds of a step.
+    """
+
+    stages: tuple[Stage, ...] = field(default=())
+    step_s: float = float("inf")
+
+
+class WayTable:
+    """Stage times for every first unit, last unit and number of stages to come.
+
+    Args:
+        ways: Ways to run on a mesh of one size.
+        most_stages: Largest number of stages that are asked for.
+        microbatches: M.
+    """
+
+    def __init__(self, ways: Sequence[Way], most_stages: int, microbatches: int) -> None:
+        self.ways = list(ways)
+        self.microbatches = microbatches
+        self.n_units = len(ways[0].seconds)
+        self._seconds = np.stack([_spans(w.seconds) + w.entry[:, None] for w in ways])
+        self._once = np.stack([_spans(w.once) for w in ways])
+        self._fixed = np.stack([_spans(w.fixed) + _most(w.transient) for w in ways])
+        self._saved = np.stack([_spans(w.saved) + w.held[:, None] for w in ways])
+        self._memory = np.array([w.memory for w in ways])[:, None, None]
+        self._tables: dict[int, tuple[Array, npt.NDArray[np.intp]]] = {}
+        self.most_stages = most_stages
+
+    def least_bytes(self) -> float:
+        """Least memory in which the whole model could run as the last of `most_stages` stages."""
+        need = self._fixed + self._saved
+        return float(need[:, 0, -1].min())
+
+    def at(self, remaining: int) -> tuple[Array, npt.NDArray[np.intp]]:
+        """(time, way) of stages ``[i, j)`` that have `remaining` stages, themselves included.
+
+        Time is infinite where no way fits the memory; once-a-step costs are spread over the
+        microbatches, so that a stage that syncs for long is a slow one.
+        """
+        flight = min(remaining, self.microbatches)
+        if flight not in self._tables:
+            time = self._seconds + self._once / self.microbatches
+            time = np.where(self._fixed + flight * self._saved <= self._memory, time, np.inf)
+            best = time.argmin(axis=0)
+            self._tables[flight] = (np.take_along_axis(time, best[None], 0)[0], best)
+        return self._tables[flight]
+
+
+def _spans(values: Array) -> Array:
+    """Sum over every ``[i, j)``; infinite where j <= i."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    spans = total[None, 1:] - total[:-1, None]
+    n = len(values)
+    return np.where(np.arange(n)[None, :] >= np.arange(n)[:, None], spans, np.inf)
+
+
+def _most(values: Array) -> Array:
+    """Maximum over every ``[i, j)``."""
+    n = len(values)
+    result = np.zeros((n, n))
+    for i in range(n):
+        result[i, i:] = np.maximum.accumulate(values[i:])
+    return result
+
+
+Tables = Mapping[int, Sequence[WayTable]]
+
+
+def best_pipeline(
+    tables: Tables,
+    devices: int,
+    microbatches: int,
+    *,
+    most_stages: int,
+    limit_s: float = float("inf"),
+) -> Pipeline:
+    """The fastest pipeline.
+
+    Args:
+        tables: Devices of a stage (of one replica) → its table, one for every place where it may
+            begin (counted in the smallest size), or a single one where all places are alike. Every
+            size is a multiple of the smallest.
+        devices: Devices of one replica; some may stay idle.
+        microbatches: M.
+        most_stages: Largest number of stages.
+        limit_s: Pipelines that take longer are of no interest.
+
+    Returns:
+        The best one; without stages where none fits the memory or beats the limit.
+    """
+    best = Pipeline(step_s=limit_s)
+
+    def consider(bound: float) -> float | None:
+        """Slowest stage of the least sum under a bound; None where there is none."""
+        nonlocal best
+        found = _least_sum(tables, devices, bound, most_stages)
+        if found is None:
+            return None
+        slowest = max(s.seconds for s in found)
+        step = sum(s.seconds for s in found) + (microbatches - 1) * slowest
+        if step < best.step_s:
+            best = Pipeline(tuple(found), step)
+        return slowest
+
+    high = consider(float("inf"))
+    if high is None or microbatches == 1:
+        return best
+    low = 0.0
+    while high > low * (1 + _FINENESS):
+        if (microbatches - 1) * low >= best.step_s:
+            return best
+        middle = math.sqrt(low * high) if low else high / 2
+        slowest = consider(middle)
+        if slowest is None:
+            low = middle
+        else:
+            high = slowest
+        if high - low < 1e-12:
+            break
+    for factor in _LOOSER:
+        if (microbatches - 1) * high >= best.step_s:
+            break
+        consider(high * factor)
+    return best
+
+
+def _least_sum(tables: Tables, devices: int, bound: float, most_stages: int) -> list[Stage] | None:
+    """Stages with the least sum of times, none slower than `bound`."""
+    unit = min(tables)
+    n = tables[unit][0].n_units
+    slots = devices // unit
+    most = min(most_stages, n, slots)
+    if len(tables) == 1 and len(tables[unit]) == 1:
+        return _one_size(unit, tables[unit][0], most, bound)
+    # least[d][i]: least time of units i... in s stages on the last d slots; built up over s.
+    least = np.tile(_only_end(n), (slots + 1, 1))
+    picks: list[npt.NDArray[np.int32]] = []
+    answer: tuple[float, int] = (np.inf, 0)
+    for s in range(1, most + 1):
+        after = np.full((slots + 1, n + 1), np.inf)
+        pick = np.zeros((slots + 1, n + 1, 2), dtype=np.int32)
+        times: dict[int, Array] = {}
+        for d in range(1, slots + 1):
+            after[d] = after[d - 1]  # the first of these slots stays idle: size 0
+            pick[d, :, 0] = np.arange(n + 1)
+            for size, places in tables.items():
+                width = size // unit
+                table = places[slots - d] if len(places) > 1 else places[0]
+                if width > d:
+                    continue
+                if id(table) not in times:
+                    time, _ = table.at(s)
+                    times[id(table)] = np.where(time <= bound, time, np.inf)
+                total = times[id(table)] + least[d - width][None, 1:]
+                end = total.argmin(axis=1)
+                value = total[np.arange(n), end]
+                better = value < after[d, :n]
+                after[d, :n][better] = value[better]
+                pick[d, :n][better] = np.stack([end[better] + 1, np.full(better.sum(), size)], 1)
+        picks.append(pick)
+        least = after
+        if after[slots, 0] < answer[0]:
+            answer = (float(after[slots, 0]), s)
+    return None if not np.isfinite(answer[0]) else _unroll(tables, picks, slots, answer[1])
+
+
+def _only_end(n: int) -> Array:
+    row = np.full(n + 1, np.inf)
+    row[n] = 0.0
+    return row
+
+
+def _unroll(
+    tables: Tables, picks: Sequence[npt.NDArray[np.int32]], slots: int, stages: int
+) -> list[Stage]:
+    found, at, unit, left = [], 0, min(tables), slots
+    while stages:
+        end, size = (int(v) for v in picks[stages - 1][left, at])
+        if size:
+            places = tables[size]
+            table = places[slots - left] if len(places) > 1 else places[0]
+            found.append(_stage(table, at, end, size, stages, (slots - left) * unit))
+            stages -= 1
+        at, left = end, left - max(size // unit, 1)
+    return found
+
+
+def _one_size(size: int, table: WayTable, most: int, bound: float) -> list[Stage] | None:
+    """All stages on meshes of one size: the devices follow from the number of stages."""
+    n = table.n_units
+    rest = _only_end(n)
+    ends: list[npt.NDArray[np.intp]] = []
+    answer = (np.inf, 0)
+    for s in range(1, most + 1):
+        time, _ = table.at(s)
+        total = np.where(time <= bound, time, np.inf) + rest[None, 1:]
+        end = total.argmin(axis=1)
+        rest = np.append(total[np.arange(n), end], np.inf)
+        ends.append(end + 1)
+        if rest[0] < answer[0]:
+            answer = (float(rest[0]), s)
+    if not np.isfinite(answer[0]):
+        return None
+    found, at = [], 0
+    for s in range(answer[1], 0, -1):
+        end = int(ends[s - 1][at])
+        found.append(_stage(table, at, end, size, s, len(found) * size))
+        at = end
+    return found
+
+
+def _stage(table: WayTable, first: int, last: int, size: int, remaining: int, place: int) -> Stage:
+    time, way = table.at(remaining)
+    chosen = table.ways[way[first, last - 1]]
+    return Stage(first, last, size, place, chosen, float(time[first, last - 1]))
