@@ -1,7 +1,7 @@
 """The law in full: every plan trains exactly like the unsplit model.
 
     python release/equivalence.py [--models gpt,cnn] [--seeds 0:20] [--backend local|ray]
-                                  [--skip-extras] [--json FILE]
+                                  [--meshes 2,4,2x2,2x2x2] [--skip-extras] [--json FILE]
 
 For every model of the zoo and every seed a random plan on 4 devices trains 3 AdamW steps in float64
 (SGD for models that compute some ops in float32). Loss, every gradient of every step, parameters
@@ -10,6 +10,9 @@ dropout, whose masks are raypar's own, with the one-stage plan. A model whose re
 its batch is cut (batch norm, expert capacity) is compared with eager training over the same
 microbatches. The bound on max|Δ| per tensor is 1e-9·max(1, max|ref|), or 1e-6 where float32 ops
 occur.
+
+With `--meshes` every rank group of every plan gets a mesh drawn from the given shapes (16 devices
+for at most 2 rank groups), every op a random strategy on it, and every stage a random ZeRO level.
 
 Then the masks of dropout themselves, and a masked mean over M in {1, 2, 4, 8}. Prints a line per
 model and exits with 1 on any difference. `--backend ray` runs on stage actors of a private Ray, by
@@ -25,7 +28,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,12 +44,13 @@ from raypar import Cluster, SearchConfig, capture
 from raypar import plan as make_plan
 from raypar.graph.opgraph import OpGraph
 from raypar.plan import Plan
-from raypar.testing import models, random_plan
+from raypar.testing import models, random_plan, random_sharding
 from raypar.testing.equivalence import RunRecord, default_optimizer, gaps, run_graph
 
 STEPS = 3
 SEED = 0
 GLOBAL_BATCH = 8
+MESH_DEVICES = 16
 RAY_MODELS = ("gpt", "cnn", "t5", "moe_sparse")
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -69,6 +73,9 @@ class Row:
     microbatches: set[int] = field(default_factory=set)
     schedules: set[str] = field(default_factory=set)
     recompute: set[str] = field(default_factory=set)
+    meshes: set[str] = field(default_factory=set)
+    zero: set[int] = field(default_factory=set)
+    sharded_ops: int = 0
     seconds: float = 0.0
     wrong: list[str] = field(default_factory=list)
 
@@ -80,6 +87,9 @@ class Row:
         self.microbatches.add(plan.microbatches)
         self.schedules.add(plan.schedule.name)
         self.recompute |= {s.memory.recompute for s in plan.stages}
+        self.meshes |= {"x".join(str(n) for _, n in s.mesh.inner) or "1" for s in plan.stages}
+        self.zero |= {s.memory.zero for s in plan.stages}
+        self.sharded_ops += sum(len(s.sharding) for s in plan.stages)
 
     def line(self) -> str:
         def text(values: set[Any]) -> str:
@@ -89,6 +99,7 @@ class Row:
             f"{self.model:<22} {self.plans:>3} plans  S {text(self.stages):<12} "
             f"D {text(self.replicas):<6} M {text(self.microbatches):<8} "
             f"{len(self.schedules)} schedules {len(self.recompute)} policies  "
+            f"meshes {text(self.meshes)} zero {text(self.zero)}, {self.sharded_ops} sharded ops  "
             f"bound {self.bound:.0e}  worst {self.worst:8.1e} of it  {self.seconds:6.1f} s  "
             f"{'ok' if not self.wrong else f'{len(self.wrong)} WRONG'}"
         )
@@ -118,7 +129,13 @@ def eager(case: models.Case, batch: Any, optimizer: Optimizer, parts: int) -> Ru
     return record
 
 
-def check_model(case: models.Case, seeds: range, cluster: Cluster, backend: str) -> Row:
+def check_model(
+    case: models.Case,
+    seeds: range,
+    cluster: Cluster,
+    backend: str,
+    meshes: Sequence[tuple[int, ...]] = (),
+) -> Row:
     """All plans of one model."""
     row = Row(case.name, bound=1e-6 if case.fp32_ops else 1e-9)
     optimizer: Optimizer = sgd if case.fp32_ops else default_optimizer
@@ -130,7 +147,11 @@ def check_model(case: models.Case, seeds: range, cluster: Cluster, backend: str)
             row.wrong.append("the graph does not know that this model feels its microbatches")
         references: dict[int, RunRecord] = {}
         for seed in seeds:
-            _check_plan(row, case, graph, batch, seed, cluster, backend, optimizer, references)
+            plan = random_plan(graph, cluster, seed=seed)
+            if meshes:
+                wide = Cluster.local(MESH_DEVICES)
+                plan = random_sharding(graph, plan, wide, seed=seed, meshes=meshes)
+            _check_plan(row, case, graph, batch, plan, seed, backend, optimizer, references)
     except Exception as error:
         row.wrong.append(_in_words(error))
     row.seconds = time.perf_counter() - began
@@ -142,13 +163,12 @@ def _check_plan(
     case: models.Case,
     graph: OpGraph,
     batch: Any,
+    plan: Plan,
     seed: int,
-    cluster: Cluster,
     backend: str,
     optimizer: Optimizer,
     references: dict[int, RunRecord],
 ) -> None:
-    plan = random_plan(graph, cluster, seed=seed)
     parts = plan.microbatches if case.feels_microbatches else 1
     if parts not in references:
         references[parts] = _reference(case, graph, batch, optimizer, parts)
@@ -195,6 +215,12 @@ class TwoDropouts(nn.Module):
         first = self.drop_first(self.first(samples))
         second = self.drop_second(self.second(samples))
         return (first + second).sum(1).mean()
+
+
+def mesh_shape(text: str) -> tuple[int, ...]:
+    """``2x2`` → (2, 2); ``1`` → no axis."""
+    sizes = tuple(int(n) for n in text.split("x"))
+    return () if sizes == (1,) else sizes
 
 
 def two_dropouts() -> nn.Module:
@@ -260,6 +286,9 @@ def main() -> int:
     parser.add_argument("--models", help="comma-separated; default: all, or a few on Ray")
     parser.add_argument("--seeds", default=None, help="A:B, default 0:20 (0:4 on Ray)")
     parser.add_argument("--backend", choices=("local", "ray"), default="local")
+    parser.add_argument(
+        "--meshes", help="mesh shapes to draw from, as 1,2,4,2x2,2x2x2; default: replicas only"
+    )
     parser.add_argument("--skip-extras", action="store_true", help="models only")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -268,7 +297,8 @@ def main() -> int:
     seeds = range(int(first), int(end))
     chosen = args.models.split(",") if args.models else RAY_MODELS if on_ray else models.names()
     torch.set_num_threads(1)
-    cluster = Cluster.local(4)
+    meshes = [mesh_shape(text) for text in args.meshes.split(",")] if args.meshes else []
+    cluster = Cluster.local(2 if meshes else 4)
     rows: list[Row] = []
 
     def done(row: Row) -> None:
@@ -283,7 +313,7 @@ def main() -> int:
         session = nullcontext()
     with session:
         for name in chosen:
-            done(check_model(models.case(name), seeds, cluster, args.backend))
+            done(check_model(models.case(name), seeds, cluster, args.backend, meshes))
         if not args.skip_extras:
             few = range(seeds.start, min(seeds.stop, seeds.start + (2 if on_ray else 10)))
             done(check_dropout(few, cluster, args.backend))

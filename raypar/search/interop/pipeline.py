@@ -282,7 +282,8 @@ def _one_size(size: int, table: WayTable, most: int, bound: float) -> list[Stage
             answer = (float(rest[0]), s)
     if not np.isfinite(answer[0]):
         return None
-    found, at = [], 0
+    found: list[Stage] = []
+    at = 0
     for s in range(answer[1], 0, -1):
         end = int(ends[s - 1][at])
         found.append(_stage(table, at, end, size, s, len(found) * size))
