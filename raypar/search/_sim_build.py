@@ -1,0 +1,448 @@
+"""From stages, their costs and a cluster to a program that can be played."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from raypar.errors import PlanError
+from raypar.mesh.calibration import Calibration
+from raypar.mesh.cluster import Cluster
+from raypar.plan import DATA, MeshSlice
+from raypar.schedules.compile import routes
+from raypar.schedules.instructions import Instruction, Kind
+from raypar.schedules.io import StageIO
+from raypar.search._sim_fabric import Fabric, Need, Tile, collective_bytes, settle
+from raypar.search._sim_program import (
+    LaneTimes,
+    Program,
+    Tied,
+    Timed,
+    Way,
+    compile_program,
+)
+from raypar.search.cost.base import Collective, StageCost, total_s
+from raypar.search.cost.machine import machine_of
+from raypar.sharding.convert import ALL_GATHER, ALL_REDUCE
+
+BUCKET_BYTES = 4 << 20
+"""Gradients travel in buckets of this size, as in `raypar.stages.gradients`."""
+MOST_BUCKETS = 8
+"""More buckets of one stage than this are played as so many larger ones."""
+NORM_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What moves between the meshes of two rank groups, within one replica.
+
+    Attributes:
+        tiles: (position of the sender, position of the receiver, bytes).
+        groups: Positions of receivers that share afterwards what each of them was sent.
+        shared: Bytes that each of them holds in the end.
+    """
+
+    tiles: tuple[tuple[int, int, int], ...]
+    groups: tuple[tuple[int, ...], ...] = ()
+    shared: int = 0
+
+
+Moves = Callable[[str, int, int], Moved]
+"""(edge, sending rank group, receiving rank group) → what moves: its activation or, with the groups
+the other way round, its gradient."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is simulated, apart from the lists.
+
+    Attributes:
+        io: The plan's stages.
+        meshes: Mesh of every rank group.
+        costs: Cost of every stage on the slowest device of its mesh.
+        cluster: Devices and links.
+        calibration: What they reach.
+        moves: What moves between positions of meshes.
+        microbatches: M.
+        cores: Cores that the ranks of each CPU node share; None: every device is one.
+        tied: (stages that hold one parameter, bytes of its gradient), for every one that several
+            rank groups hold.
+        replica_costs: (stage, replica) → its cost, where replicas lie on unequal devices.
+        local_bytes: (edge, rank group) → bytes of one rank's part of one microbatch; a missing one
+            is the whole value.
+        globals_s: Stage → seconds to count the whole batch.
+        overhead_s: Seconds around every instruction that computes.
+    """
+
+    io: StageIO
+    meshes: tuple[MeshSlice, ...]
+    costs: tuple[StageCost, ...]
+    cluster: Cluster
+    calibration: Calibration
+    moves: Moves
+    microbatches: int
+    cores: int | None = None
+    tied: tuple[tuple[tuple[int, ...], int], ...] = ()
+    replica_costs: Mapping[tuple[int, int], StageCost] = field(default_factory=dict)
+    local_bytes: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    globals_s: Mapping[int, float] = field(default_factory=dict)
+    overhead_s: float = 0.0
+
+    @property
+    def replicas(self) -> int:
+        """Replicas of every stage."""
+        return self.meshes[0].replicas
+
+    def devices(self, group: int, replica: int | None) -> tuple[int, ...]:
+        """Devices of a rank group, or of one replica of it."""
+        mesh = self.meshes[group]
+        if replica is None:
+            return mesh.devices
+        size = len(mesh.devices) // mesh.replicas
+        return mesh.devices[replica * size : (replica + 1) * size]
+
+    def stages_of(self, group: int) -> list[int]:
+        """Stages of a rank group."""
+        return [s for s, g in enumerate(self.io.rank_of) if g == group]
+
+    def cost(self, stage: int, replica: int | None) -> StageCost:
+        """Cost of a stage on one replica, or on the slowest."""
+        if replica is None:
+            return self.costs[stage]
+        return self.replica_costs.get((stage, replica), self.costs[stage])
+
+
+def edge_directions(io: StageIO) -> list[tuple[str, str, int, int]]:
+    """Every way that values take: (``F`` or ``B``, edge, sending and receiving rank group)."""
+    found = []
+    for way in routes(io):
+        for group in way.heads:
+            found.append(("F", way.edge.name, way.home, group))
+            if way.edge.differentiable:
+                found.append(("B", way.edge.name, group, way.home))
+    return found
+
+
+def replicas_alike(setting: Setting) -> bool:
+    """Whether all replicas take the same time: equal devices, and links of equal kind."""
+
+    def look(replica: int) -> object:
+        groups = range(len(setting.meshes))
+        own = [setting.devices(g, replica) for g in groups]
+        kinds = [[setting.cluster.node_of(d).device.name for d in devices] for devices in own]
+        links = [
+            setting.cluster.link(own[a][s], own[b][t])
+            for _, edge, a, b in edge_directions(setting.io)
+            for s, t, _ in setting.moves(edge, a, b).tiles
+        ]
+        costs = [setting.cost(s, replica) for s in range(setting.io.n_stages)]
+        return kinds, links, costs
+
+    first = look(0)
+    return all(look(replica) == first for replica in range(1, setting.replicas))
+
+
+@dataclass
+class Built:
+    """A program, and what its lanes and ways are.
+
+    Attributes:
+        program: Ready to play.
+        lanes: The lanes.
+        lane_replicas: Per lane its replica; None where one lane stands for all.
+        lane_devices: Per lane its devices.
+        comm_share: (lane, stage, kind) → share of the compute time that collectives take.
+        way_keys: Per way (``F`` or ``B``, edge, sending lane, receiving lane).
+        tiles: Per way what moves in one message.
+        fabric: The shared resources.
+        sent_bytes: Device → tier → bytes that it sends in a step.
+        busy_s: Device → tier → seconds for which its port out is needed in a step.
+    """
+
+    program: Program
+    lanes: list[LaneTimes]
+    lane_replicas: list[int | None]
+    lane_devices: list[tuple[int, ...]]
+    comm_share: dict[tuple[int, int, Kind], float]
+    way_keys: list[tuple[str, str, int, int]]
+    tiles: list[tuple[Tile, ...]]
+    fabric: Fabric
+    sent_bytes: dict[tuple[int, str], float] = field(default_factory=dict)
+    busy_s: dict[tuple[int, str], float] = field(default_factory=dict)
+
+
+def build(lists: Sequence[Sequence[Instruction]], setting: Setting) -> Built:
+    """Puts lists, costs and cluster together.
+
+    Raises:
+        PlanError: Rank groups differ in their number of replicas.
+    """
+    counts = {mesh.replicas for mesh in setting.meshes}
+    if len(counts) != 1:
+        raise PlanError(f"all stages have equally many replicas, found {sorted(counts)}")
+    return _Builder(lists, setting).build()
+
+
+class _Builder:
+    def __init__(self, lists: Sequence[Sequence[Instruction]], setting: Setting) -> None:
+        self.lists, self.setting = lists, setting
+        self.fabric = Fabric(setting.cluster, setting.calibration, setting.cores)
+        split = setting.replicas > 1 and not replicas_alike(setting)
+        self.replicas: list[int | None] = list(range(setting.replicas)) if split else [None]
+        groups = range(len(setting.meshes))
+        self.lanes = [(group, replica) for group in groups for replica in self.replicas]
+        self.needs: list[Need] = []
+        self.sent: dict[tuple[int, str], float] = {}
+        self.busy: dict[tuple[int, str], float] = {}
+
+    def build(self) -> Built:
+        """The program."""
+        computes = self._computes()
+        steps = [self._once(lane, group, rep) for lane, (group, rep) in enumerate(self.lanes)]
+        buckets = [self._buckets(group) for group, _ in self.lanes]
+        way_keys, tiles, ways = self._ways()
+        tied = [self._tied(number) for number in range(len(self.setting.tied))]
+        timed, resources = settle(self.needs)
+        lanes = [
+            LaneTimes(
+                group=group,
+                replica=replica or 0,
+                compute={key: timed[at] for key, at in computes[lane].items()},
+                optimizer=timed[steps[lane][0]],
+                gather=timed[steps[lane][1]],
+                globals=timed[steps[lane][2]],
+                buckets={s: tuple(timed[at] for at in found) for s, found in buckets[lane].items()},
+                overhead=self.setting.overhead_s,
+            )
+            for lane, (group, replica) in enumerate(self.lanes)
+        ]
+        finished = {
+            (*key, self.lanes[key[2]][1] or 0): replace(
+                way, work=timed[at].seconds, uses=timed[at].uses
+            )
+            for key, (way, at) in zip(way_keys, ways, strict=True)
+        }
+        sums = [Tied(stages, timed[at]) for stages, at in tied]
+        program = compile_program(self.lists, lanes, finished, self._norm(), sums, resources)
+        return Built(
+            program,
+            lanes,
+            [replica for _, replica in self.lanes],
+            [self.setting.devices(*lane) for lane in self.lanes],
+            self._comm_shares(),
+            way_keys,
+            tiles,
+            self.fabric,
+            self.sent,
+            self.busy,
+        )
+
+    def _need(self, need: Need) -> int:
+        self.needs.append(need)
+        return len(self.needs) - 1
+
+    # -- compute ----------------------------------------------------------------------------
+
+    def _computes(self) -> list[dict[tuple[int, Kind], int]]:
+        found: list[dict[tuple[int, Kind], int]] = []
+        for lane, (group, replica) in enumerate(self.lanes):
+            own: dict[tuple[int, Kind], int] = {}
+            for stage in self.setting.stages_of(group):
+                for kind, seconds, comm in kinds_of(self.setting, stage, replica):
+                    need = self.fabric.compute(
+                        ("lane", lane, 0),
+                        self.setting.meshes[group],
+                        self.setting.devices(group, replica),
+                        seconds,
+                        comm,
+                    )
+                    own[stage, kind] = self._need(need)
+            found.append(own)
+            self._count_collectives(group, replica)
+        return found
+
+    def _comm_shares(self) -> dict[tuple[int, int, Kind], float]:
+        shares = {}
+        for lane, (group, replica) in enumerate(self.lanes):
+            for stage in self.setting.stages_of(group):
+                for kind, seconds, comm in kinds_of(self.setting, stage, replica):
+                    whole = seconds + total_s(comm)
+                    shares[lane, stage, kind] = total_s(comm) / whole if whole > 0 else 0.0
+        return shares
+
+    def _count_collectives(self, group: int, replica: int | None) -> None:
+        mesh = self.setting.meshes[group]
+        done = {(now.stage, now.kind): 0 for now in self.lists[group]}
+        for now in self.lists[group]:
+            done[now.stage, now.kind] += 1
+        for stage in self.setting.stages_of(group):
+            for kind, _, comm in kinds_of(self.setting, stage, replica):
+                self._count(
+                    mesh, self.setting.devices(group, replica), comm, done.get((stage, kind), 0)
+                )
+            if replica in (None, 0):
+                cost = self.setting.costs[stage]
+                self._count(mesh, mesh.devices, (*cost.gather, *cost.sync), 1)
+
+    def _count(
+        self, mesh: MeshSlice, devices: Sequence[int], comm: Sequence[Collective], times: int
+    ) -> None:
+        sizes = dict(mesh.named)
+        for one in comm:
+            tier = self.fabric.axis_tier(mesh, one.axis)
+            for device in devices:
+                key = (device, tier)
+                sent = collective_bytes(one, sizes[one.axis]) * times
+                self.sent[key] = self.sent.get(key, 0.0) + sent
+                self.busy[key] = self.busy.get(key, 0.0) + one.seconds * times
+
+    # -- once a step ------------------------------------------------------------------------
+
+    def _once(self, lane: int, group: int, replica: int | None) -> tuple[int, int, int]:
+        """Indices of the needs of optimizer, gather and globals."""
+        setting = self.setting
+        mesh, devices = setting.meshes[group], setting.devices(group, replica)
+        costs = [setting.cost(s, replica) for s in setting.stages_of(group)]
+        actor = ("lane", lane, 0)
+        optimizer = sum(c.optimizer_s for c in costs)
+        gather = tuple(one for c in costs for one in c.gather)
+        counting = sum(setting.globals_s.get(s, 0.0) for s in setting.stages_of(group))
+        return (
+            self._need(self.fabric.compute(actor, mesh, devices, optimizer)),
+            self._need(self.fabric.compute(actor, mesh, devices, 0.0, gather)),
+            self._need(self.fabric.compute(actor, mesh, devices, counting)),
+        )
+
+    def _buckets(self, group: int) -> dict[int, list[int]]:
+        """Stage → needs of its gradient buckets, all replicas together."""
+        mesh = self.setting.meshes[group]
+        machine = machine_of(self.setting.cluster, mesh, self.setting.calibration)
+        found = {}
+        for stage in self.setting.stages_of(group):
+            kinds: dict[tuple[str, str], int] = {}
+            for one in self.setting.costs[stage].sync:
+                kinds[one.axis, one.kind] = kinds.get((one.axis, one.kind), 0) + one.nbytes
+            total = max(kinds.values(), default=0)
+            if not total:
+                continue
+            real = math.ceil(total / BUCKET_BYTES)
+            played = min(real, MOST_BUCKETS)
+            parts = [
+                Collective(
+                    axis,
+                    kind,
+                    nbytes // played,
+                    machine.collective_s(axis, kind, nbytes / real) * real / played,
+                )
+                for (axis, kind), nbytes in kinds.items()
+            ]
+            need = self.fabric.compute(("sync", group, 0), mesh, mesh.devices, 0.0, parts)
+            found[stage] = [self._need(need)] * played
+        return found
+
+    def _tied(self, number: int) -> tuple[tuple[int, ...], int]:
+        """Gradients of one parameter over its rank groups: everybody's goes round to everybody."""
+        stages, nbytes = self.setting.tied[number]
+        groups = sorted({self.setting.io.rank_of[s] for s in stages})
+        devices = tuple(d for g in groups for d in self.setting.meshes[g].devices)
+        mesh = MeshSlice(devices, (len(devices),), (DATA,))
+        machine = machine_of(self.setting.cluster, mesh, self.setting.calibration)
+        seconds = machine.collective_s(DATA, ALL_REDUCE, nbytes)
+        one = Collective(DATA, ALL_REDUCE, nbytes, seconds)
+        self._count(mesh, devices, (one,), 1)
+        need = self.fabric.compute(("tied", number, 0), mesh, devices, 0.0, (one,))
+        return stages, self._need(need)
+
+    def _norm(self) -> Timed:
+        """One number, summed over all ranks."""
+        devices = tuple(d for mesh in self.setting.meshes for d in mesh.devices)
+        if len(devices) == 1:
+            return Timed(0.0)
+        mesh = MeshSlice(devices, (len(devices),), (DATA,))
+        machine = machine_of(self.setting.cluster, mesh, self.setting.calibration)
+        return Timed(machine.collective_s(DATA, ALL_REDUCE, NORM_BYTES))
+
+    # -- transfers --------------------------------------------------------------------------
+
+    def _ways(
+        self,
+    ) -> tuple[list[tuple[str, str, int, int]], list[tuple[Tile, ...]], list[tuple[Way, int]]]:
+        keys: list[tuple[str, str, int, int]] = []
+        tiles: list[tuple[Tile, ...]] = []
+        ways: list[tuple[Way, int]] = []
+        lane_of = {lane: index for index, lane in enumerate(self.lanes)}
+        for kind, edge, a, b in edge_directions(self.setting.io):
+            for replica in self.replicas:
+                source, target = lane_of[a, replica], lane_of[b, replica]
+                moved = self._tiles(edge, a, b, replica)
+                after = self._sharing(edge, a, b, 0 if replica is None else replica)
+                need = self.fabric.transfer(("pair", source, target), moved)
+                way = Way(
+                    source,
+                    target,
+                    0.0,
+                    self.fabric.latency(moved),
+                    (),
+                    sum(t.nbytes for t in moved),
+                    after,
+                )
+                keys.append((kind, edge, source, target))
+                tiles.append(moved)
+                ways.append((way, self._need(need)))
+                for tile in moved:
+                    if tile.source != tile.target:
+                        self._sent(tile)
+        return keys, tiles, ways
+
+    def _sent(self, tile: Tile) -> None:
+        key = (tile.source, self.fabric.tier(tile.source, tile.target))
+        times = self.setting.microbatches
+        self.sent[key] = self.sent.get(key, 0.0) + tile.nbytes * times
+        self.busy[key] = self.busy.get(key, 0.0) + tile.nbytes / self.fabric.bandwidth(*key) * times
+
+    def _tiles(self, edge: str, a: int, b: int, replica: int | None) -> tuple[Tile, ...]:
+        replicas = range(self.setting.replicas) if replica is None else (replica,)
+        found = []
+        for r in replicas:
+            source, target = self.setting.devices(a, r), self.setting.devices(b, r)
+            found += [
+                Tile(source[s], target[t], nbytes)
+                for s, t, nbytes in self.setting.moves(edge, a, b).tiles
+            ]
+        return tuple(found)
+
+    def _sharing(self, edge: str, a: int, b: int, replica: int) -> float:
+        """Seconds in which receivers share among themselves what they were sent."""
+        moved = self.setting.moves(edge, a, b)
+        if not moved.groups:
+            return 0.0
+        own = self.setting.devices(b, replica)
+        longest = 0.0
+        for group in moved.groups:
+            mesh = MeshSlice(tuple(own[p] for p in group), (len(group),), (DATA,))
+            machine = machine_of(self.setting.cluster, mesh, self.setting.calibration)
+            longest = max(longest, machine.collective_s(DATA, ALL_GATHER, moved.shared))
+        return longest
+
+
+def kinds_of(
+    setting: Setting, stage: int, replica: int | None
+) -> list[tuple[Kind, float, tuple[Collective, ...]]]:
+    """(kind, seconds of compute, collectives) of a stage.
+
+    A stage whose backward does not divide does all of it in the input half.
+    """
+    cost = setting.cost(stage, replica)
+    whole = (cost.backward_s, cost.backward_comm)
+    halves = (
+        (cost.backward_input_s, cost.backward_input_comm),
+        (cost.backward_weight_s, cost.backward_weight_comm),
+    )
+    first, second = halves if setting.io.splits[stage] else (whole, (0.0, ()))
+    return [
+        (Kind.FORWARD, cost.forward_s, cost.forward_comm),
+        (Kind.BACKWARD, *whole),
+        (Kind.BACKWARD_INPUT, *first),
+        (Kind.BACKWARD_WEIGHT, *second),
+    ]

@@ -1,0 +1,199 @@
+"""What a rank holds, from the beginning of a step to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from raypar.schedules.compile import GRAD
+from raypar.schedules.instructions import COMPUTE, RECV, SEND, Instruction, Kind
+from raypar.search._sim_build import Built, Setting
+from raypar.search._sim_run import Played
+
+RESIDENT = ("parameters", "gradients", "optimizer", "buffers", "overhead")
+MOVING = ("saved", "edges", "transient")
+_SAVED, _EDGES, _TRANSIENT = range(3)
+
+
+@dataclass(frozen=True)
+class MemoryTimeline:
+    """Bytes that each rank of a lane holds over time.
+
+    Attributes:
+        resident: Held all the time: ``parameters``, ``gradients``, ``optimizer``, ``buffers`` and
+            ``overhead`` (fragmentation, libraries), in bytes.
+        peak_bytes: The most held at once.
+        peak_s: When, in seconds from the beginning of the step.
+        peak_parts: What was held then, by name; adds up to `peak_bytes`.
+        saved_peak: Stage → most bytes held for its backward at once.
+        times: When what is held changes, in seconds.
+        moving: One row each for ``saved`` activations, ``edges`` (received and sent values and
+            their gradients) and ``transient`` (within one program): bytes from each time on.
+    """
+
+    resident: dict[str, int]
+    peak_bytes: int
+    peak_s: float
+    peak_parts: dict[str, int]
+    saved_peak: dict[int, int]
+    times: np.ndarray = field(repr=False)
+    moving: np.ndarray = field(repr=False)
+
+    @property
+    def held(self) -> np.ndarray:
+        """Bytes held from each of `times` on."""
+        total: np.ndarray = self.moving.sum(axis=0) + sum(self.resident.values())
+        return total
+
+
+def memory_of(
+    lane: int, program: Sequence[Instruction], setting: Setting, built: Built, played: Played
+) -> MemoryTimeline:
+    """The memory of one rank of a lane.
+
+    Args:
+        lane: Which lane.
+        program: The list of its rank group.
+        setting: What is simulated.
+        built: The program that was played.
+        played: When everything happened.
+    """
+    walk = _Walk(lane, setting, built, played)
+    for position, now in enumerate(program):
+        walk.step(position, now)
+    return walk.timeline()
+
+
+class _Walk:
+    def __init__(self, lane: int, setting: Setting, built: Built, played: Played) -> None:
+        self.lane, self.setting, self.built, self.played = lane, setting, built, played
+        self.group = built.lanes[lane].group
+        self.replica = built.lane_replicas[lane]
+        self.ends = played.ends[lane]
+        self.last = built.program.last_op[lane]
+        self.ops = built.program.ops[lane]
+        self.stages = setting.stages_of(self.group)
+        self.costs = {s: setting.cost(s, self.replica) for s in self.stages}
+        self.sizes = _edge_sizes(setting, self.group)
+        self.made: dict[int, list[str]] = {s: [] for s in self.stages}
+        self.read: dict[int, list[str]] = {s: [] for s in self.stages}
+        for edge in setting.io.edges:
+            if edge.source in self.made:
+                self.made[edge.source].append(edge.name)
+            if edge.differentiable:
+                for target in edge.targets:
+                    if target in self.read:
+                        self.read[target].append(edge.name)
+        self.held: set[tuple[str, int]] = set()
+        self.leaves: dict[tuple[str, int], float] = {}
+        self.counts = dict.fromkeys(self.stages, (0, 0))
+        self.saved_peak = dict.fromkeys(self.stages, 0)
+        self.changes: list[tuple[float, int, int]] = []  # (time, which of MOVING, bytes)
+
+    def step(self, position: int, now: Instruction) -> None:
+        """What one instruction changes."""
+        kind, stage, mb = now.kind, now.stage, now.microbatch
+        if stage is None or mb is None:
+            return
+        op = self.last[position]
+        end = self.ends[op]
+        if kind in COMPUTE:
+            before = self.last[position - 1] if position else 0
+            self._compute(kind, stage, mb, self.ends[before], end)
+        elif kind in RECV:
+            assert now.value is not None
+            name = now.value if kind is Kind.RECV_FORWARD else GRAD + now.value
+            # It takes memory here from its arrival on, read or not.
+            self._take(name, mb, min(self.played.arrived[self.ops[op][1]], end))
+        elif kind in SEND:
+            assert now.value is not None
+            name = now.value if kind is Kind.SEND_FORWARD else GRAD + now.value
+            gone = self.played.arrived[self.ops[op][1]]
+            self.leaves[name, mb] = max(self.leaves.get((name, mb), 0.0), gone)
+        elif kind is Kind.FREE and now.value is not None:
+            key = (now.value, mb)
+            if key in self.held:
+                self.held.remove(key)
+                free = max(end, self.leaves.pop(key, 0.0))
+                size = self.sizes[now.value.removeprefix(GRAD)]
+                self.changes.append((free, _EDGES, -size))
+
+    def _take(self, name: str, mb: int, time: float) -> None:
+        if (name, mb) not in self.held:
+            self.held.add((name, mb))
+            self.changes.append((time, _EDGES, self.sizes[name.removeprefix(GRAD)]))
+
+    def _compute(self, kind: Kind, stage: int, mb: int, start: float, end: float) -> None:
+        cost = self.costs[stage]
+        peak = cost.forward_peak_bytes if kind is Kind.FORWARD else cost.backward_peak_bytes
+        if peak:
+            self.changes.append((start, _TRANSIENT, peak))
+            self.changes.append((end, _TRANSIENT, -peak))
+        halves = self.setting.io.splits[stage]
+        if kind is Kind.FORWARD:
+            self._keep(stage, end, 1, 0)
+            for name in self.made[stage]:
+                self._take(name, mb, end)
+            return
+        if kind is Kind.BACKWARD_WEIGHT:
+            if halves:
+                self._keep(stage, end, 0, -1)
+            return
+        self._keep(stage, end, -1, int(kind is Kind.BACKWARD_INPUT and halves))
+        for name in self.read[stage]:
+            self._take(GRAD + name, mb, end)
+
+    def _keep(self, stage: int, time: float, whole: int, half: int) -> None:
+        cost = self.costs[stage]
+        counts = self.counts[stage]
+        self.counts[stage] = counts = (counts[0] + whole, counts[1] + half)
+        more = whole * cost.saved_bytes + half * cost.half_bytes
+        if more:
+            self.changes.append((time, _SAVED, more))
+        now = counts[0] * cost.saved_bytes + counts[1] * cost.half_bytes
+        self.saved_peak[stage] = max(self.saved_peak[stage], now)
+
+    def timeline(self) -> MemoryTimeline:
+        """All changes in order of time."""
+        # Changes at one time keep the list's order: workspace is gone, results take its place.
+        order = sorted(range(len(self.changes)), key=lambda i: (self.changes[i][0], i))
+        times = np.array([0.0, *(self.changes[i][0] for i in order)])
+        moving = np.zeros((len(MOVING), len(order) + 1), dtype=np.int64)
+        for place, i in enumerate(order):
+            _, which, size = self.changes[i]
+            moving[which, place + 1] = size
+        moving = moving.cumsum(axis=1)
+        resident = self._resident()
+        held = moving.sum(axis=0)
+        top = int(held.argmax())
+        parts = {**resident, **{n: int(moving[i, top]) for i, n in enumerate(MOVING)}}
+        return MemoryTimeline(
+            resident,
+            sum(parts.values()),
+            float(times[top]),
+            parts,
+            self.saved_peak,
+            times,
+            moving,
+        )
+
+    def _resident(self) -> dict[str, int]:
+        costs = self.costs.values()
+        sizes = (
+            sum(c.param_bytes for c in costs),
+            sum(c.gradient_bytes for c in costs),
+            sum(c.optimizer_bytes for c in costs),
+            sum(c.buffer_bytes for c in costs),
+            sum(c.overhead_bytes for c in costs),
+        )
+        return dict(zip(RESIDENT, sizes, strict=True))
+
+
+def _edge_sizes(setting: Setting, group: int) -> dict[str, int]:
+    """Edge → bytes of one rank's part of it for one microbatch."""
+    return {
+        edge.name: setting.local_bytes.get((edge.name, group), edge.nbytes)
+        for edge in setting.io.edges
+    }
