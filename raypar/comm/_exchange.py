@@ -17,8 +17,8 @@ import torch
 
 from raypar.comm._endpoint import MAX_KEY_BYTES, Endpoint
 from raypar.comm._reduce import check_reducible, reduce_in_order
-from raypar.comm._work import Pending, PendingReceive, Ready, fits, misfit
-from raypar.comm.group import DEFAULT_TIMEOUT_S, Group, TensorSpec, Work
+from raypar.comm._work import Pending, PendingReceive, fits, misfit
+from raypar.comm.group import DEFAULT_TIMEOUT_S, Group, Ready, TensorSpec, Work
 from raypar.errors import CommAbortedError, CommError
 
 _ONE_ROUND_BYTES = 32 << 10
@@ -198,17 +198,48 @@ class ExchangeGroup(Group):
         Raises:
             CommError: Not one tensor per rank, unequal shapes, or a dtype that has no sum.
         """
+        found = self.ireduce_scatter(tensors, name=name).wait()
+        assert found is not None
+        return found
+
+    def ireduce_scatter(
+        self, tensors: Sequence[torch.Tensor], *, into: torch.Tensor | None = None, name: str = ""
+    ) -> Work:
+        """Begins a `reduce_scatter`. See `Group`.
+
+        Raises:
+            CommError: As in `reduce_scatter`, or `into` has another form.
+        """
         call = _Call(self, "reduce_scatter", name)
         plain = self._one_per_rank(tensors, call)
         check_reducible(plain[0].dtype, "sum", call.text())
         for tensor in plain[1:]:
             if not fits(tensor, plain[0]):
                 raise CommError(f"{call.text()}: unequal shapes {[tuple(t.shape) for t in plain]}")
-        parts = [plain[self.rank]] * self.size
-        self._swap(plain, parts, plain[self.rank], call)
-        out = torch.empty_like(plain[self.rank])
-        reduce_in_order(parts, "sum", out=out)
-        return out
+        own = plain[self.rank]
+        out = torch.empty_like(own) if into is None else into
+        if not fits(out, own) or not out.is_contiguous():
+            raise CommError(
+                f"{call.text()}: `into` must be contiguous, of shape {tuple(own.shape)} "
+                f"{own.dtype}; found {tuple(out.shape)} {out.dtype}, strides {out.stride()}"
+            )
+        parts = [own] * self.size
+        call.value = out
+        call.at_end = lambda: reduce_in_order(parts, "sum", out=out)
+        self._swap(plain, parts, own, call)
+        return call.pending
+
+    def iall_gather(self, tensor: torch.Tensor, *, name: str = "") -> Work:
+        """Begins an `all_gather`. See `Group`."""
+        call = _Call(self, "all_gather", name)
+        mine = _plain(tensor, call.text)
+        out = mine.new_empty((self.size, *mine.shape))
+        out[self.rank] = mine
+        call.value = out
+        both = _Countdown(2, call.end)
+        call.receive(0, [(r, out[r]) for r in self._others], None, both.tick)
+        call.send(0, [(r, mine) for r in self._others], both.tick)
+        return call.pending
 
     def all_to_all(self, tensors: Sequence[torch.Tensor], *, name: str = "") -> list[torch.Tensor]:
         """Sends `tensors[i]` to rank i; shapes may differ. See `Group`.
@@ -220,6 +251,7 @@ class ExchangeGroup(Group):
         plain = self._one_per_rank(tensors, call)
         parts = [plain[self.rank].clone()] * self.size
         self._swap(plain, parts, None, call)
+        call.pending.wait()
         return parts
 
     def _swap(
@@ -232,7 +264,6 @@ class ExchangeGroup(Group):
         both = _Countdown(2, call.end)
         call.receive(0, [(r, like) for r in self._others], parts, both.tick)
         call.send(0, [(r, plain[r]) for r in self._others], both.tick)
-        call.pending.wait()
 
     def broadcast(self, tensor: torch.Tensor, *, root: int, name: str = "") -> None:
         """In place on every rank but `root`. See `Group`.

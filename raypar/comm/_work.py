@@ -142,21 +142,6 @@ class PendingReceive(Pending):
         return value
 
 
-class Ready(Work):
-    """A call that was over when it returned."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: torch.Tensor | None = None) -> None:
-        self._value = value
-
-    def wait(self) -> torch.Tensor | None:
-        return self._value
-
-    def done(self) -> bool:
-        return True
-
-
 def fits(tensor: torch.Tensor, form: TensorSpec | torch.Tensor) -> bool:
     """Whether `tensor` has the shape and dtype of `form`."""
     return tensor.dtype == form.dtype and tuple(tensor.shape) == tuple(form.shape)

@@ -7,6 +7,7 @@ Training", sections 3.2.2 and 3.2.3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,30 @@ class _Bucket:
     flat: torch.Tensor | None = None
     missing: int = 0
     work: Work | None = None
+
+
+def bucket_members(
+    specs: Sequence[TensorSpec], bucket_bytes: int, never: Collection[int] = ()
+) -> list[list[int]]:
+    """Indices of the tensors that travel together, equal dtypes only.
+
+    A bucket is closed when it holds `bucket_bytes`; a tensor is never cut. The bucket whose last
+    member is ready first comes first.
+    """
+    open_: dict[torch.dtype, list[int]] = {}
+    filled: dict[torch.dtype, int] = {}
+    done: list[list[int]] = []
+    for index, spec in enumerate(specs):
+        if index in never:
+            continue
+        open_.setdefault(spec.dtype, []).append(index)
+        nbytes = math.prod(spec.shape) * spec.dtype.itemsize
+        filled[spec.dtype] = filled.get(spec.dtype, 0) + nbytes
+        if filled[spec.dtype] >= bucket_bytes:
+            done.append(open_.pop(spec.dtype))
+            filled[spec.dtype] = 0
+    done.extend(open_.values())
+    return sorted(done, key=lambda members: members[-1])
 
 
 class GradBuckets:
@@ -75,7 +100,11 @@ class GradBuckets:
         self._never = frozenset(never)
         self._group = group if group is not None and group.size > 1 else None
         self._scale = 1.0 / self._group.size if average and self._group is not None else None
-        self._buckets = self._layout(bucket_bytes) if self._group is not None else []
+        self._buckets: list[_Bucket] = []
+        if self._group is not None:
+            for members in bucket_members(self._specs, bucket_bytes, self._never):
+                sizes = [math.prod(self._specs[i].shape) for i in members]
+                self._buckets.append(_Bucket(members, sizes, self._specs[members[0]].dtype))
         self._home = {index: bucket for bucket in self._buckets for index in bucket.members}
         self._device = torch.device("cpu")
         self._views: list[torch.Tensor | None] = [None] * len(specs)
@@ -85,27 +114,6 @@ class GradBuckets:
         self._shared: set[int] = set()
         self._owned: set[int] = set()
         self.reset()
-
-    def _layout(self, bucket_bytes: int) -> list[_Bucket]:
-        open_: dict[torch.dtype, _Bucket] = {}
-        filled: dict[torch.dtype, int] = {}
-        done: list[_Bucket] = []
-        for index, spec in enumerate(self._specs):
-            if index in self._never:
-                continue
-            count = 1
-            for dim in spec.shape:
-                count *= dim
-            bucket = open_.setdefault(spec.dtype, _Bucket([], [], spec.dtype))
-            bucket.members.append(index)
-            bucket.sizes.append(count)
-            filled[spec.dtype] = filled.get(spec.dtype, 0) + count * spec.dtype.itemsize
-            if filled[spec.dtype] >= bucket_bytes:
-                done.append(open_.pop(spec.dtype))
-                filled[spec.dtype] = 0
-        done.extend(open_.values())
-        # The bucket whose last member is ready first goes first.
-        return sorted(done, key=lambda b: b.members[-1])
 
     def reset(self) -> None:
         """Begins the next step: all gradients are as if they had never come.
@@ -254,3 +262,7 @@ class GradBuckets:
                     bucket.flat.mul_(self._scale)
                 bucket.work = None
         return list(self._views)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All memory held now, for accounts of it."""
+        return [t for t in (*self._views, *(b.flat for b in self._buckets)) if t is not None]

@@ -34,6 +34,23 @@ class Work(ABC):
         """Whether `wait` would return (or raise) at once."""
 
 
+class Ready(Work):
+    """A call that was over when it returned."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: torch.Tensor | None = None) -> None:
+        self._value = value
+
+    def wait(self) -> torch.Tensor | None:
+        """See `Work`."""
+        return self._value
+
+    def done(self) -> bool:
+        """See `Work`."""
+        return True
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Shape and dtype a receiver expects; a message of another form is a CommError."""
@@ -73,6 +90,28 @@ class Group(ABC):
     @abstractmethod
     def reduce_scatter(self, tensors: Sequence[torch.Tensor], *, name: str = "") -> torch.Tensor:
         """Sum over ranks of everyone's `tensors[rank]`; the tensors have equal shapes."""
+
+    def ireduce_scatter(
+        self, tensors: Sequence[torch.Tensor], *, into: torch.Tensor | None = None, name: str = ""
+    ) -> Work:
+        """Begins a `reduce_scatter`; `wait()` returns the sum.
+
+        A backend without a background form of it does it at once.
+
+        Args:
+            tensors: One per rank, of equal shapes.
+            into: Contiguous memory for the sum, which may be ``tensors[rank]``; None for new.
+            name: Name in errors.
+        """
+        found = self.reduce_scatter(tensors, name=name)
+        return Ready(found if into is None else into.copy_(found))
+
+    def iall_gather(self, tensor: torch.Tensor, *, name: str = "") -> Work:
+        """Begins an `all_gather`; `wait()` returns all tensors, stacked in rank order.
+
+        A backend without a background form of it does it at once.
+        """
+        return Ready(torch.stack(self.all_gather(tensor, name=name)))
 
     @abstractmethod
     def all_to_all(self, tensors: Sequence[torch.Tensor], *, name: str = "") -> list[torch.Tensor]:

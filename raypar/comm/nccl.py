@@ -30,9 +30,9 @@ from raypar.comm import _nccl_api
 from raypar.comm._exchange import ExchangeGroup
 from raypar.comm._nccl_api import unavailable_reason
 from raypar.comm._nccl_pair import Lane, Pairs
-from raypar.comm._work import PeerClosedError, Ready
+from raypar.comm._work import PeerClosedError
 from raypar.comm.gloo import GlooGroup
-from raypar.comm.group import DEFAULT_TIMEOUT_S, Group, TensorSpec, Work
+from raypar.comm.group import DEFAULT_TIMEOUT_S, Group, Ready, TensorSpec, Work
 from raypar.comm.rendezvous import Address
 from raypar.errors import CommAbortedError, CommError, CommTimeoutError
 
@@ -171,18 +171,24 @@ class NcclGroup(Group):
 
     def all_gather(self, tensor: torch.Tensor, *, name: str = "") -> list[torch.Tensor]:
         """See `Group`."""
+        out = self.iall_gather(tensor, name=name).wait()
+        assert out is not None
+        return list(out.unbind(0))
+
+    def iall_gather(self, tensor: torch.Tensor, *, name: str = "") -> Work:
+        """Begins an `all_gather` on the side stream. See `Group`."""
         call = self._call(f"all_gather {name!r}")
         plain = self._plain(tensor, call)
         out = plain.new_empty((self.size, *plain.shape))
+        if out.numel() == 0:
+            return Ready(out)
 
         def issue(stream: int) -> None:
             self._all.comm.allGather(
                 plain.data_ptr(), out.data_ptr(), *_nccl_api.moved_as(plain), stream
             )
 
-        if out.numel():
-            self._issue(self._all, call, issue, [plain, out], None).wait()
-        return list(out.unbind(0))
+        return self._issue(self._all, call, issue, [plain, out], out)
 
     def reduce_scatter(self, tensors: Sequence[torch.Tensor], *, name: str = "") -> torch.Tensor:
         """See `Group`.
@@ -190,20 +196,32 @@ class NcclGroup(Group):
         Raises:
             CommError: Not one tensor per rank, or NCCL cannot add up the dtype.
         """
+        found = self.ireduce_scatter(tensors, name=name).wait()
+        assert found is not None
+        return found
+
+    def ireduce_scatter(
+        self, tensors: Sequence[torch.Tensor], *, into: torch.Tensor | None = None, name: str = ""
+    ) -> Work:
+        """Begins a `reduce_scatter` on the side stream. See `Group`.
+
+        Raises:
+            CommError: As in `reduce_scatter`.
+        """
         call = self._call(f"reduce_scatter {name!r}")
         self._one_per_rank(tensors, call)
         stacked = self._plain(torch.stack([t.detach() for t in tensors]), call)
         per, kind, code = _nccl_api.reduced_as(stacked.dtype, "sum", call())
-        out = torch.empty_like(stacked[0])
+        out = torch.empty_like(stacked[0]) if into is None else into
+        if out.numel() == 0:
+            return Ready(out)
 
         def issue(stream: int) -> None:
             self._all.comm.reduceScatter(
                 stacked.data_ptr(), out.data_ptr(), per * out.numel(), kind, code, stream
             )
 
-        if out.numel():
-            self._issue(self._all, call, issue, [stacked, out], None).wait()
-        return out
+        return self._issue(self._all, call, issue, [stacked, out], out)
 
     def all_to_all(self, tensors: Sequence[torch.Tensor], *, name: str = "") -> list[torch.Tensor]:
         """See `Group`; what rank r sends here has the shape of what this rank sends to r.

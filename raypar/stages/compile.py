@@ -84,6 +84,10 @@ def compile_plan(
                     inputs=_inputs([low.stages[s] for s in own]),
                     batch_dims=graph.batch_dims,
                     shared=shared,
+                    shared_layouts={
+                        name: tuple(low.layouts[g][name] for g in groups)
+                        for name, groups in shared.items()
+                    },
                     model_fn=graph.model_fn,
                     loss_fn=graph.loss_fn,
                     optimizer=optimizer,

@@ -7,11 +7,53 @@ from collections.abc import Callable, Sequence
 import torch
 
 from raypar.errors import TrainingError
+from raypar.stages.layouts import stored_piece
 from raypar.stages.spec import RankSpec
 
 
+def assemble(
+    specs: Sequence[RankSpec], parts: Sequence[dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Puts the ranks' parts of parameters (or of their gradients) together.
+
+    Args:
+        specs: Every rank's spec, by rank.
+        parts: Every rank's tensors by name: its stored part where the name is a parameter with a
+            layout, else all of it.
+
+    Raises:
+        TrainingError: A part has another shape than its layout says, or parts are missing.
+    """
+    found: dict[str, torch.Tensor] = {}
+    elements: dict[str, int] = {}
+    for spec, tensors in zip(specs, parts, strict=True):
+        for name, tensor in tensors.items():
+            layout = spec.params.get(name)
+            if layout is None or tuple(tensor.shape) == layout.shape:
+                found[name] = tensor
+                elements.pop(name, None)
+                continue
+            piece = stored_piece(layout, spec.axes, spec.coordinate)
+            if piece.shape != tuple(tensor.shape):
+                raise TrainingError(
+                    f"rank {spec.rank} sent {tuple(tensor.shape)} of {name!r}; its part of "
+                    f"{layout.shape} is {piece.shape}"
+                )
+            if name not in found:
+                found[name] = tensor.new_empty(layout.shape)
+                elements[name] = 0
+            piece.write(found[name], tensor)
+            elements[name] += piece.numel
+    for name, count in elements.items():
+        if count < found[name].numel():
+            raise TrainingError(
+                f"the ranks sent {count} of the {found[name].numel()} elements of {name!r}"
+            )
+    return found
+
+
 def consolidate(
-    spec: RankSpec, parts: Sequence[dict[str, torch.Tensor]]
+    specs: Sequence[RankSpec], parts: Sequence[dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
     """Builds the model's ``state_dict()`` from what the ranks own.
 
@@ -19,13 +61,15 @@ def consolidate(
     them, which needs one build of the model on the CPU.
 
     Args:
-        spec: Any rank's spec, for the model and the seed.
-        parts: Every rank's tensors under canonical names (of several tied names any one).
+        specs: Every rank's spec, by rank.
+        parts: Every rank's tensors under canonical names (of several tied names any one); see
+            `assemble`.
 
     Raises:
-        TrainingError: A rank sent a tensor that the model does not have.
+        TrainingError: A rank sent a tensor that the model does not have, or a part is missing.
     """
-    held = {name: tensor for part in parts for name, tensor in part.items()}
+    held = assemble(specs, parts)
+    spec = specs[0]
     model = _build(spec, meta=True)
     keys = _state_keys(model)
     groups = _tied_groups(model)

@@ -15,6 +15,8 @@ from raypar.graph.capture import build_model
 from raypar.graph.origins import fetch_tensor
 from raypar.programs.stage import StageProgram, compile_stage
 from raypar.programs.wire import unpack
+from raypar.sharding.pieces import piece_of
+from raypar.stages.layouts import Way, is_view, taken_ranges, way_of
 from raypar.stages.spec import RankSpec, StageSpec
 
 _MAIN_LOCK = threading.Lock()
@@ -39,7 +41,10 @@ class Holdings:
     """Parameters, buffers and programs of one rank.
 
     Attributes:
-        params: Own parameters by name, in the model's order.
+        params: Own parameters by name, in the model's order, as programs take them.
+        stored: The parts of them that the optimizer holds: the parameter itself, a view of it
+            where the part is contiguous, else a tensor of its own.
+        ways: How each of them gets from one to the other.
         buffers: Own buffers by name.
         constants: Constant tensors of the graph by placeholder id.
         stages: Stage number → programs.
@@ -76,9 +81,21 @@ class Holdings:
                 "has: plan and model do not belong together"
             )
         self.params = {
-            name: nn.Parameter(p.detach().clone().to(device), requires_grad=p.requires_grad)
+            name: nn.Parameter(
+                _taken_part(spec, name, p.detach()).clone().to(device),
+                requires_grad=p.requires_grad,
+            )
             for name, p in trainable.items()
             if name in names
+        }
+        self.ways = {
+            name: way_of(spec.params[name], spec.axes, spec.coordinate)
+            for name in self.params
+            if name in spec.params
+        }
+        self.stored = {
+            name: _stored_part(p, self.ways[name]) if name in self.ways else p
+            for name, p in self.params.items()
         }
         self.constants = {
             key: (found if isinstance(found, torch.Tensor) else fetch_tensor(model, found))
@@ -91,6 +108,22 @@ class Holdings:
             for name, b in model.named_buffers()
             if name in buffers
         }
+
+
+def _taken_part(spec: RankSpec, name: str, whole: torch.Tensor) -> torch.Tensor:
+    """What programs take of a parameter: all of it where no stage has a say."""
+    if name not in spec.params:
+        return whole
+    return piece_of(taken_ranges(spec.params[name], spec.axes, spec.coordinate)).read(whole)
+
+
+def _stored_part(taken: nn.Parameter, way: Way) -> nn.Parameter:
+    if not way.cut:
+        return taken
+    part = way.own.read(taken.detach())
+    if not is_view(way):
+        part = part.clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(part, requires_grad=taken.requires_grad)
 
 
 @contextlib.contextmanager

@@ -20,10 +20,13 @@ from raypar.graph.replay import replay
 from raypar.plan import DATA
 from raypar.schedules.instructions import Instruction, Kind
 from raypar.sharding.collectives import set_context
+from raypar.stages.accounts import measured_memory
 from raypar.stages.batch import first_sample, microbatch_rows
 from raypar.stages.gradients import GradientStore
 from raypar.stages.holdings import HeldStage, Holdings
+from raypar.stages.layouts import reported_names
 from raypar.stages.meters import FiniteWatch, SavedMeter
+from raypar.stages.optimizers import check_cut
 from raypar.stages.spec import RankSpec, StepReport
 from raypar.stages.transfers import Transfers
 
@@ -52,7 +55,7 @@ class RankRunner:
         self._holdings = Holdings(spec, self._device, trace_lock)
         self._mesh = MeshGroups(world, spec.meshes, spec.bases, spec.group)
         self._replicas = self._mesh.along((DATA,))
-        self._gradients = GradientStore(spec, self._holdings, world, self._replicas)
+        self._gradients = GradientStore(spec, self._holdings, world, self._mesh)
         self._optimizer = self._make_optimizer()
         self._transfers = Transfers(spec, world)
         self._tangents = self._loss_tangents()
@@ -78,11 +81,11 @@ class RankRunner:
     # -- set-up -----------------------------------------------------------------------------
 
     def _make_optimizer(self) -> torch.optim.Optimizer | None:
-        params = list(self._holdings.params.values())
+        params = list(self._holdings.stored.values())
         if not params:
             return None
         try:
-            return self.spec.optimizer(params)
+            made = self.spec.optimizer(params)
         except RayparError:
             raise
         except Exception as error:
@@ -90,6 +93,8 @@ class RankRunner:
                 f"the optimizer could not be built on the {len(params)} parameters of rank "
                 f"{self.spec.rank}: {type(error).__name__}: {error}"
             ) from error
+        check_cut(made, self.spec.params, self.spec.axes)
+        return made
 
     def _loss_tangents(self) -> dict[int, torch.Tensor]:
         """Stage → gradient of the global loss by the stage's loss of one microbatch."""
@@ -349,6 +354,7 @@ class RankRunner:
                 f"step {self._step}: {type(self._optimizer).__name__}.step raised "
                 f"{type(error).__name__}: {error}"
             ) from error
+        self._gradients.spread()
         self._seconds["optimizer"] += time.perf_counter() - began
 
     # -- what is held between forward and backward ------------------------------------------
@@ -370,16 +376,34 @@ class RankRunner:
     # -- from outside -----------------------------------------------------------------------
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Owned parameters and buffers, under the model's own names, on the CPU."""
+        """Own parts of parameters, and owned buffers, by the model's own names, on the CPU."""
         held = self._holdings
-        found = {n: held.params[n].detach().cpu().clone() for n in self.spec.owned_params}
+        found = {
+            n: held.stored[n].detach().cpu().clone(memory_format=torch.contiguous_format)
+            for n in reported_names(self.spec)
+        }
         found.update({n: held.buffers[n].cpu().clone() for n in self.spec.owned_buffers})
         return found
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Owned gradients of the last step, before clipping (with ``keep_gradients``)."""
+        """Own parts of the last step's gradients, before clipping (with ``keep_gradients``)."""
         kept = self._gradients.kept
-        return {n: kept[n].cpu() for n in self.spec.owned_params if n in kept}
+        return {n: kept[n].cpu() for n in reported_names(self.spec) if n in kept}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held from step to step, measured on the tensors themselves.
+
+        Returns:
+            ``parameters``, ``gradients``, ``optimizer`` (its states), ``total``; compare
+            `raypar.stages.accounts.predicted_memory`.
+        """
+        held = self._holdings
+        states = [] if self._optimizer is None else self._optimizer.state.values()
+        return measured_memory(
+            parameters=[*held.params.values(), *held.stored.values()],
+            gradients=self._gradients.tensors(),
+            optimizer=[t for s in states for t in s.values() if isinstance(t, torch.Tensor)],
+        )
 
     def predicted_saved(self) -> dict[int, int]:
         """Stage → predicted bytes that one microbatch holds between forward and backward."""

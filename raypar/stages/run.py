@@ -11,7 +11,7 @@ from typing import Self
 import torch
 
 from raypar.errors import NonFiniteError
-from raypar.stages.consolidate import consolidate
+from raypar.stages.consolidate import assemble, consolidate
 from raypar.stages.faults import RankInfo
 from raypar.stages.spec import RankSpec, StepReport
 
@@ -119,11 +119,11 @@ class Run(ABC):
             A dict with the keys, and in the order, of the model's own ``state_dict()``; names
             that are tied in the model share a tensor.
         """
-        return consolidate(self._specs[0], self._collect("state"))
+        return consolidate(self._specs, self._collect("state"))
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The last step's gradients by parameter name, if the specs keep them."""
-        return {k: v for part in self._collect("gradients") for k, v in part.items()}
+        return assemble(self._specs, self._collect("gradients"))
 
     def __enter__(self) -> Self:
         try:

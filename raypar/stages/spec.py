@@ -79,6 +79,7 @@ class RankSpec:
         inputs: Example-tensor names (``in:0``, ...) its stages read.
         batch_dims: For every example tensor its batch dim, or None for broadcast.
         shared: Parameter name → the rank groups that hold a copy (tied over stages), ascending.
+        shared_layouts: For every such name its layout on each of those rank groups.
         owned_params: Parameters whose state this rank reports and, where unused by any stage,
             just keeps.
         owned_buffers: The same for buffers.
@@ -120,6 +121,7 @@ class RankSpec:
     model_fn: Callable[[], torch.nn.Module] | torch.nn.Module
     loss_fn: Callable[..., torch.Tensor] | None
     optimizer: OptimizerFn
+    shared_layouts: dict[str, tuple[ParamLayout, ...]] = field(default_factory=dict)
     owned_params: tuple[str, ...] = ()
     owned_buffers: tuple[str, ...] = ()
     constants: dict[str, torch.Tensor | Path] = field(default_factory=dict)

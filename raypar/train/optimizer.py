@@ -1,20 +1,21 @@
 """Which optimizers can be run on one rank's own parameters.
 
-Every rank builds its own optimizer from the parameters it holds, whole and unsharded. So an
-element-wise rule (SGD, Adam, ...) and one that looks at whole tensors (Adafactor, Muon) give what
-they give on the unsplit model; one that looks at all parameters at once, or calls the model again,
-does not.
+Every rank builds its own optimizer from the parameters, or parts of them, that it holds. So an
+element-wise rule (SGD, Adam, ...) gives what it gives on the unsplit model; one that looks at whole
+tensors (Adafactor, Muon) does where the plan cuts none; one that looks at all parameters at once,
+or calls the model again, does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from raypar.errors import OptimizerError
-from raypar.stages.spec import OptimizerFn
+from raypar.stages.optimizers import check_cut
+from raypar.stages.spec import OptimizerFn, RankSpec
 
 _REFUSED = {
     "LBFGS": "it evaluates the model several times in a step and mixes all parameters of the model "
@@ -53,9 +54,37 @@ def check_optimizer(
             f"optimizer is {optimizer!r}; pass a callable that builds a torch.optim.Optimizer from "
             f"parameters, {example}"
         )
-    name = getattr(optimizer, "__name__", "")
-    if name in _REFUSED and getattr(optimizer, "__module__", "").startswith("torch.optim"):
-        raise _refused(name)
+    refused = getattr(optimizer, "__name__", "")
+    if refused in _REFUSED and getattr(optimizer, "__module__", "").startswith("torch.optim"):
+        raise _refused(refused)
+    built = _build_empty(optimizer, parameters)
+    for kind in type(built).__mro__:
+        if kind.__name__ in _REFUSED and kind.__module__.startswith("torch.optim"):
+            raise _refused(kind.__name__)
+    return optimizer  # type: ignore[no-any-return]
+
+
+def check_optimizer_on(
+    specs: Sequence[RankSpec], parameters: Iterable[tuple[tuple[int, ...], torch.dtype, bool]]
+) -> None:
+    """Checks, before anything is started, that the optimizer may see the parts that ranks hold.
+
+    Args:
+        specs: Every rank's spec; they hold the optimizer.
+        parameters: As in `check_optimizer`.
+
+    Raises:
+        OptimizerError: It needs parameters whole that the plan cuts.
+    """
+    built = _build_empty(specs[0].optimizer, parameters)
+    for spec in {spec.group: spec for spec in specs}.values():
+        check_cut(built, spec.params, spec.axes)
+
+
+def _build_empty(
+    optimizer: OptimizerFn, parameters: Iterable[tuple[tuple[int, ...], torch.dtype, bool]]
+) -> torch.optim.Optimizer:
+    example = "for example lambda params: torch.optim.AdamW(params, lr=3e-4)"
     empty = [
         torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=grad)
         for shape, dtype, grad in parameters
@@ -72,10 +101,7 @@ def check_optimizer(
             f"the optimizer callable returned {type(built).__name__}, not a torch.optim.Optimizer; "
             f"{example}"
         )
-    for kind in type(built).__mro__:
-        if kind.__name__ in _REFUSED and kind.__module__.startswith("torch.optim"):
-            raise _refused(kind.__name__)
-    return optimizer  # type: ignore[no-any-return]
+    return built
 
 
 def _refused(name: str) -> OptimizerError:

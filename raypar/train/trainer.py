@@ -26,7 +26,7 @@ from raypar.train.config import RunConfig, ScalingConfig
 from raypar.train.data import BatchForm, Data, Opened, RandomState, peek
 from raypar.train.feed import DataFeed, HeldBatches
 from raypar.train.metrics import Display, MetricsLog, tokens_of
-from raypar.train.optimizer import check_optimizer
+from raypar.train.optimizer import check_optimizer, check_optimizer_on
 from raypar.train.result import Result
 from raypar.train.signals import terminating
 
@@ -149,6 +149,7 @@ class Trainer:
             if self._on_plan is not None:
                 self._on_plan(plan, graph, cluster)
             specs = self._compile(graph, plan)
+            check_optimizer_on(specs, _parameters(graph))
             clock.mark("compile")
             run = self._make_run(stack, specs, plan, cluster, opened, form)
             stack.callback(run.close)

@@ -1,0 +1,397 @@
+"""Buckets for values that are cut over the ranks: gradients reduce-scattered, parameters gathered.
+
+A bucket is one flat tensor with a row for every rank, and a row holds that rank's piece of every
+member, one after the other. So one reduce-scatter or all-gather serves many parameters, whichever
+dims they are cut in. What is cut when is that of Rajbhandari et al. 2020, "ZeRO: Memory
+Optimizations Toward Training Trillion Parameter Models", section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from raypar.comm.buckets import bucket_members
+from raypar.comm.group import Group, TensorSpec, Work
+from raypar.errors import CommError
+from raypar.sharding.pieces import Piece
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one tensor is cut over a group.
+
+    Attributes:
+        spec: The uncut tensor.
+        pieces: Which part of it each rank of the group has, of equal sizes.
+    """
+
+    spec: TensorSpec
+    pieces: tuple[Piece, ...]
+
+
+class _Rows:
+    """Where the members of one bucket lie in a row; equal on all ranks."""
+
+    def __init__(self, members: list[int], splits: Sequence[Split]) -> None:
+        self.members = members
+        self.dtype = splits[members[0]].spec.dtype
+        self.places: dict[int, tuple[int, int]] = {}
+        self.length = 0
+        for index in members:
+            count = splits[index].pieces[0].numel
+            self.places[index] = (self.length, count)
+            self.length += count
+
+    def of(self, row: torch.Tensor, index: int, piece: Piece) -> torch.Tensor:
+        """The member's piece, as a view of a row."""
+        start, count = self.places[index]
+        return row.narrow(0, start, count).view(piece.shape)
+
+
+class _Bucket:
+    """One bucket of gradients.
+
+    Attributes:
+        rows: Where its members lie.
+        flat: (ranks, row) memory that is being filled, or that of the finished sum.
+        sent: The same of the round that is under way, where every microbatch is a round.
+        own: This rank's reduced row, added up over rounds.
+        filled: Members that have come in this round.
+        ended: Rounds that have left in this step.
+        work: The reduce-scatter under way.
+    """
+
+    def __init__(self, rows: _Rows) -> None:
+        self.rows = rows
+        self.flat: torch.Tensor | None = None
+        self.sent: torch.Tensor | None = None
+        self.own: torch.Tensor | None = None
+        self.filled: set[int] = set()
+        self.missing: int = len(rows.members)
+        self.ended = 0
+        self.work: Work | None = None
+
+
+class ScatterBuckets:
+    """Sums gradients over microbatches and over a group; every rank keeps its own pieces.
+
+    Buckets leave in the same order on all ranks, whatever the order of `add`, as soon as all their
+    members are there, and travel in the background.
+
+    Args:
+        splits: Every gradient, in the order in which they become ready.
+        group: Who shares the gradients.
+        bucket_bytes: A bucket is closed when it holds this much of uncut gradients, in bytes.
+        every_microbatch: Reduce each microbatch's gradients as soon as they are there, and add up
+            the reduced pieces: no more than two buckets of uncut gradients ever exist. Every
+            gradient then comes once in every microbatch. Else the uncut sums are held until the
+            last microbatch, and reduced once.
+        name: Name in errors.
+
+    Raises:
+        CommError: A split does not name as many pieces as the group has ranks, or unequal ones.
+    """
+
+    def __init__(
+        self,
+        splits: Sequence[Split],
+        group: Group,
+        bucket_bytes: int = 4 << 20,
+        every_microbatch: bool = False,
+        name: str = "",
+    ) -> None:
+        self.name = name or "gradients"
+        _check_splits(splits, group, self.name)
+        self._splits = tuple(splits)
+        self._group = group
+        self._eager = every_microbatch
+        members = bucket_members([s.spec for s in splits], bucket_bytes)
+        self._buckets = [_Bucket(_Rows(m, splits)) for m in members]
+        self._home = {i: bucket for bucket in self._buckets for i in bucket.rows.members}
+        self._device = torch.device("cpu")
+        self._spare: dict[torch.dtype, list[torch.Tensor]] = {}
+        self._under_way: _Bucket | None = None
+        self._next = 0
+        self._started: set[int] = set()
+        self._ended: set[int] = set()
+
+    # ---- a step ---------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Begins the next step: all gradients are as if they had never come.
+
+        Raises:
+            CommError: Reduce-scatters of the last step are still under way; call `finish` first.
+        """
+        if any(b.work is not None and not b.work.done() for b in self._buckets):
+            raise CommError(f"{self.name}: reset before finish: reductions are still under way")
+        for bucket in self._buckets:
+            bucket.filled.clear()
+            bucket.missing = len(bucket.rows.members)
+            bucket.ended = 0
+            bucket.work = None
+        self._under_way = None
+        self._next = 0
+        self._started.clear()
+        self._ended.clear()
+
+    def add(self, index: int, grad: torch.Tensor, last: bool) -> None:
+        """Adds one microbatch's uncut gradient; it may be written or freed when this returns.
+
+        Args:
+            index: Which one.
+            grad: Of the split's shape and dtype.
+            last: No other comes for it in this step.
+
+        Raises:
+            CommError: Wrong shape or dtype, a gradient after its last, or a second one before its
+                bucket has left.
+        """
+        self._check(index, grad)
+        self._device = grad.device
+        bucket = self._home[index]
+        if bucket.flat is None:
+            bucket.flat = self._memory(bucket)
+        adding = index in bucket.filled
+        if adding and self._eager:
+            raise CommError(
+                f"{self.name}: gradient {index} came twice before the other gradients of its bucket"
+            )
+        for row, piece in zip(bucket.flat, self._splits[index].pieces, strict=True):
+            part = bucket.rows.of(row, index, piece)
+            if adding:
+                piece.add_into(grad, part)
+            else:
+                piece.copy_into(grad, part)
+        bucket.filled.add(index)
+        self._started.add(index)
+        if last:
+            self._ended.add(index)
+        if self._eager or last:
+            bucket.missing -= 1
+            self._launch_ready()
+
+    def finish(self) -> list[torch.Tensor]:
+        """Waits for all buckets.
+
+        Returns:
+            This rank's piece of every gradient, valid until the next step's first `add`. One that
+            did not come here counts as zeros, since it may have come on other ranks.
+
+        Raises:
+            CommError: A gradient came, but not its last microbatch.
+            CommTimeoutError: A reduction missed its deadline.
+        """
+        open_ = sorted(self._started - self._ended)
+        if open_:
+            raise CommError(f"{self.name}: the last microbatch of gradient {open_[0]} has not come")
+        if not self._eager:
+            self._launch_rest()
+        self._settle()
+        found: dict[int, torch.Tensor] = {}
+        for bucket in self._buckets:
+            if bucket.work is not None:
+                bucket.work.wait()
+                bucket.work = None
+            row = self._own_row(bucket)
+            for index in bucket.rows.members:
+                piece = self._splits[index].pieces[self._group.rank]
+                found[index] = bucket.rows.of(row, index, piece)
+        return [found[index] for index in range(len(self._splits))]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All memory held now, for accounts of it."""
+        held = [t for b in self._buckets for t in (b.flat, b.sent, b.own) if t is not None]
+        return held + [t for spare in self._spare.values() for t in spare]
+
+    # ---- buckets --------------------------------------------------------------------------
+
+    def _check(self, index: int, grad: torch.Tensor) -> None:
+        if not 0 <= index < len(self._splits):
+            raise CommError(f"{self.name}: no gradient {index}; there are {len(self._splits)}")
+        spec = self._splits[index].spec
+        if grad.dtype != spec.dtype or tuple(grad.shape) != tuple(spec.shape):
+            raise CommError(
+                f"{self.name}: gradient {index} has shape {tuple(grad.shape)} {grad.dtype}, "
+                f"expected {tuple(spec.shape)} {spec.dtype}"
+            )
+        if index in self._ended:
+            raise CommError(
+                f"{self.name}: gradient {index} came after its last microbatch; call finish and "
+                "reset between steps"
+            )
+
+    def _memory(self, bucket: _Bucket) -> torch.Tensor:
+        """Unwritten memory for a bucket: of its own, or, in rounds, what another one left."""
+        n, dtype, length = self._group.size, bucket.rows.dtype, bucket.rows.length
+        if not self._eager:
+            return torch.empty((n, length), dtype=dtype, device=self._device)
+        spare = self._spare.setdefault(dtype, [])
+        if spare:
+            memory = spare.pop()
+        else:
+            longest = max(b.rows.length for b in self._buckets if b.rows.dtype == dtype)
+            memory = torch.empty(n * longest, dtype=dtype, device=self._device)
+        return memory.as_strided((n, length), (length, 1))
+
+    def _launch_ready(self) -> None:
+        while self._buckets:
+            if not self._eager and self._next == len(self._buckets):
+                return
+            bucket = self._buckets[self._next % len(self._buckets)]
+            if bucket.missing:
+                return
+            self._launch(bucket)
+
+    def _launch_rest(self) -> None:
+        while self._next < len(self._buckets):
+            bucket = self._buckets[self._next]
+            if bucket.flat is None:
+                bucket.flat = self._memory(bucket)
+            for index in bucket.rows.members:
+                if index not in bucket.filled:
+                    for row, piece in zip(bucket.flat, self._splits[index].pieces, strict=True):
+                        bucket.rows.of(row, index, piece).zero_()
+            bucket.missing = 0
+            self._launch(bucket)
+
+    def _launch(self, bucket: _Bucket) -> None:
+        if self._eager:
+            self._settle()
+        assert bucket.flat is not None
+        at = self._next % len(self._buckets)
+        flat = bucket.flat
+        if self._eager:
+            bucket.sent, bucket.flat = flat, None
+        bucket.work = self._group.ireduce_scatter(
+            list(flat),
+            into=flat[self._group.rank],
+            name=f"{self.name} bucket {at} of {len(self._buckets)}",
+        )
+        bucket.ended += 1
+        bucket.filled.clear()
+        bucket.missing = len(bucket.rows.members)
+        self._next += 1
+        if self._eager:
+            self._under_way = bucket
+
+    def _settle(self) -> None:
+        """Adds up the microbatch's bucket that is under way, and frees its memory."""
+        bucket, self._under_way = self._under_way, None
+        if bucket is None:
+            return
+        assert bucket.work is not None
+        assert bucket.sent is not None
+        bucket.work.wait()
+        bucket.work = None
+        reduced = bucket.sent[self._group.rank]
+        if bucket.own is None:
+            bucket.own = torch.empty_like(reduced)
+        if bucket.ended == 1:
+            bucket.own.copy_(reduced)
+        else:
+            bucket.own.add_(reduced)
+        room = bucket.sent.untyped_storage().nbytes() // bucket.sent.itemsize
+        self._spare[bucket.rows.dtype].append(bucket.sent.as_strided((room,), (1,)))
+        bucket.sent = None
+
+    def _own_row(self, bucket: _Bucket) -> torch.Tensor:
+        if not self._eager:
+            assert bucket.flat is not None
+            return bucket.flat[self._group.rank]
+        if bucket.own is None:
+            bucket.own = torch.empty(
+                bucket.rows.length, dtype=bucket.rows.dtype, device=self._device
+            )
+        if not bucket.ended:
+            bucket.own.zero_()
+        return bucket.own
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A tensor that all ranks hold and of which each keeps one piece up to date.
+
+    Attributes:
+        whole: This rank's copy.
+        own: This rank's piece, whether a view of `whole` or not.
+        pieces: Which part each rank of the group has, of equal sizes.
+    """
+
+    whole: torch.Tensor
+    own: torch.Tensor
+    pieces: tuple[Piece, ...]
+
+
+class GatherBuckets:
+    """Brings every rank's copies up to date from all ranks' own pieces.
+
+    Args:
+        copies: The tensors, in the same order on all ranks.
+        group: Who has the pieces.
+        bucket_bytes: A bucket is closed when it holds this much of whole tensors, in bytes; no
+            more than two of them exist at once.
+        name: Name in errors.
+
+    Raises:
+        CommError: A copy does not name as many pieces as the group has ranks, or unequal ones.
+    """
+
+    def __init__(
+        self, copies: Sequence[Copy], group: Group, bucket_bytes: int = 4 << 20, name: str = ""
+    ) -> None:
+        self.name = name or "parameters"
+        splits = [Split(TensorSpec(tuple(c.whole.shape), c.whole.dtype), c.pieces) for c in copies]
+        _check_splits(splits, group, self.name)
+        self._copies = tuple(copies)
+        self._group = group
+        members = bucket_members([s.spec for s in splits], bucket_bytes)
+        self._buckets = [_Rows(m, splits) for m in members]
+
+    def run(self) -> None:
+        """Gathers all buckets; one travels while the one before it is copied to its places.
+
+        Raises:
+            CommTimeoutError: A gather missed its deadline.
+        """
+        before: tuple[_Rows, Work] | None = None
+        for at, rows in enumerate(self._buckets):
+            row = torch.cat([self._copies[i].own.detach().reshape(-1) for i in rows.members])
+            name = f"{self.name} bucket {at} of {len(self._buckets)}"
+            work = self._group.iall_gather(row, name=name)
+            if before is not None:
+                self._place(*before)
+            before = (rows, work)
+        if before is not None:
+            self._place(*before)
+
+    def _place(self, rows: _Rows, work: Work) -> None:
+        gathered = work.wait()
+        assert gathered is not None
+        for index in rows.members:
+            copy = self._copies[index]
+            inside = (
+                copy.own.untyped_storage().data_ptr() == copy.whole.untyped_storage().data_ptr()
+            )
+            for rank, piece in enumerate(copy.pieces):
+                if rank != self._group.rank or not inside:
+                    piece.write(copy.whole, rows.of(gathered[rank], index, piece))
+
+
+def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _check_splits(splits: Sequence[Split], group: Group, name: str) -> None:
+    for index, split in enumerate(splits):
+        if len(split.pieces) != group.size:
+            raise CommError(
+                f"{name}: tensor {index} is cut in {len(split.pieces)} pieces, but the group has "
+                f"{group.size} ranks"
+            )
+        sizes = {piece.numel for piece in split.pieces}
+        if len(sizes) > 1:
+            raise CommError(f"{name}: tensor {index} has pieces of unequal sizes {sorted(sizes)}")
