@@ -3,6 +3,26 @@
 A new family is a new file, named in `ALL`.
 """
 
-from raypar.sharding.rules import matmul
+from raypar.sharding.rules import (
+    advanced_indexing,
+    batchnorm,
+    indexing,
+    matmul,
+    ordering,
+    pooling,
+    random,
+    recurrent,
+    vision,
+)
 
-ALL = (matmul,)
+ALL = (
+    matmul,
+    vision,
+    pooling,
+    batchnorm,
+    random,
+    recurrent,
+    indexing,
+    advanced_indexing,
+    ordering,
+)
