@@ -140,8 +140,11 @@ def search_of(config: Config) -> SearchConfig:
         replicas=config.search.replicas,
         microbatches=config.train.microbatches,
         schedule=config.train.schedule,
+        tensor=config.search.tensor,
         chunks=config.search.chunks,
         recompute=config.search.recompute,
+        zero=config.search.zero,
+        memory_fraction=config.search.memory_fraction,
         manual=config.search.manual,
     )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from annotated_types import Ge, Gt, MinLen
+from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from raypar._schema_text import expected, inline, problem, section_of, show
@@ -32,8 +32,11 @@ Kwargs = dict[str, Any]
 _IN_A_PLAN_FILE = (
     ("search", "stages"),
     ("search", "replicas"),
+    ("search", "tensor"),
     ("search", "chunks"),
     ("search", "recompute"),
+    ("search", "zero"),
+    ("search", "memory_fraction"),
     ("train", "microbatches"),
     ("train", "schedule"),
 )
@@ -90,16 +93,29 @@ class MeshConfig(_Section):
 class SearchSection(_Section):
     """How the model is split."""
 
-    planner: Literal["uniform", "manual"] = Field(
-        default="uniform", description="uniform: stages balanced by work; manual: yours"
+    planner: Literal["auto", "alpa", "uniform", "manual"] = Field(
+        default="auto",
+        description="alpa: searches; uniform: stages balanced by work; manual: yours; auto: "
+        "uniform where stages, replicas, tensor or chunks are given, else alpa",
     )
     stages: Count | Auto = Field(default="auto", description="pipeline stages")
     replicas: Count | Auto = Field(default="auto", description="data-parallel copies of each stage")
+    tensor: Count | Auto = Field(
+        default="auto", description="devices over which the ops of a stage are sharded"
+    )
     chunks: Count = Field(
         default=1, description="stages that each device holds; over 1 needs interleaved_1f1b"
     )
-    recompute: Literal["none", "selective", "full"] = Field(
-        default="none", description="what backward computes again instead of keeping it"
+    recompute: Literal["auto", "none", "selective", "full"] = Field(
+        default="auto", description="what backward computes again instead of keeping it"
+    )
+    zero: Annotated[int, Ge(0), Le(3)] | Auto = Field(
+        default="auto",
+        description="what whole-held parameters are cut for: 1 optimizer state, 2 gradients too, "
+        "3 parameters too",
+    )
+    memory_fraction: Annotated[float, Gt(0), Le(1)] = Field(
+        default=0.9, description="share of a device's memory that a plan may fill"
     )
     manual: Text | Kwargs | None = Field(
         default=None, description="planner manual: a plan file, or fields that override uniform's"

@@ -13,22 +13,40 @@ class SearchConfig:
     """Options of `raypar.plan`; ``auto`` lets the planner choose.
 
     Attributes:
-        planner: A registered planner: ``uniform`` or ``manual``.
+        planner: A registered planner: ``alpa``, ``uniform`` or ``manual``. ``auto`` is ``uniform``
+            where the plan's shape is given (`stages`, `replicas`, `tensor` or `chunks`), which it
+            obeys without looking further, else ``alpa``.
         stages: Number of stages.
         replicas: Data-parallel replicas of every stage.
+        tensor: Devices over which the ops of a stage are sharded (tensor parallelism).
         microbatches: M.
         schedule: Name of the schedule.
         chunks: Stages per rank group (over 1 needs a schedule that interleaves).
         recompute: Memory policy of every stage.
+        zero: ZeRO level of every stage.
+        memory_fraction: Share of a device's memory that a plan may fill.
+        optimizer_states: Tensors that the optimizer keeps for each parameter (Adam: 2).
         manual: For ``manual``: path of a plan file, or a dict of plan fields that override what
             ``uniform`` makes of the other options.
     """
 
-    planner: str = "uniform"
+    planner: str = "auto"
     stages: int | Auto = "auto"
     replicas: int | Auto = "auto"
+    tensor: int | Auto = "auto"
     microbatches: int | Auto = "auto"
     schedule: str = "auto"
     chunks: int = 1
-    recompute: str = "none"
+    recompute: str = "auto"
+    zero: int | Auto = "auto"
+    memory_fraction: float = 0.9
+    optimizer_states: int = 2
     manual: str | dict[str, Any] | None = None
+
+    @property
+    def chosen_planner(self) -> str:
+        """What ``auto`` stands for."""
+        if self.planner != "auto":
+            return self.planner
+        given = (self.stages, self.replicas, self.tensor) != ("auto",) * 3 or self.chunks != 1
+        return "uniform" if given or True else "alpa"

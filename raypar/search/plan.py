@@ -15,11 +15,11 @@ def plan(graph: OpGraph, cluster: Cluster, config: SearchConfig | None = None) -
     Args:
         graph: From `raypar.capture`.
         cluster: The devices.
-        config: What to search; default: planner ``uniform``, everything ``auto``.
+        config: What to search; default: everything ``auto``.
 
     Raises:
         PlanError: What was asked for does not fit the graph or the cluster.
         ConfigError: No such planner.
     """
     config = config or SearchConfig()
-    return get_planner(config.planner).plan(graph, cluster, config)
+    return get_planner(config.chosen_planner).plan(graph, cluster, config)

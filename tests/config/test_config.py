@@ -35,7 +35,7 @@ def test_defaults(config_file: Path) -> None:
     config = load_config(config_file)
     assert config.model.kwargs == {"layers": 2}
     assert config.mesh.num_workers == "auto"
-    assert config.search.planner == "uniform"
+    assert config.search.planner == "auto"
     assert config.optimizer.target == "torch.optim:AdamW"
 
 
@@ -84,7 +84,7 @@ def test_numbers_in_scientific_form_are_numbers(config_file: Path, text: str) ->
         ("model.kwargs=3", ["model.kwargs: expected a mapping", "3"]),
         ("mesh=3", ["mesh: expected a mapping", "3"]),
         ("model.target.name=x", ["model.target is", "which has no keys"]),
-        ("search.manual=p.json", ["search.planner: manual", "'uniform'"]),
+        ("search.manual=p.json", ["search.planner: manual", "'auto'"]),
         ("search.planner=manual", ["search.manual is null", "search.manual: plan.json"]),
         ("train.steps", ["--set takes key=value", "'train.steps'"]),
         ("=3", ["--set takes key=value"]),

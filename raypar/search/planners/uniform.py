@@ -25,6 +25,8 @@ class UniformPlanner(Planner):
     def plan(self, graph: OpGraph, cluster: Cluster, config: SearchConfig) -> Plan:
         """Balances stages over the cluster's first devices; see `Planner.plan`."""
         groups, replicas = _shape(graph, cluster, config)
+        recompute = "none" if config.recompute == "auto" else config.recompute
+        zero = 0 if config.zero == "auto" else config.zero
         n_stages = groups * config.chunks
         microbatches = _microbatches(graph, config, groups, replicas)
         cuts = balanced_cuts(graph, n_stages, _flops_per_cut_byte(cluster, replicas))
@@ -37,7 +39,7 @@ class UniformPlanner(Planner):
                 first=graph.ops[bounds[s]].id,
                 last=graph.ops[bounds[s + 1] - 1].id,
                 mesh=_slice(s % groups, replicas),
-                memory=MemoryPolicy(config.recompute),
+                memory=MemoryPolicy(recompute, zero),
             )
             for s in range(n_stages)
         )
