@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from raypar.comm.group import Group
 from raypar.comm.mesh import MeshGroups, lines
+from raypar.comm.reshard import Layout
+from raypar.comm.resharder import ReplicaGroups, ReshardSum
 from raypar.sharding.layout import ParamLayout
 from raypar.stages.layouts import way_of
 from raypar.stages.spec import RankSpec
@@ -22,22 +26,36 @@ class Sharers:
         spec: What the rank is.
         world: All ranks of the run.
         mesh: Groups along single axes; None for a rank that shares nothing with others.
+        device: Where the rank's tensors live.
 
     Attributes:
-        unequal: Parameters that rank groups share whose meshes or layouts differ: their gradients
-            are added up over the rank groups by themselves.
+        sums: For parameters that rank groups share whose meshes or layouts differ: what adds up
+            the rank groups' gradients, each as its own optimizer holds it.
     """
 
-    def __init__(self, spec: RankSpec, world: Group, mesh: MeshGroups | None) -> None:
+    def __init__(
+        self, spec: RankSpec, world: Group, mesh: MeshGroups | None, device: torch.device
+    ) -> None:
         self._spec = spec
         self._mesh = mesh
         self._along: dict[tuple[str, ...], Group | None] = {}
         self._owners: dict[Reducers, Group | None] = {}
         self._base = self._whole_mesh()
         self._equal = {n for n in spec.shared if _lie_alike(spec, n)}
-        self.unequal = sorted(set(spec.shared) - self._equal)
         for owners, axes in sorted({self._shared_key(n) for n in self._equal}):
             self._owners[owners, axes] = self._over_owners(world, owners, axes)
+        replicas = ReplicaGroups(world)
+        self.sums = {
+            name: ReshardSum(
+                spec.shared_layouts[name][0].shape,
+                getattr(torch, spec.shared_dtypes[name]),
+                _lie_at(spec, name),
+                world,
+                device,
+                replicas,
+            )
+            for name in sorted(set(spec.shared) - self._equal)
+        }
 
     def _whole_mesh(self) -> Group | None:
         """All ranks of the own mesh, from which groups along several axes are made.
@@ -107,3 +125,12 @@ def _lie_alike(spec: RankSpec, name: str) -> bool:
     layouts: tuple[ParamLayout, ...] = spec.shared_layouts[name]
     meshes = [spec.meshes[group] for group in spec.shared[name]]
     return len(set(layouts)) == 1 and len(set(meshes)) == 1
+
+
+def _lie_at(spec: RankSpec, name: str) -> list[Layout]:
+    """Where the optimizers' parts of a shared parameter lie, by rank group."""
+    found = []
+    for group, layout in zip(spec.shared[name], spec.shared_layouts[name], strict=True):
+        sizes = tuple(size for _, size in spec.meshes[group])
+        found.append(Layout(layout.stored, sizes, spec.bases[group]))
+    return found

@@ -88,6 +88,7 @@ def compile_plan(
                         name: tuple(low.layouts[g][name] for g in groups)
                         for name, groups in shared.items()
                     },
+                    shared_dtypes={n: graph.params[n][1].removeprefix("torch.") for n in shared},
                     model_fn=graph.model_fn,
                     loss_fn=graph.loss_fn,
                     optimizer=optimizer,

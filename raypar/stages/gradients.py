@@ -71,7 +71,7 @@ class GradientStore:
         self._spec = spec
         self._holdings = holdings
         self._reported = frozenset(n for n in holdings.params if reports(spec, n))
-        self._sharers = Sharers(spec, world, mesh)
+        self._sharers = Sharers(spec, world, mesh, holdings.device)
         self.kept: dict[str, torch.Tensor] = {}
         self._expected = self._expected_counts()
         self._seen: Counter[str] = Counter()
@@ -80,6 +80,7 @@ class GradientStore:
         self._place: dict[tuple[int, str], _Place] = {}
         self._members: list[tuple[_Buckets, list[str]]] = []
         self._late: dict[Reducers, list[str]] = {}
+        self._absent: list[str] = []
         self._names = {i: stage.program.weight_gradients for i, stage in holdings.stages.items()}
         for stage in self._sync_order(spec):
             for name in self._names[stage]:
@@ -120,13 +121,18 @@ class GradientStore:
         reduced: dict[Reducers, list[str]] = {}
         once: dict[tuple[str, ...], list[str]] = {}
         rounds: dict[tuple[str, ...], set[str]] = {}
-        for name in self._ready_order():
+        ready = self._ready_order()
+        # A shared parameter whose gradient comes from other rank groups alone is reduced here too.
+        absent = [n for n in self._spec.shared if n in self._holdings.params and n not in ready]
+        for name in (*ready, *absent):
             way = self._holdings.ways[name]
             reducers = self._sharers.reducers(name, way.reduce)
             if self._sharers.along(way.scatter) is None:
                 reduced.setdefault(reducers, []).append(name)
                 continue
-            if self._spec.params[name].zero >= 2:
+            if name in absent:
+                self._absent.append(name)
+            elif self._spec.params[name].zero >= 2:
                 rounds.setdefault(way.scatter, set()).add(name)
             else:
                 once.setdefault(way.scatter, []).append(name)
@@ -246,7 +252,12 @@ class GradientStore:
                     continue
                 known = self._grads.get(name)
                 self._grads[name] = gradient if known is None else known + gradient
+        for name in self._absent:
+            self._grads[name] = torch.zeros_like(self._holdings.stored[name].detach())
         self._reduce_late()
+        for name, owners in self._sharers.sums.items():
+            if name in self._grads:
+                self._grads[name] = owners.run(self._grads[name], f"gradient of {name}")
         norms: dict[torch.dtype, list[torch.Tensor]] = {}
         for name, gradient in self._grads.items():
             if name in self._reported:

@@ -41,6 +41,7 @@ class Holdings:
     """Parameters, buffers and programs of one rank.
 
     Attributes:
+        device: Where all of it lives.
         params: Own parameters by name, in the model's order, as programs take them.
         stored: The parts of them that the optimizer holds: the parameter itself, a view of it
             where the part is contiguous, else a tensor of its own.
@@ -53,6 +54,7 @@ class Holdings:
     def __init__(
         self, spec: RankSpec, device: torch.device, lock: threading.Lock | None = None
     ) -> None:
+        self.device = device
         # Tracing and seeding use process-wide state, so threads of one process take turns.
         with lock or _MAIN_LOCK, _default_dtype(spec.default_dtype):
             self.stages = {s.index: _compile(spec, s, device) for s in spec.stages}

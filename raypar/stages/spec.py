@@ -80,6 +80,7 @@ class RankSpec:
         batch_dims: For every example tensor its batch dim, or None for broadcast.
         shared: Parameter name → the rank groups that hold a copy (tied over stages), ascending.
         shared_layouts: For every such name its layout on each of those rank groups.
+        shared_dtypes: For every such name its dtype as text.
         owned_params: Parameters whose state this rank reports and, where unused by any stage,
             just keeps.
         owned_buffers: The same for buffers.
@@ -122,6 +123,7 @@ class RankSpec:
     loss_fn: Callable[..., torch.Tensor] | None
     optimizer: OptimizerFn
     shared_layouts: dict[str, tuple[ParamLayout, ...]] = field(default_factory=dict)
+    shared_dtypes: dict[str, str] = field(default_factory=dict)
     owned_params: tuple[str, ...] = ()
     owned_buffers: tuple[str, ...] = ()
     constants: dict[str, torch.Tensor | Path] = field(default_factory=dict)
