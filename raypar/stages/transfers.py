@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-from raypar.comm.group import Group, TensorSpec, Work
+from raypar.comm.group import Group, Work
+from raypar.comm.reshard import ALIKE, Layout, LinkCosts, ReshardPlan, reshard_plan
+from raypar.comm.resharder import ReplicaGroups, Resharder
 from raypar.schedules.instructions import RECV, SEND, Instruction
-from raypar.stages.spec import RankSpec
+from raypar.stages.spec import DATA, Axes, RankSpec
 
 _LOOKAHEAD = 2  # receives posted ahead of the one that is waited for
 _TIDY = 64  # finished sends are dropped when so many are held
@@ -17,34 +20,40 @@ _TIDY = 64  # finished sends are dropped when so many are held
 class Transfers:
     """Moves activations and gradients between this rank and the others.
 
-    Replica r of one stage talks to replica r of the other.
+    Replica r of one stage talks to replica r of the other. A value that lies differently on their
+    meshes is cut and put together on its way (`raypar.comm.reshard`).
+
+    Args:
+        spec: What the rank is.
+        world: All ranks; every one of them makes its transfers at the same point.
+        costs: What messages cost, equal on all ranks: decides how values move.
     """
 
-    def __init__(self, spec: RankSpec, world: Group) -> None:
+    def __init__(self, spec: RankSpec, world: Group, costs: LinkCosts = ALIKE) -> None:
         self._spec = spec
-        self._world = world
         self._plan = spec.posts
-        self._posted: dict[Instruction, Work] = {}
+        self._posted: dict[Instruction, list[Work]] = {}
         self._sends: list[Work] = []
+        self._routes = _routes(spec, world, costs)
 
     def post(self, position: int) -> None:
         """Posts the receives that are due before the instruction at `position`."""
         for now in self._plan.get(position, ()):
-            assert now.peer is not None and now.value is not None
-            shape, dtype = self._spec.shapes[now.value]
-            spec = TensorSpec(shape, getattr(torch, dtype))
-            self._posted[now] = self._world.irecv(spec, self._peer(now.peer), _tag(now))
+            self._posted[now] = self._route(now).post(_tag(now))
 
     def receive(self, now: Instruction) -> torch.Tensor:
-        """Waits for what a receive instruction names."""
-        value = self._posted.pop(now).wait()
+        """Waits for what a receive instruction names, and gathers it from replicas if need be.
+
+        Returns:
+            This rank's part, contiguous.
+        """
+        value = self._route(now).finish(self._posted.pop(now))
         assert value is not None
         return value
 
     def send(self, now: Instruction, value: torch.Tensor) -> None:
-        """Starts a send; `value` must not be written before `finish`."""
-        assert now.peer is not None
-        self._sends.append(self._world.isend(value, self._peer(now.peer), _tag(now)))
+        """Starts a send; `value`, this rank's part, must not be written before `finish`."""
+        self._sends += self._route(now).send(value, _tag(now))
         if len(self._sends) > _TIDY:
             self._sends = [send for send in self._sends if not send.done()]
 
@@ -54,9 +63,77 @@ class Transfers:
             send.wait()
         self._sends.clear()
 
-    def _peer(self, stage: int) -> int:
-        spec = self._spec
-        return spec.rank_group_of[stage] * spec.replicas + spec.replica
+    def _route(self, now: Instruction) -> Resharder:
+        assert now.value is not None and now.stage is not None and now.peer is not None
+        own, other = (self._spec.rank_group_of[s] for s in (now.stage, now.peer))
+        ends = (other, own) if now.kind in RECV else (own, other)
+        return self._routes[now.value, *ends]
+
+
+def edge_plan(
+    spec: RankSpec, edge: str, sender: int, receiver: int, costs: LinkCosts = ALIKE
+) -> ReshardPlan:
+    """How a value, or its gradient, goes from one rank group to another, on replica 0.
+
+    On replica r the ranks of either side are r inner meshes higher (`inner_size`).
+
+    Args:
+        spec: Any rank's spec of the run.
+        edge: The value's id.
+        sender: Rank group that sends.
+        receiver: Rank group that receives.
+        costs: What messages cost.
+
+    Raises:
+        CommError: A sharding of `RankSpec.edge_specs` does not fit the value.
+    """
+    shape, dtype = spec.shapes[edge]
+    ends = [
+        Layout(
+            spec.edge_specs[edge, group],
+            tuple(size for name, size in spec.meshes[group] if name != DATA),
+            spec.bases[group],
+        )
+        for group in (sender, receiver)
+    ]
+    return reshard_plan(shape, getattr(torch, dtype).itemsize, *ends, costs)
+
+
+def inner_size(axes: Axes) -> int:
+    """Ranks of one replica: they follow one another, since ``data`` is the first axis."""
+    return math.prod(size for name, size in axes if name != DATA)
+
+
+def _routes(
+    spec: RankSpec, world: Group, costs: LinkCosts
+) -> dict[tuple[str, int, int], Resharder]:
+    """(value, sending rank group, receiving rank group) → this rank's share of it.
+
+    Every rank of the world makes the subgroups of all of them, in the same order.
+    """
+    groups = ReplicaGroups(world)
+    device = torch.device("cuda" if spec.accelerator and torch.cuda.is_available() else "cpu")
+    found: dict[tuple[str, int, int], Resharder] = {}
+    for edge in spec.edges:
+        source = spec.rank_group_of[edge.source]
+        targets = dict.fromkeys(spec.rank_group_of[t] for t in edge.targets)
+        ways = [(source, g) for g in targets if g != source]
+        if edge.differentiable:
+            ways += [(b, a) for a, b in ways]
+        for sender, receiver in ways:
+            plan = edge_plan(spec, edge.name, sender, receiver, costs)
+            steps = [inner_size(spec.meshes[group]) for group in (sender, receiver)]
+            for replica in range(spec.replicas):
+                mine = replica == spec.replica and spec.group in (sender, receiver)
+                if not mine and not plan.replicas:
+                    continue  # no subgroup to make: every rank need not look at every replica
+                moved = plan.moved(*(replica * step for step in steps))
+                groups.make(moved)
+                if mine:
+                    dtype = getattr(torch, spec.shapes[edge.name][1])
+                    key = (edge.name, sender, receiver)
+                    found[key] = Resharder(moved, world, dtype, device, groups)
+    return found
 
 
 def _tag(now: Instruction) -> str:
