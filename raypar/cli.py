@@ -116,6 +116,48 @@ def explain(file: str, overrides: tuple[str, ...], cluster_file: str | None) -> 
 
 
 @main.command()
+@click.argument("config_file", metavar="CONFIG")
+@click.option("--plan", "plan_file", metavar="FILE", help="Simulate this plan (JSON).")
+@_set_option
+@_cluster_option
+@click.option(
+    "--cores",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Cores that the ranks of each CPU node share; default: one each.",
+)
+@click.option("--cost", default="analytic", show_default=True, help="Cost model.")
+@click.option("--gantt", is_flag=True, help="Draw who does what when.")
+@click.option("--trace", metavar="FILE", help="Write a Chrome trace, for ui.perfetto.dev.")
+def simulate(
+    config_file: str,
+    plan_file: str | None,
+    overrides: tuple[str, ...],
+    cluster_file: str | None,
+    cores: int | None,
+    cost: str,
+    gantt: bool,
+    trace: str | None,
+) -> None:
+    """Tell step time and memory of what CONFIG says, without starting anything."""
+    config = load_config(config_file, overrides)
+    from raypar._simulate import simulate_config
+    from raypar.report.gantt import gantt as draw
+    from raypar.report.simulation import over_limit, summary
+    from raypar.report.trace import write_trace
+
+    found = simulate_config(config, plan_file, cluster_file, cost=cost, cores=cores)
+    click.echo(summary(found))
+    if gantt:
+        click.echo("\n" + draw(found))
+    if trace is not None:
+        write_trace(found, trace)
+        click.echo(f"wrote {trace}")
+    for line in over_limit(found):
+        click.echo(f"out of memory: {line}", err=True)
+
+
+@main.command()
 def config() -> None:
     """Print a complete config: every key, its default and its meaning."""
     click.echo(default_yaml(), nl=False)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from functools import lru_cache
 
+import torch
+
 from raypar.comm.reshard import Layout, ReshardPlan, reshard_plan
 from raypar.errors import PlanError
 from raypar.fit import check_plan
@@ -16,6 +18,7 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import DATA, MeshSlice, Plan
 from raypar.programs.slicing import ValueEdge
 from raypar.search._sim_build import Moved, Setting
+from raypar.search.cost import analytic as analytic  # known by name from here on
 from raypar.search.cost.base import StageCost, get_cost_model, stage_code
 from raypar.search.cost.machine import MeshMachine, machine_of
 
@@ -145,7 +148,7 @@ def _tied(graph: OpGraph, lowered: LoweredPlan) -> tuple[tuple[tuple[int, ...], 
         if len(groups) < 2:
             continue
         shape, dtype = graph.params[name][0], graph.params[name][1]
-        nbytes = math.prod(shape) * dtype.itemsize
+        nbytes = math.prod(shape) * getattr(torch, dtype).itemsize
         known, total = found.get(groups, (set(), 0))
         found[groups] = (known | set(stages), total + nbytes)
     return tuple((tuple(sorted(stages)), nbytes) for stages, nbytes in found.values())

@@ -1,0 +1,379 @@
+"""Simulated steps against closed forms, and laws that every simulated step keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raypar.errors import ClusterError, ScheduleError
+from raypar.mesh.calibration import LinkRates, TierRates, table_calibration
+from raypar.mesh.cluster import Cluster
+from raypar.mesh.devices import Link
+from raypar.plan import MeshSlice
+from raypar.schedules.compile import compile_schedule
+from raypar.schedules.instructions import Instruction, Kind
+from raypar.schedules.io import Edge, StageIO
+from raypar.schedules.registry import schedule_names
+from raypar.schedules.saved import peak_saved_per_stage
+from raypar.schedules.timing import Durations, ideal_timeline
+from raypar.search._sim_build import Moved, Setting
+from raypar.search._sim_fluid import FULL, FluidClock
+from raypar.search.cost.base import Collective, StageCost
+from raypar.search.simulate import Simulation, simulate_lists
+
+FREE = Link(1e30, 0.0, "free")
+UNIT = StageCost(1.0, 2.0, 1.0, 1.0, saved_bytes=100, half_bytes=60)
+
+
+def chain(n_stages: int, ranks: int, nbytes: int = 8) -> StageIO:
+    """Stages that hand one value on, dealt out to rank groups in turn."""
+    edges = tuple(Edge(f"x{s}", s, (s + 1,), True, nbytes) for s in range(n_stages - 1))
+    groups = tuple(s % ranks for s in range(n_stages))
+    return StageIO(n_stages, groups, edges, (True,) * n_stages)
+
+
+def one_device_nodes(count: int, across: Link = FREE) -> Cluster:
+    return Cluster.virtual(count, 1, "H100", across=across)
+
+
+def setting_for(
+    io: StageIO,
+    microbatches: int,
+    cluster: Cluster,
+    costs: Sequence[StageCost] | StageCost = UNIT,
+    **more: object,
+) -> Setting:
+    """One device per rank group; links reach what the cluster says."""
+    groups = range(max(io.rank_of) + 1)
+    sizes = {edge.name: edge.nbytes for edge in io.edges}
+    exact = TierRates(LinkRates(cluster.nodes[0].across.latency, 1.0))
+    tables = replace(table_calibration(cluster), inside=exact, across=exact)
+    return Setting(
+        io=io,
+        meshes=tuple(MeshSlice((g,), (1,)) for g in groups),
+        costs=(costs,) * io.n_stages if isinstance(costs, StageCost) else tuple(costs),
+        cluster=cluster,
+        calibration=tables,
+        moves=lambda edge, a, b: Moved(((0, 0, sizes[edge]),)),
+        microbatches=microbatches,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def simulated(
+    schedule: str,
+    ranks: int,
+    microbatches: int,
+    *,
+    chunks: int = 1,
+    costs: Sequence[StageCost] | StageCost = UNIT,
+    across: Link = FREE,
+    nbytes: int = 8,
+) -> tuple[Simulation, list[list[Instruction]], StageIO]:
+    io = chain(ranks * chunks, ranks, nbytes)
+    lists = compile_schedule(schedule, io, microbatches)
+    setting = setting_for(io, microbatches, one_device_nodes(ranks, across), costs)
+    return simulate_lists(lists, setting, global_batch=microbatches), lists, io
+
+
+# -- closed forms ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize(("ranks", "microbatches"), [(1, 3), (2, 2), (4, 8), (5, 3)])
+def test_equal_stages_idle_as_the_papers_say(schedule: str, ranks: int, microbatches: int) -> None:
+    """GPipe (Huang et al. 2019, section 2.3): a bubble of (S - 1) / (M + S - 1)."""
+    found, *_ = simulated(schedule, ranks, microbatches)
+    assert found.step_s == pytest.approx(3 * (microbatches + ranks - 1))
+    assert found.bubble == pytest.approx((ranks - 1) / (microbatches + ranks - 1))
+
+
+def test_zero_bubble_has_a_third_of_the_idle_time() -> None:
+    """Qi et al. 2023, "Zero Bubble Pipeline Parallelism", table 2: (S - 1)(F + B - W) for H1."""
+    plain, *_ = simulated("1f1b", 4, 8)
+    split, *_ = simulated("zero_bubble_h1", 4, 8)
+    work = 3 * 8
+    assert split.step_s - work == pytest.approx((plain.step_s - work) / 3)
+
+
+def test_interleaving_divides_the_idle_time_by_the_chunks() -> None:
+    """Narayanan et al. 2021, "Efficient Large-Scale Training ...", section 2.2.2."""
+    half = StageCost(0.5, 1.0, 0.5, 0.5)
+    plain, *_ = simulated("1f1b", 4, 8)
+    woven, *_ = simulated("interleaved_1f1b", 4, 8, chunks=2, costs=half)
+    work = 3 * 8
+    assert woven.step_s - work == pytest.approx((plain.step_s - work) / 2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    schedule=st.sampled_from(sorted(schedule_names())),
+    ranks=st.integers(1, 4),
+    chunks=st.integers(1, 2),
+    microbatches=st.integers(1, 6),
+    seconds=st.lists(st.tuples(*[st.floats(0.1, 3)] * 3), min_size=8, max_size=8),
+    nbytes=st.sampled_from([0, 3, 17]),
+)
+def test_without_contention_it_is_the_ideal_timeline(
+    schedule: str,
+    ranks: int,
+    chunks: int,
+    microbatches: int,
+    seconds: list[tuple[float, float, float]],
+    nbytes: int,
+) -> None:
+    """Endless bandwidth, a latency: as `raypar.schedules.timing` plays the same lists."""
+    costs = [StageCost(f, i + w, i, w) for f, i, w in seconds[: ranks * chunks]]
+    link = Link(1e30, 0.25, "slow to answer")
+    found, lists, _ = simulated(
+        schedule, ranks, microbatches, chunks=chunks, costs=costs, across=link, nbytes=nbytes
+    )
+    durations = Durations(
+        tuple(c.forward_s for c in costs),
+        tuple(c.backward_input_s for c in costs),
+        tuple(c.backward_weight_s for c in costs),
+    )
+    ideal = ideal_timeline(lists, durations, 0.25)
+    norm = found.critical_path[-1].seconds if ranks > 1 else 0.0
+    assert found.step_s == pytest.approx(ideal.makespan + norm)
+    for lane, spans in enumerate(ideal.spans):
+        ours = [s for s in found.spans(lane) if s.kind in "FBIW"]
+        assert [s.name for s in ours] == [str(s.instruction) for s in spans]
+        assert [s.start for s in ours] == pytest.approx([s.start for s in spans])
+
+
+def test_the_optimizer_of_one_rank_delays_the_next_step() -> None:
+    slow = replace(UNIT, optimizer_s=5.0)
+    first, *_ = simulated("1f1b", 2, 4, costs=[slow, UNIT])
+    last, *_ = simulated("1f1b", 2, 4, costs=[UNIT, slow])
+    assert first.step_s == pytest.approx(3 * 5 + 5)
+    # The second rank has nothing to do for the first forward's time.
+    assert last.step_s == pytest.approx(3 * 5 + 4)
+
+
+# -- gradients ------------------------------------------------------------------------------
+
+
+def _synced(backward_s: float, sync: Sequence[Collective]) -> Simulation:
+    io = StageIO(1, (0,), (), (False,))
+    lists = compile_schedule("1f1b", io, 2)
+    cluster = one_device_nodes(2, Link(1e9, 0.0))
+    cost = StageCost(1.0, backward_s, 0.0, 0.0, sync=tuple(sync))
+    setting = replace(setting_for(io, 2, cluster, cost), meshes=(MeshSlice((0, 1), (2,)),))
+    return simulate_lists(lists, setting)
+
+
+def test_gradients_travel_while_backward_goes_on() -> None:
+    nbytes = 40 << 20
+    sync = Collective("data", "all_reduce", nbytes, 0.0)  # its seconds are those of the buckets
+    alone = nbytes / 1e9  # 2 x half of it for each of two ranks
+    found = _synced(10.0, [sync])
+    assert 22.0 < found.step_s < 22.0 + alone / 4
+    short = _synced(alone / 100, [sync])
+    assert short.step_s == pytest.approx(2.0 + alone, rel=0.05)
+    assert found.lanes[0].communication < short.lanes[0].communication
+
+
+def test_a_parameter_of_two_rank_groups_is_summed_once_both_have_it() -> None:
+    io = chain(2, 2)
+    lists = compile_schedule("gpipe", io, 2)
+    setting = setting_for(io, 2, one_device_nodes(2, Link(1e9, 0.0)))
+    plain = simulate_lists(lists, setting)
+    shared = simulate_lists(lists, replace(setting, tied=(((0, 1), 10**9),)))
+    assert shared.step_s - plain.step_s == pytest.approx(1.0, rel=1e-6)
+    assert {link.what for link in shared.critical_path} >= {"sync"}
+
+
+# -- links ----------------------------------------------------------------------------------
+
+
+def _fan_out(targets: Sequence[int], nbytes: int = 10**9) -> Simulation:
+    """Stage 0 sends one value to each of `targets` at once."""
+    n = len(targets) + 1
+    edges = tuple(Edge(f"x{t}", 0, (t,), False, nbytes) for t in range(1, n))
+    io = StageIO(n, tuple(range(n)), edges, (False,) * n)
+    lists = compile_schedule("gpipe", io, 1)
+    cost = StageCost(1.0, 0.0, 0.0, 0.0)
+    return simulate_lists(lists, setting_for(io, 1, one_device_nodes(n, Link(1e9, 0.0)), cost))
+
+
+def test_two_transfers_through_one_port_take_twice_as_long() -> None:
+    assert _fan_out([1]).step_s == pytest.approx(1 + 1 + 1)
+    assert _fan_out([1, 2]).step_s == pytest.approx(1 + 2 + 1)
+
+
+def test_messages_of_one_pair_arrive_one_after_the_other() -> None:
+    edges = tuple(Edge(f"x{i}", 0, (1,), False, 10**9) for i in range(2))
+    io = StageIO(2, (0, 1), edges, (False, False))
+    lists = compile_schedule("gpipe", io, 1)
+    cost = StageCost(1.0, 0.0, 0.0, 0.0)
+    found = simulate_lists(lists, setting_for(io, 1, one_device_nodes(2, Link(1e9, 0.0)), cost))
+    assert [m.arrived for m in found.messages()] == pytest.approx([2.0, 3.0])
+
+
+def test_a_clock_shares_in_proportion_and_catches_up() -> None:
+    clock, ended = FluidClock(1), {}
+    for name, work in (("short", 1.0), ("long", 3.0)):
+        clock.begin(work, ((0, FULL),), lambda n: ended.__setitem__(n, clock.now), name)
+    clock.run()
+    assert ended == pytest.approx({"short": 2.0, "long": 4.0})
+
+
+def test_bytes_sent_are_those_of_the_edges() -> None:
+    found, _, io = simulated("1f1b", 3, 5, nbytes=1000, across=Link(1e6, 0.0))
+    assert sum(link.nbytes for link in found.links) == 2 * 5 * sum(e.nbytes for e in io.edges)
+    assert sum(m.nbytes for m in found.messages()) == sum(link.nbytes for link in found.links)
+    busy = {link.device: link.busy * found.step_s for link in found.links}
+    assert busy == pytest.approx({0: 0.005, 1: 0.01, 2: 0.005})
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    schedule=st.sampled_from(sorted(schedule_names())),
+    ranks=st.integers(2, 4),
+    microbatches=st.integers(1, 6),
+    bandwidth=st.floats(1, 1e4),
+    faster=st.floats(1, 100),
+)
+def test_a_faster_network_is_never_slower_in_a_chain(
+    schedule: str, ranks: int, microbatches: int, bandwidth: float, faster: float
+) -> None:
+    slow, *_ = simulated(schedule, ranks, microbatches, across=Link(bandwidth, 0.0), nbytes=1000)
+    fast, *_ = simulated(
+        schedule, ranks, microbatches, across=Link(bandwidth * faster, 0.0), nbytes=1000
+    )
+    assert fast.step_s <= slow.step_s * (1 + 1e-9)
+
+
+# -- cores ----------------------------------------------------------------------------------
+
+
+def test_four_ranks_on_two_cores_take_twice_as_long() -> None:
+    io = StageIO(1, (0,), (), (False,))
+    lists = compile_schedule("1f1b", io, 2)
+    cluster = Cluster.virtual(1, 4, "CPU")
+    setting = replace(setting_for(io, 2, cluster), meshes=(MeshSlice((0, 1, 2, 3), (4,)),))
+    own = simulate_lists(lists, setting)
+    shared = simulate_lists(lists, replace(setting, cores=2))
+    idle = own.step_s - 6  # NORM
+    assert shared.step_s - idle == pytest.approx(12)
+
+
+def test_a_pipeline_on_one_core_fills_its_bubbles() -> None:
+    io = chain(4, 4)
+    lists = compile_schedule("gpipe", io, 4)
+    setting = setting_for(io, 4, Cluster.virtual(1, 4, "CPU", inside=FREE))
+    assert simulate_lists(lists, setting).step_s == pytest.approx(3 * 7, rel=1e-3)
+    one = simulate_lists(lists, replace(setting, cores=1))
+    assert one.step_s == pytest.approx(3 * 4 * 4, rel=1e-3)
+
+
+def test_no_cores_is_refused() -> None:
+    io = StageIO(1, (0,), (), (False,))
+    setting = setting_for(io, 1, one_device_nodes(1), cores=0)
+    with pytest.raises(ClusterError, match="cores"):
+        simulate_lists(compile_schedule("1f1b", io, 1), setting)
+
+
+# -- replicas on unequal devices ------------------------------------------------------------
+
+
+def test_replicas_on_unequal_devices_go_their_own_pace_until_they_meet() -> None:
+    """Each of the two slow devices holds another stage of another replica."""
+    io = chain(2, 2)
+    lists = compile_schedule("gpipe", io, 3)
+    fast, slow = Cluster.virtual(1, 2, "H100"), Cluster.virtual(1, 2, "A100")
+    cluster = Cluster((replace(fast.nodes[0], name="a"), replace(slow.nodes[0], name="b")))
+    twice = StageCost(2.0, 4.0, 2.0, 2.0)
+    setting = replace(
+        setting_for(io, 3, cluster, twice),
+        meshes=(MeshSlice((0, 2), (2,)), MeshSlice((3, 1), (2,))),
+        replica_costs={(0, 0): UNIT, (1, 1): UNIT},
+    )
+    found = simulate_lists(lists, setting)
+    assert [lane.replica for lane in found.lanes] == [0, 1, 0, 1]
+    both_slow = simulate_lists(lists, replace(setting, replica_costs={}))
+    assert found.step_s < both_slow.step_s
+
+
+# -- memory ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    schedule=st.sampled_from(sorted(schedule_names())),
+    ranks=st.integers(1, 4),
+    chunks=st.integers(1, 2),
+    microbatches=st.integers(1, 7),
+)
+def test_saved_bytes_peak_as_the_lists_say(
+    schedule: str, ranks: int, chunks: int, microbatches: int
+) -> None:
+    found, lists, io = simulated(schedule, ranks, microbatches, chunks=chunks)
+    peaks = peak_saved_per_stage(lists, [100] * io.n_stages, [60] * io.n_stages)
+    ours = {s: n for lane in found.memory for s, n in lane.saved_peak.items()}
+    assert ours == dict(enumerate(peaks))
+    for lane in found.memory:
+        assert lane.moving[:, -1].tolist() == [0, 0, 0]
+        assert lane.held.max() == lane.peak_bytes == sum(lane.peak_parts.values())
+
+
+def test_memory_is_made_of_what_is_resident_and_what_moves() -> None:
+    cost = replace(
+        UNIT, param_bytes=1000, gradient_bytes=1000, optimizer_bytes=2000, buffer_bytes=10,
+        forward_peak_bytes=150, backward_peak_bytes=70,
+    )  # fmt: skip
+    found, *_ = simulated("gpipe", 1, 3, costs=cost)
+    (timeline,) = found.memory
+    assert timeline.peak_bytes == 4010 + 300 + 70
+    assert timeline.peak_parts == {
+        "parameters": 1000, "gradients": 1000, "optimizer": 2000, "buffers": 10, "overhead": 0,
+        "saved": 300, "edges": 0, "transient": 70,
+    }  # fmt: skip
+
+
+def test_a_value_that_arrives_early_takes_memory_from_then_on() -> None:
+    late = [replace(UNIT, forward_s=0.1), replace(UNIT, forward_s=10.0)]
+    found, *_ = simulated("gpipe", 2, 4, costs=late, nbytes=1000)
+    # All four microbatches are there while the first is computed.
+    assert found.memory[1].peak_parts["edges"] >= 3000
+
+
+# -- the step as a whole --------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    schedule=st.sampled_from(sorted(schedule_names())),
+    ranks=st.integers(1, 4),
+    chunks=st.integers(1, 2),
+    microbatches=st.integers(1, 6),
+    bandwidth=st.floats(10, 1e5),
+)
+def test_shares_and_critical_path_add_up(
+    schedule: str, ranks: int, chunks: int, microbatches: int, bandwidth: float
+) -> None:
+    found, *_ = simulated(
+        schedule, ranks, microbatches, chunks=chunks, across=Link(bandwidth, 0.01), nbytes=500
+    )
+    assert sum(link.seconds for link in found.critical_path) == pytest.approx(found.step_s)
+    assert sum(found.path_shares().values()) == pytest.approx(1.0)
+    for i, lane in enumerate(found.lanes):
+        assert lane.compute + lane.communication + lane.idle == pytest.approx(1.0)
+        spans = found.spans(i)
+        assert spans[0].start == 0.0
+        assert spans[-1].end == pytest.approx(found.step_s)
+        assert all(a.end == b.start for a, b in pairwise(spans))
+
+
+def test_lists_that_deadlock_are_told() -> None:
+    io = chain(2, 2)
+    lists = compile_schedule("gpipe", io, 1)
+    broken = [[now for now in lists[0] if now.kind is not Kind.SEND_FORWARD], lists[1]]
+    with pytest.raises(ScheduleError, match="deadlock"):
+        simulate_lists(broken, setting_for(io, 1, one_device_nodes(2)))
