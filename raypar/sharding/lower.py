@@ -320,9 +320,9 @@ class _Lowering:
     def _convert(self, value: fx.Node, steps: Sequence[Step], axes: Axes, key: str) -> fx.Node:
         floating = value.meta["val"].is_floating_point() or value.meta["val"].is_complex()
         for i, step in enumerate(steps):
-            if step.forward == NONE and not floating:
-                continue
             name, size = axes[step.axis]
+            if size == 1 or (step.forward == NONE and not floating):
+                continue
             value = self.emit(
                 torch.ops.raypar.convert.default,
                 value, step.forward, step.backward, step.cut, step.to, name, size,
