@@ -5,10 +5,13 @@ A new family is a new file, named in `ALL`.
 
 from raypar.sharding.rules import (
     advanced_indexing,
+    bags,
     batchnorm,
     indexing,
+    losses,
     matmul,
     ordering,
+    pairs,
     pooling,
     random,
     recurrent,
@@ -25,4 +28,7 @@ ALL = (
     indexing,
     advanced_indexing,
     ordering,
+    bags,
+    pairs,
+    losses,
 )
