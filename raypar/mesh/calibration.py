@@ -69,11 +69,14 @@ class DeviceRates:
             matrix products, relative to the table's peak of the dtype. A dtype that is missing is
             taken from ``float32``, then from any.
         memory: Class of element-wise op (``plain``, ``exp``, ``reduce``, ``gather``, ...) → how
-            fast it moves its bytes. ``plain`` is always there and stands in for missing ones.
+            fast it moves its bytes. ``plain`` is always there and stands in for missing ones. A
+            form of product (``conv``) that is listed here first brings its bytes into another
+            order: that time adds to the products'.
         overhead: Seconds that any op costs besides.
         optimizer: How fast an optimizer step with two states goes through the bytes of the
             parameters (all passes included).
         optimizer_overhead: Seconds that every parameter tensor costs the optimizer besides.
+        view_overhead: Seconds that an op costs that moves nothing.
     """
 
     matmul: Mapping[str, MatmulCurve] = field(hash=False)
@@ -81,6 +84,7 @@ class DeviceRates:
     overhead: float
     optimizer: MemoryCurve
     optimizer_overhead: float = 0.0
+    view_overhead: float = 0.0
 
     def curve(self, dtype: str, form: str = "") -> MatmulCurve:
         """Efficiency of matrix products of a dtype (``float32``) and form (``conv``)."""
@@ -220,6 +224,7 @@ def _device(raw: Mapping[str, Any]) -> DeviceRates:
         float(raw["overhead"]),
         _memory(raw["optimizer"]),
         float(raw["optimizer_overhead"]),
+        float(raw["view_overhead"]),
     )
 
 
@@ -251,8 +256,13 @@ def default_rates(kind: DeviceKind) -> DeviceRates:
     curves = {dtype: MatmulCurve(top, half_s * peak * top) for dtype, peak in kind.flops.items()}
     step = rate / _OPTIMIZER_PASSES
     overhead = _GPU_OVERHEAD if gpu else _CPU_OVERHEAD
+    views = 0.0 if gpu else overhead / 2  # a GPU is not told of them
     return DeviceRates(
-        curves, {"plain": MemoryCurve(rate, rate)}, overhead, MemoryCurve(step, step)
+        curves,
+        {"plain": MemoryCurve(rate, rate)},
+        overhead,
+        MemoryCurve(step, step),
+        view_overhead=views,
     )
 
 

@@ -31,6 +31,8 @@ from raypar.sharding.convert import (
 
 _VOLUME = {ALL_REDUCE: 2, ALL_MAX: 2, ALL_GATHER: 1, REDUCE_SCATTER: 1, ALL_TO_ALL: 1}
 """How often each device moves its share of the value."""
+_CALLS = ("view", "none")
+"""Kinds that move nothing: an op that only looks at its input, and what is no op at all."""
 
 
 class _Line(NamedTuple):
@@ -212,9 +214,13 @@ def _op_seconds(
     matmul: bool,
     kind: str,
 ) -> float:
+    if kind in _CALLS:
+        return rates.view_overhead if kind == "view" else 0.0
     name = compute_dtype(dtype)
     if matmul:
         work = rates.curve(name, kind).seconds(flops, device.peak(name))
+        if kind in rates.memory:
+            return rates.overhead + work + rates.memory[kind].seconds(nbytes)
         return rates.overhead + max(work, rates.bytes_curve("plain").seconds(nbytes))
     return rates.overhead + rates.bytes_curve(kind).seconds(nbytes)
 

@@ -1,0 +1,134 @@
+"""The analytic cost model: rooflines and α-β collectives over the programs of a stage."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from raypar.graph.costs import size_of
+from raypar.search.cost.base import CostModel, StageCode, StageCost, register_cost_model
+from raypar.search.cost.exact import (
+    StagePieces,
+    peak_bytes,
+    piece_cost,
+    stage_pieces,
+    workspace_bytes,
+)
+from raypar.search.cost.machine import MeshMachine
+from raypar.search.cost.params import param_cost, timed
+
+# A GPU's driver and the buffers of a communicator; and what a caching allocator loses to blocks
+# that fit no request.
+_GPU_FIXED_BYTES = 900 << 20
+_GPU_FRAGMENTED = 0.05
+
+
+@register_cost_model
+class AnalyticCost(CostModel):
+    """Adds up every op of the programs that a rank runs, and walks their memory."""
+
+    name = "analytic"
+
+    def stage_cost(
+        self, stage: StageCode, machine: MeshMachine, *, optimizer_states: int = 2
+    ) -> StageCost:
+        """What `stage` costs on one device of `machine`. See `CostModel`."""
+        pieces = cached_pieces(stage)
+        params = param_cost(stage)
+        forward = piece_cost(pieces.forward.nodes, machine)
+        backward = first = second = piece_cost((), machine)
+        if pieces.parts is not None:
+            backward = piece_cost(pieces.parts.backward.nodes, machine)
+            first, second = backward, second
+            if pieces.splits:
+                first = piece_cost(pieces.parts.backward_input.nodes, machine)
+                second = piece_cost(pieces.parts.backward_weight.nodes, machine)
+        forward_peak, backward_peak = _peaks(pieces)
+        states = optimizer_states * params.state_bytes
+        buffers = _buffer_bytes(stage)
+        held = params.param_bytes + params.gradient_bytes + states + buffers
+        return StageCost(
+            forward_s=forward.seconds,
+            backward_s=backward.seconds,
+            backward_input_s=first.seconds,
+            backward_weight_s=second.seconds,
+            forward_comm=timed(forward.moves, machine),
+            backward_comm=timed(backward.moves, machine),
+            backward_input_comm=timed(first.moves, machine),
+            backward_weight_comm=timed(second.moves, machine),
+            gather=timed(params.gather, machine),
+            sync=timed(params.sync, machine),
+            optimizer_s=machine.optimizer_s(params.optimized_bytes, params.optimized),
+            param_bytes=params.param_bytes,
+            gradient_bytes=params.gradient_bytes,
+            optimizer_bytes=states,
+            buffer_bytes=buffers,
+            saved_bytes=pieces.saved_bytes,
+            half_bytes=pieces.half_bytes,
+            forward_peak_bytes=forward_peak,
+            backward_peak_bytes=backward_peak,
+            overhead_bytes=_overhead_bytes(machine, held + forward_peak + pieces.saved_bytes),
+        )
+
+
+def _overhead_bytes(machine: MeshMachine, used: int) -> int:
+    return int(_GPU_FIXED_BYTES + _GPU_FRAGMENTED * used) if machine.is_gpu else 0
+
+
+def _peaks(pieces: StagePieces) -> tuple[int, int]:
+    forward = peak_bytes(pieces.forward, workspace=workspace_bytes)
+    if pieces.parts is None or pieces.joint is None:
+        return forward, 0
+    program = pieces.parts.backward
+    n_edges = len(program.outputs) - _weights(pieces)
+    sunk = [n for n in program.outputs[n_edges:] if n is not None]
+    freed = [*pieces.held, *pieces.joint.tangents]
+    return forward, peak_bytes(program, freed, sunk, workspace_bytes)
+
+
+def _weights(pieces: StagePieces) -> int:
+    assert pieces.joint is not None
+    return sum(pieces.keys[p].startswith("param:") for p in pieces.joint.wrt)
+
+
+def _buffer_bytes(stage: StageCode) -> int:
+    holders: list[fx.Node] = list(stage.graph.find_nodes(op="placeholder"))
+    return sum(
+        size_of(n.meta["val"])
+        for n in holders
+        if str(n.meta["id"]).startswith(("buffer:", "const:"))
+        and isinstance(n.meta["val"], torch.Tensor)
+    )
+
+
+class _Cache:
+    """The last traces, by the identity of the graph and what else a trace depends on."""
+
+    most: ClassVar[int] = 64
+
+    def __init__(self) -> None:
+        self.known: OrderedDict[object, tuple[fx.Graph, StagePieces]] = OrderedDict()
+
+    def __call__(self, stage: StageCode) -> StagePieces:
+        key = (
+            id(stage.graph),
+            stage.recompute,
+            stage.trainable,
+            stage.differentiable,
+            stage.outputs_with_grad,
+            stage.changing,
+        )
+        if key not in self.known:
+            # The graph is kept with its trace, so that its id is not given to another.
+            self.known[key] = (stage.graph, stage_pieces(stage))
+            if len(self.known) > self.most:
+                self.known.popitem(last=False)
+        self.known.move_to_end(key)
+        return self.known[key][1]
+
+
+cached_pieces = _Cache()
+"""`stage_pieces`, remembered: one stage is often priced on several machines."""

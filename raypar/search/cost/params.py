@@ -1,0 +1,152 @@
+"""Parameters of a stage on one device: bytes, and what moves them once per step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from raypar.search.cost.base import Collective, StageCode
+from raypar.search.cost.machine import MeshMachine
+from raypar.sharding.convert import COLLECTIVES, conversion
+from raypar.sharding.layout import Axes, ParamLayout
+from raypar.sharding.spec import R, ShardingSpec, is_shard, shard_dim
+
+BUCKET_BYTES = 4 << 20
+"""Gradients travel in buckets of about this size (`raypar.comm.buckets`)."""
+
+
+class Move(NamedTuple):
+    """A collective before its time is known: axis, kind, bytes of the larger side."""
+
+    axis: str
+    kind: str
+    nbytes: int
+
+
+class ParamCost(NamedTuple):
+    """What the parameters of a stage take on one device.
+
+    Attributes:
+        param_bytes: As programs take them, and the optimizer's own copies of parts.
+        gradient_bytes: Accumulated gradients.
+        state_bytes: One optimizer state of them all.
+        optimized_bytes: Parameters that this device's optimizer steps over.
+        optimized: How many tensors these are.
+        gather: Once per step: stored → held.
+        sync: Once per step: gradients of held → of stored.
+    """
+
+    param_bytes: int
+    gradient_bytes: int
+    state_bytes: int
+    optimized_bytes: int
+    optimized: int
+    gather: tuple[Move, ...]
+    sync: tuple[Move, ...]
+
+
+def moves(
+    source: ShardingSpec,
+    target: ShardingSpec,
+    shape: tuple[int, ...],
+    itemsize: int,
+    axes: Axes,
+    *,
+    backward: bool = False,
+) -> list[Move]:
+    """The collectives of a conversion (or of its gradient, in the order they run)."""
+    sizes = [size for _, size in axes]
+    now = list(source)
+    found: list[Move] = []
+    for step in conversion(source, target):
+        before = _bytes(now, shape, itemsize, sizes)
+        now[step.axis] = _after(step.forward, step.cut, step.to, now[step.axis])
+        after = _bytes(now, shape, itemsize, sizes)
+        kind = step.backward if backward else step.forward
+        if kind in COLLECTIVES and sizes[step.axis] > 1:
+            found.append(Move(axes[step.axis][0], kind, max(before, after)))
+    return found[::-1] if backward else found
+
+
+def _after(kind: str, cut: str, to: str, now: str) -> str:
+    if kind in ("shard", "reduce_scatter"):
+        return cut
+    if kind == "all_to_all":
+        return to
+    return R if kind in ("all_gather", "all_reduce", "pad") else now
+
+
+def _bytes(states: Iterable[str], shape: tuple[int, ...], itemsize: int, sizes: list[int]) -> int:
+    return math.prod(ShardingSpec(states).local_shape(shape, sizes)) * itemsize
+
+
+def bundle(found: Iterable[Move]) -> tuple[Move, ...]:
+    """Moves of equal axis and kind as buckets: their latency is paid once per bucket."""
+    sums: dict[tuple[str, str], int] = {}
+    for move in found:
+        sums[move.axis, move.kind] = sums.get((move.axis, move.kind), 0) + move.nbytes
+    buckets: list[Move] = []
+    for (axis, kind), total in sums.items():
+        count = max(1, round(total / BUCKET_BYTES))
+        buckets += [Move(axis, kind, total // count)] * count
+    return tuple(buckets)
+
+
+def timed(found: Iterable[Move], machine: MeshMachine) -> tuple[Collective, ...]:
+    """Moves with their seconds on a mesh."""
+    return tuple(
+        Collective(m.axis, m.kind, m.nbytes, machine.collective_s(m.axis, m.kind, m.nbytes))
+        for m in found
+    )
+
+
+def param_cost(stage: StageCode) -> ParamCost:
+    """What the parameters of a stage take."""
+    held = gradients = states = optimized = count = 0
+    gather: list[Move] = []
+    sync: list[Move] = []
+    for node in stage.graph.find_nodes(op="placeholder"):
+        key = str(node.meta["id"])
+        if not key.startswith("param:"):
+            continue
+        value: torch.Tensor = node.meta["val"]
+        name, trainable = key[6:], key[6:] in stage.trainable
+        layout = stage.layouts.get(name)
+        own = value.numel() * value.element_size()
+        part = own
+        if layout is not None:
+            part = _stored_bytes(layout, value.element_size(), stage.axes)
+            if not layout.in_program:
+                arguments = (
+                    layout.stored,
+                    layout.held,
+                    layout.shape,
+                    value.element_size(),
+                    stage.axes,
+                )
+                gather += moves(*arguments)
+                if trainable:
+                    sync += moves(*arguments, backward=True)
+        held += own + (part if _has_copy(layout) else 0)
+        if trainable:
+            gradients += part if layout is not None and layout.zero >= 2 else own
+            states += part
+            optimized += part
+            count += 1
+    return ParamCost(held, gradients, states, optimized, count, bundle(gather), bundle(sync))
+
+
+def _stored_bytes(layout: ParamLayout, itemsize: int, axes: Axes) -> int:
+    sizes = [size for _, size in axes]
+    return math.prod(layout.stored.local_shape(layout.shape, sizes)) * itemsize
+
+
+def _has_copy(layout: ParamLayout | None) -> bool:
+    """Whether the optimizer's part is a tensor of its own: a part that is not contiguous."""
+    if layout is None or layout.in_program or layout.stored == layout.held.value():
+        return False
+    extra = [s for s, h in zip(layout.stored, layout.held, strict=True) if s != h and is_shard(s)]
+    return any(math.prod(layout.shape[: shard_dim(s)]) > 1 for s in extra)
