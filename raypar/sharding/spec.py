@@ -113,13 +113,15 @@ class ShardingSpec(tuple[State, ...]):
         return tuple(local)
 
     def fits(self, shape: Sequence[int], mesh: Sequence[int]) -> bool:
-        """Whether every cut dim exists and divides evenly."""
+        """Whether every cut dim exists, is known (not data-dependent), and divides evenly."""
         sizes = list(shape)
         for axis, state in enumerate(self):
             if state[0] != "S":
                 continue
             dim, groups = cut_of(state)
-            if dim >= len(sizes) or sizes[dim] % (groups * mesh[axis]):
+            if dim >= len(sizes) or not isinstance(sizes[dim], int):
+                return False
+            if sizes[dim] % (groups * mesh[axis]):
                 return False
             sizes[dim] //= mesh[axis]
         return True
