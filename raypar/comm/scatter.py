@@ -1,54 +1,23 @@
-"""Buckets for values that are cut over the ranks: gradients reduce-scattered, parameters gathered.
+"""Gradient buckets, reduce-scattered while the backward pass goes on: every rank keeps its part.
 
 A bucket is one flat tensor with a row for every rank, and a row holds that rank's piece of every
-member, one after the other. So one reduce-scatter or all-gather serves many parameters, whichever
-dims they are cut in. What is cut when is that of Rajbhandari et al. 2020, "ZeRO: Memory
-Optimizations Toward Training Trillion Parameter Models", section 5.
+member, one after the other. So one reduce-scatter serves many parameters, whichever dims they are
+cut in, and so does one all-gather (`raypar.comm.gather`). What is cut when is that of Rajbhandari et
+al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
+from raypar.comm._rows import Rows, Split, check_splits
 from raypar.comm.buckets import bucket_members
-from raypar.comm.group import Group, TensorSpec, Work
+from raypar.comm.group import Group, Work
 from raypar.errors import CommError
-from raypar.sharding.pieces import Piece
 
-
-@dataclass(frozen=True)
-class Split:
-    """How one tensor is cut over a group.
-
-    Attributes:
-        spec: The uncut tensor.
-        pieces: Which part of it each rank of the group has, of equal sizes.
-    """
-
-    spec: TensorSpec
-    pieces: tuple[Piece, ...]
-
-
-class _Rows:
-    """Where the members of one bucket lie in a row; equal on all ranks."""
-
-    def __init__(self, members: list[int], splits: Sequence[Split]) -> None:
-        self.members = members
-        self.dtype = splits[members[0]].spec.dtype
-        self.places: dict[int, tuple[int, int]] = {}
-        self.length = 0
-        for index in members:
-            count = splits[index].pieces[0].numel
-            self.places[index] = (self.length, count)
-            self.length += count
-
-    def of(self, row: torch.Tensor, index: int, piece: Piece) -> torch.Tensor:
-        """The member's piece, as a view of a row."""
-        start, count = self.places[index]
-        return row.narrow(0, start, count).view(piece.shape)
+__all__ = ["ScatterBuckets", "Split"]
 
 
 class _Bucket:
@@ -64,7 +33,7 @@ class _Bucket:
         work: The reduce-scatter under way.
     """
 
-    def __init__(self, rows: _Rows) -> None:
+    def __init__(self, rows: Rows) -> None:
         self.rows = rows
         self.flat: torch.Tensor | None = None
         self.sent: torch.Tensor | None = None
@@ -104,12 +73,12 @@ class ScatterBuckets:
         name: str = "",
     ) -> None:
         self.name = name or "gradients"
-        _check_splits(splits, group, self.name)
+        check_splits(splits, group, self.name)
         self._splits = tuple(splits)
         self._group = group
         self._eager = every_microbatch
         members = bucket_members([s.spec for s in splits], bucket_bytes)
-        self._buckets = [_Bucket(_Rows(m, splits)) for m in members]
+        self._buckets = [_Bucket(Rows(m, splits)) for m in members]
         self._home = {i: bucket for bucket in self._buckets for i in bucket.rows.members}
         self._device = torch.device("cpu")
         self._spare: dict[torch.dtype, list[torch.Tensor]] = {}
@@ -309,89 +278,3 @@ class ScatterBuckets:
         if not bucket.ended:
             bucket.own.zero_()
         return bucket.own
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A tensor that all ranks hold and of which each keeps one piece up to date.
-
-    Attributes:
-        whole: This rank's copy.
-        own: This rank's piece, whether a view of `whole` or not.
-        pieces: Which part each rank of the group has, of equal sizes.
-    """
-
-    whole: torch.Tensor
-    own: torch.Tensor
-    pieces: tuple[Piece, ...]
-
-
-class GatherBuckets:
-    """Brings every rank's copies up to date from all ranks' own pieces.
-
-    Args:
-        copies: The tensors, in the same order on all ranks.
-        group: Who has the pieces.
-        bucket_bytes: A bucket is closed when it holds this much of whole tensors, in bytes; no
-            more than two of them exist at once.
-        name: Name in errors.
-
-    Raises:
-        CommError: A copy does not name as many pieces as the group has ranks, or unequal ones.
-    """
-
-    def __init__(
-        self, copies: Sequence[Copy], group: Group, bucket_bytes: int = 4 << 20, name: str = ""
-    ) -> None:
-        self.name = name or "parameters"
-        splits = [Split(TensorSpec(tuple(c.whole.shape), c.whole.dtype), c.pieces) for c in copies]
-        _check_splits(splits, group, self.name)
-        self._copies = tuple(copies)
-        self._group = group
-        members = bucket_members([s.spec for s in splits], bucket_bytes)
-        self._buckets = [_Rows(m, splits) for m in members]
-
-    def run(self) -> None:
-        """Gathers all buckets; one travels while the one before it is copied to its places.
-
-        Raises:
-            CommTimeoutError: A gather missed its deadline.
-        """
-        before: tuple[_Rows, Work] | None = None
-        for at, rows in enumerate(self._buckets):
-            row = torch.cat([self._copies[i].own.detach().reshape(-1) for i in rows.members])
-            name = f"{self.name} bucket {at} of {len(self._buckets)}"
-            work = self._group.iall_gather(row, name=name)
-            if before is not None:
-                self._place(*before)
-            before = (rows, work)
-        if before is not None:
-            self._place(*before)
-
-    def _place(self, rows: _Rows, work: Work) -> None:
-        gathered = work.wait()
-        assert gathered is not None
-        for index in rows.members:
-            copy = self._copies[index]
-            inside = (
-                copy.own.untyped_storage().data_ptr() == copy.whole.untyped_storage().data_ptr()
-            )
-            for rank, piece in enumerate(copy.pieces):
-                if rank != self._group.rank or not inside:
-                    piece.write(copy.whole, rows.of(gathered[rank], index, piece))
-
-
-def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def _check_splits(splits: Sequence[Split], group: Group, name: str) -> None:
-    for index, split in enumerate(splits):
-        if len(split.pieces) != group.size:
-            raise CommError(
-                f"{name}: tensor {index} is cut in {len(split.pieces)} pieces, but the group has "
-                f"{group.size} ranks"
-            )
-        sizes = {piece.numel for piece in split.pieces}
-        if len(sizes) > 1:
-            raise CommError(f"{name}: tensor {index} has pieces of unequal sizes {sorted(sizes)}")

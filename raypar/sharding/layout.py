@@ -40,9 +40,10 @@ class ParamLayout:
 def layout_of(shape: Sequence[int], held: ShardingSpec, axes: Axes, zero: int) -> ParamLayout:
     """The layout of a parameter under a ZeRO level (Rajbhandari et al. 2020, "ZeRO", section 5).
 
-    Every axis on which it is held whole cuts one more dim: the first whose part divides, largest
-    part first. A dim that an axis further right cuts already is left alone, so that gathering
-    stays in order. What does not divide stays whole.
+    Every axis on which it is held whole cuts one more dim that divides: dim 0 if it does, since its
+    parts are contiguous memory, else the one with the largest part. A dim that an axis further
+    right cuts already is left alone, so that gathering stays in order. What does not divide stays
+    whole.
 
     Args:
         shape: Shape of the whole parameter.
@@ -67,7 +68,7 @@ def _best_cut(
 ) -> int | None:
     right = {dim for i, dim in ShardingSpec(stored).shards() if i > axis}
     local = ShardingSpec(stored).local_shape(shape, sizes)
-    for dim in sorted(range(len(shape)), key=lambda d: -local[d]):
+    for dim in sorted(range(len(shape)), key=lambda d: (d != 0, -local[d])):
         tried = ShardingSpec([*stored[:axis], S(dim), *stored[axis + 1 :]])
         if dim not in right and tried.fits(shape, sizes):
             return dim

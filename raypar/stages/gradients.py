@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from raypar.comm.buckets import GradBuckets
+from raypar.comm.gather import Copy, GatherBuckets
 from raypar.comm.group import Group, TensorSpec
 from raypar.comm.mesh import MeshGroups
-from raypar.comm.scatter import Copy, GatherBuckets, ScatterBuckets, Split
+from raypar.comm.scatter import ScatterBuckets, Split
 from raypar.errors import ScheduleError
 from raypar.schedules.instructions import Kind
 from raypar.sharding.pieces import Piece

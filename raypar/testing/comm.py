@@ -129,6 +129,10 @@ class CommConformance(ABC):
         """all_gather, reduce_scatter, all_to_all, broadcast and barrier against plain torch."""
         self.check(_gather_scatter)
 
+    def test_background_gather_scatter(self) -> None:
+        """Several ireduce_scatter and iall_gather under way at once, in place and not."""
+        self.check(_background)
+
     def test_barrier_waits(self) -> None:
         """Nobody leaves a barrier before the last has come."""
         for times in zip(*self.check(_barrier), strict=True):
@@ -441,6 +445,33 @@ def _gather_scatter(group: Group, device: str) -> None:
             slot.copy_(values(root, (3, 4), torch.float64, device))
         group.broadcast(slot, root=root, name="b")
         _same(slot.contiguous(), values(root, (3, 4), torch.float64, device))
+
+
+def _background(group: Group, device: str) -> None:
+    n, rank = group.size, group.rank
+
+    def rows(r: int, call: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.stack([values(100 * call + 10 * r + c, (5,), dtype, device) for c in range(n)])
+
+    forms = (torch.float64, torch.bfloat16)
+    sums, gathers = [], []
+    for call, dtype in enumerate(forms):
+        flat = rows(rank, call, dtype)
+        sums.append(group.ireduce_scatter(list(flat), into=flat[rank], name="in place"))
+        sums.append(group.ireduce_scatter(list(rows(rank, call, dtype)), name="new"))
+        gathers.append(group.iall_gather(rows(rank, call, dtype)[0], name="g"))
+    for call, dtype in enumerate(forms):
+        expected = _reference([rows(r, call, dtype)[rank] for r in range(n)], "sum")
+        for work in sums[2 * call : 2 * call + 2]:
+            found = work.wait()
+            assert found is not None
+            _close_enough(found, expected)
+        gathered = gathers[call].wait()
+        assert gathered is not None
+        _same(gathered, torch.stack([rows(r, call, dtype)[0] for r in range(n)]))
+    empty = group.iall_gather(torch.empty((0, 2), device=device)).wait()
+    assert empty is not None
+    assert tuple(empty.shape) == (n, 0, 2)
 
 
 def _barrier(group: Group, device: str) -> list[tuple[float, float]]:

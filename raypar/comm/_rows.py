@@ -1,0 +1,61 @@
+"""Flat buckets with a row for every rank: where each rank's piece of every member lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from raypar.comm.group import Group, TensorSpec
+from raypar.errors import CommError
+from raypar.sharding.pieces import Piece
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one tensor is cut over a group.
+
+    Attributes:
+        spec: The uncut tensor.
+        pieces: Which part of it each rank of the group has, of equal sizes.
+    """
+
+    spec: TensorSpec
+    pieces: tuple[Piece, ...]
+
+
+class Rows:
+    """Where the members of one bucket lie in a row; equal on all ranks."""
+
+    def __init__(self, members: list[int], splits: Sequence[Split]) -> None:
+        self.members = members
+        self.dtype = splits[members[0]].spec.dtype
+        self.places: dict[int, tuple[int, int]] = {}
+        self.length = 0
+        for index in members:
+            count = splits[index].pieces[0].numel
+            self.places[index] = (self.length, count)
+            self.length += count
+
+    def of(self, row: torch.Tensor, index: int, piece: Piece) -> torch.Tensor:
+        """The member's piece, as a view of a row."""
+        start, count = self.places[index]
+        return row.narrow(0, start, count).view(piece.shape)
+
+
+def check_splits(splits: Sequence[Split], group: Group, name: str) -> None:
+    """Refuses splits that are not one equal piece for every rank.
+
+    Raises:
+        CommError: Names the first.
+    """
+    for index, split in enumerate(splits):
+        if len(split.pieces) != group.size:
+            raise CommError(
+                f"{name}: tensor {index} is cut in {len(split.pieces)} pieces, but the group has "
+                f"{group.size} ranks"
+            )
+        sizes = {piece.numel for piece in split.pieces}
+        if len(sizes) > 1:
+            raise CommError(f"{name}: tensor {index} has pieces of unequal sizes {sorted(sizes)}")
