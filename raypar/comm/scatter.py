@@ -2,8 +2,8 @@
 
 A bucket is one flat tensor with a row for every rank, and a row holds that rank's piece of every
 member, one after the other. So one reduce-scatter serves many parameters, whichever dims they are
-cut in, and so does one all-gather (`raypar.comm.gather`). What is cut when is that of Rajbhandari et
-al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5.
+cut in, and so does one all-gather (`raypar.comm.gather`). What is cut when is that of Rajbhandari
+et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5.
 """
 
 from __future__ import annotations

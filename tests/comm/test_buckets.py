@@ -8,8 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raypar.comm.buckets import GradBuckets
+from raypar.comm.gather import Copy, GatherBuckets
 from raypar.comm.group import Group, TensorSpec
+from raypar.comm.scatter import ScatterBuckets, Split
 from raypar.errors import CommError
+from raypar.sharding.pieces import Piece, piece_of
+from raypar.sharding.spec import ShardingSpec
 
 from .conftest import Processes, run_threads
 
@@ -162,3 +166,146 @@ def test_bad_use() -> None:
         GradBuckets([], None, bucket_bytes=0)
     with pytest.raises(CommError, match="never names"):
         GradBuckets([], None, never=[3])
+
+
+# ---- gradients and parameters that are cut over the ranks -----------------------------------
+
+CUT = (((12, 5), "S0"), ((5, 24), "S1"), ((24, 3), "S0/2"), ((12,), "S0"), ((0, 12), "S1"))
+
+
+def _pieces(shape: tuple[int, ...], state: str, size: int) -> tuple[Piece, ...]:
+    spec = ShardingSpec.parse(state)
+    return tuple(piece_of(spec.ranges(shape, (size,), (rank,))) for rank in range(size))
+
+
+def _splits(size: int, dtypes: tuple[torch.dtype, ...] = (torch.float64,)) -> list[Split]:
+    return [
+        Split(TensorSpec(shape, dtypes[i % len(dtypes)]), _pieces(shape, state, size))
+        for i, (shape, state) in enumerate(CUT)
+    ]
+
+
+def scatter(group: Group, m: int, bucket_bytes: int, every_microbatch: bool) -> int:
+    """Three steps of m microbatches; returns the most flat memory ever held, in bytes."""
+    splits = _splits(group.size, (torch.float64, torch.float32))
+    buckets = ScatterBuckets(splits, group, bucket_bytes, every_microbatch, "g")
+    most = 0
+    for step in range(3):
+        for k in range(m):
+            for index, split in enumerate(splits):
+                grad = _grad(group.rank, step, k, index, split.spec)
+                buckets.add(index, grad, last=k == m - 1)
+                grad.fill_(7.0)  # what was added is no longer needed
+                most = max(most, sum(t.numel() * t.itemsize for t in buckets.tensors()))
+        for index, (split, found) in enumerate(zip(splits, buckets.finish(), strict=True)):
+            expected = _expected(group.size, step, m, index, split.spec)
+            own = split.pieces[group.rank].read(expected)
+            bound = 1e-13 if split.spec.dtype == torch.float64 else 1e-5
+            torch.testing.assert_close(found, own.contiguous(), rtol=bound, atol=bound)
+        buckets.reset()
+    return most
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    size=st.integers(2, 3),
+    m=st.integers(1, 3),
+    bucket_bytes=st.sampled_from((1, 700, 1 << 30)),
+    every_microbatch=st.booleans(),
+)
+def test_scattered_equals_parts_of_plain_sums(
+    size: int, m: int, bucket_bytes: int, every_microbatch: bool
+) -> None:
+    run_threads(lambda g: scatter(g, m, bucket_bytes, every_microbatch), size, 20.0)
+
+
+def _scatter_case(group: Group) -> int:
+    return scatter(group, 2, 700, True)
+
+
+def test_scattered_between_processes(processes: Processes) -> None:
+    processes.run(_scatter_case, 2, 20.0)
+
+
+def test_with_rounds_no_more_than_two_uncut_buckets_live() -> None:
+    shape, count = (64, 4), 10
+    split = Split(TensorSpec(shape, torch.float64), _pieces(shape, "S0", 2))
+
+    def held(group: Group, every_microbatch: bool) -> int:
+        buckets = ScatterBuckets([split] * count, group, 64 * 4 * 8, every_microbatch)
+        most = 0
+        for k in range(3):
+            for index in range(count):
+                buckets.add(index, torch.ones(shape, dtype=torch.float64), last=k == 2)
+                most = max(most, sum(t.numel() for t in buckets.tensors()))
+        assert all(bool((g == 6.0).all()) for g in buckets.finish())
+        return most
+
+    whole = 64 * 4
+    assert run_threads(lambda g: held(g, False), 2, 20.0) == [count * whole] * 2
+    assert max(run_threads(lambda g: held(g, True), 2, 20.0)) <= count * whole // 2 + 2 * whole
+
+
+def test_a_gradient_that_comes_on_one_rank_alone_counts_as_zeros_elsewhere() -> None:
+    split = Split(TensorSpec((4,), torch.float32), _pieces((4,), "S0", 2))
+
+    def rank(group: Group) -> None:
+        buckets = ScatterBuckets([split, split], group)
+        for value in (3.0, 5.0):  # the second step must not see the first one's values
+            if group.rank == 0:
+                buckets.add(1, torch.full((4,), value), last=True)
+            assert [g.tolist() for g in buckets.finish()] == [[0.0] * 2, [value] * 2]
+            buckets.reset()
+
+    run_threads(rank, 2, 20.0)
+
+
+def test_bad_use_of_scattered_buckets() -> None:
+    splits = [Split(TensorSpec((4,), torch.float32), _pieces((4,), "S0", 2))] * 2
+
+    def rank(group: Group) -> None:
+        buckets = ScatterBuckets(splits, group, name="stage 2")
+        with pytest.raises(CommError, match=r"stage 2: gradient 0 has shape \(3,\).*\(4,\)"):
+            buckets.add(0, torch.ones(3), last=True)
+        buckets.add(0, torch.ones(4), last=False)
+        with pytest.raises(CommError, match="last microbatch of gradient 0"):
+            buckets.finish()
+        buckets.add(0, torch.ones(4), last=True)
+        with pytest.raises(CommError, match="after its last"):
+            buckets.add(0, torch.ones(4), last=True)
+        rounds = ScatterBuckets(splits, group, every_microbatch=True)
+        rounds.add(0, torch.ones(4), last=False)
+        with pytest.raises(CommError, match="gradient 0 came twice before the other"):
+            rounds.add(0, torch.ones(4), last=True)
+        with pytest.raises(CommError, match="cut in 3 pieces, but the group has 2 ranks"):
+            ScatterBuckets(_splits(3), group)
+
+    run_threads(rank, 2, 20.0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    size=st.integers(2, 3),
+    bucket_bytes=st.sampled_from((1, 700, 1 << 30)),
+    views=st.lists(st.booleans(), min_size=len(CUT), max_size=len(CUT)),
+)
+def test_gathered_copies_are_what_the_ranks_hold(
+    size: int, bucket_bytes: int, views: list[bool]
+) -> None:
+    splits = _splits(size, (torch.float64, torch.bfloat16))
+    fresh = [_grad(9, 0, 0, i, split.spec) for i, split in enumerate(splits)]
+
+    def rank(group: Group) -> None:
+        copies = []
+        for split, view, new in zip(splits, views, fresh, strict=True):
+            whole = torch.full(split.spec.shape, torch.nan, dtype=split.spec.dtype)
+            piece = split.pieces[group.rank]
+            own = piece.read(whole)
+            own = own if view and len(piece.boxes) == 1 else own.clone()
+            own.copy_(piece.read(new))
+            copies.append(Copy(whole, own, split.pieces))
+        GatherBuckets(copies, group, bucket_bytes).run()
+        for copy, new in zip(copies, fresh, strict=True):
+            assert torch.equal(copy.whole, new)
+
+    run_threads(rank, size, 20.0)
