@@ -113,7 +113,7 @@ def _run(group: Group, kind: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def _repeat(group: Group, call: Callable[[], None], device: torch.device) -> float:
-    """Seconds (lower quartile) of a call that all ranks of the group make; rank 0 says how often."""
+    """Seconds (lower quartile) of a call that all ranks make together; rank 0 says how often."""
     call()
     group.barrier()
     began = time.perf_counter()

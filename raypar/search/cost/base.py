@@ -186,6 +186,8 @@ def register_cost_model(model: type[CostModel]) -> type[CostModel]:
 
 def cost_model_names() -> list[str]:
     """Registered names."""
+    from raypar.search.cost import analytic, profiled  # noqa: F401
+
     return sorted(_MODELS)
 
 

@@ -38,7 +38,8 @@ class StagePieces:
         held: Values that are held from forward to backward and freed by it.
         saved_bytes: Their bytes.
         half_bytes: Bytes held between the halves of backward.
-        splits: Whether backward has an input half (else its weight half is empty).
+        splits: Whether backward is run in halves where a schedule asks for it; a stage without
+            received values that want gradients does all of it in its input half.
     """
 
     joint: Joint | None
@@ -84,7 +85,7 @@ def stage_pieces(stage: StageCode) -> StagePieces:
         frozenset(held),
         saved_bytes(held, free),
         saved_bytes([*later, *parts.between], free) if edges else 0,
-        splits=any(g is not None for g in parts.backward_input.outputs[: len(edges)]),
+        splits=bool(edges),
     )
 
 
