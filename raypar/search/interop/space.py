@@ -1,0 +1,140 @@
+"""The outer choices: replicas, microbatch sizes, mesh shapes, and where devices stand in line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from raypar.errors import PlanError
+from raypar.graph.opgraph import OpGraph
+from raypar.mesh.cluster import Cluster
+from raypar.search.config import SearchConfig
+
+MOST_MICROBATCHES = 4096
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the batch is cut.
+
+    Attributes:
+        replicas: D.
+        microbatches: M.
+        local_batch: Samples of one microbatch on one replica.
+        devices: Devices of one replica.
+    """
+
+    replicas: int
+    microbatches: int
+    local_batch: int
+    devices: int
+
+
+def splits(graph: OpGraph, cluster: Cluster, config: SearchConfig) -> Iterator[Split]:
+    """Every way to cut the batch that the graph, the cluster and the options allow.
+
+    Raises:
+        PlanError: The options leave none.
+    """
+    total = cluster.n_devices
+    count = 0
+    for replicas in _replicas(graph, total, config):
+        share = graph.global_batch // replicas
+        for parts in _microbatches(graph, share, config):
+            count += 1
+            yield Split(replicas, parts, share // parts, total // replicas)
+    if not count:
+        raise PlanError(
+            f"a global batch of {graph.global_batch} cannot be cut into search.replicas "
+            f"{config.replicas} × train.microbatches {config.microbatches} equal parts; "
+            f"microbatches=1 and replicas=1 always work"
+        )
+
+
+def _replicas(graph: OpGraph, devices: int, config: SearchConfig) -> list[int]:
+    most = min(graph.max_replicas, devices)
+    if config.replicas != "auto":
+        wanted = config.replicas
+        if wanted < 1 or wanted > devices:
+            raise PlanError(
+                f"search.replicas is {wanted}; the cluster has {devices} devices: take 1 to "
+                f"{devices}"
+            )
+        if wanted > graph.max_replicas:
+            op, reason = graph.analysis.blockers[0]
+            raise PlanError(
+                f"search.replicas is {wanted}, but samples meet at {op!r} ({reason}), so only "
+                "search.replicas 1 trains exactly like the unsplit model"
+            )
+        return [wanted] if graph.global_batch % wanted == 0 else []
+    return [d for d in range(1, most + 1) if graph.global_batch % d == 0 and _even(d, devices)]
+
+
+def _even(part: int, devices: int) -> bool:
+    """Whether `part` replicas leave at most an eighth of the devices idle."""
+    return (devices // part) * part * 8 >= devices * 7
+
+
+def _microbatches(graph: OpGraph, share: int, config: SearchConfig) -> list[int]:
+    if config.microbatches != "auto":
+        if config.microbatches < 1:
+            raise PlanError(f"train.microbatches is {config.microbatches}; it is at least 1")
+        return [config.microbatches] if share % config.microbatches == 0 else []
+    if graph.feels_microbatches:
+        return [1]  # M belongs to such a model's training recipe: only the user raises it
+    sizes = [2**k for k in range(share.bit_length()) if share % 2**k == 0]
+    sizes += [n for n in (3, 6, 12, 24, share) if share % n == 0 and n not in sizes and n <= share]
+    return sorted({share // n for n in sizes if share // n <= MOST_MICROBATCHES})
+
+
+def mesh_shapes(devices: int, per_node: int) -> list[tuple[int, ...]]:
+    """Logical shapes of a stage's mesh of `devices` devices, one axis or two.
+
+    Over several nodes the right axis stays inside a node.
+    """
+    if devices == 1:
+        return [()]
+    found: list[tuple[int, ...]] = [(devices,)]
+    for right in range(2, min(devices // 2, per_node) + 1):
+        if devices % right == 0 and (devices <= per_node or per_node % right == 0):
+            found.append((devices // right, right))
+    return found
+
+
+def stage_sizes(devices: int, per_node: int, most: int = 16) -> list[int]:
+    """Devices that a stage (of one replica) may have.
+
+    Inside a node the powers of two and the whole node; beyond it whole nodes, as many as divide
+    the nodes there are.
+    """
+    inside = [2**k for k in range(per_node.bit_length()) if 2**k <= min(per_node, devices)]
+    if per_node <= devices:
+        inside.append(per_node)
+    nodes = devices // per_node if per_node else 0
+    across = [n * per_node for n in range(2, nodes + 1) if nodes % n == 0 and n * per_node <= most]
+    small = [devices] if devices < per_node else []
+    return sorted({*inside, *across, *small})
+
+
+def line_of_devices(cluster: Cluster) -> list[int]:
+    """All devices in the order in which stages take them: node by node, equal kinds together."""
+    kinds: dict[str, int] = {}
+    for node in cluster.nodes:
+        kinds.setdefault(node.device.name, len(kinds))
+    starts = [0]
+    for node in cluster.nodes:
+        starts.append(starts[-1] + node.devices)
+    order = sorted(
+        range(len(cluster.nodes)), key=lambda i: (kinds[cluster.nodes[i].device.name], i)
+    )
+    return [d for i in order for d in range(starts[i], starts[i] + cluster.nodes[i].devices)]
+
+
+def alike(cluster: Cluster) -> bool:
+    """Whether all nodes are the same."""
+    first = cluster.nodes[0]
+    return all(
+        (n.device, n.devices, n.inside, n.across, n.device_memory)
+        == (first.device, first.devices, first.inside, first.across, first.device_memory)
+        for n in cluster.nodes
+    )
