@@ -125,7 +125,7 @@ class Pieces:
 
 
 def share_out(
-    blocks: Sequence[Block], holders: Sequence[int], loads: dict[int, int], *, split: bool
+    blocks: Sequence[Block], holders: Sequence[int], loads: dict[int, int], ways: int
 ) -> Iterator[tuple[int, int, Block]]:
     """Gives every block to one of its holders, or cuts it between some, so that loads are even.
 
@@ -136,17 +136,21 @@ def share_out(
         blocks: What is to be sent.
         holders: Ranks that can send any of it.
         loads: Elements that ranks send already; those of `holders` are raised.
-        split: Whether blocks may be cut; if not, the holder at a block's middle sends all of it.
+        ways: Into how many parts a block may be cut, about; with 1 the holder at a block's middle
+            sends all of it.
 
     Yields:
         (index into `blocks`, holder, what it sends of that block).
     """
     weights = [math.prod(lengths(block)) for block in blocks]
+    if len(holders) > ways * len(blocks) > len(blocks):
+        count = ways * len(blocks)
+        holders = [holders[i * len(holders) // count] for i in range(count)]
     ends = list(itertools.accumulate(_room([loads.get(h, 0) for h in holders], sum(weights))))
     last = len(holders) - 1
     at = 0
     for index, (block, weight) in enumerate(zip(blocks, weights, strict=True)):
-        if split:
+        if ways > 1:
             places = [(end - at) / weight for end in ends[:-1]]
             parts = _cut_at(block, places)
         else:

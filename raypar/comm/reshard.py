@@ -36,7 +36,7 @@ from raypar.sharding.spec import ShardingSpec, is_shard
 
 __all__ = ["ALIKE", "Layout", "LinkCosts", "ReshardPlan", "Tile", "reshard_plan"]
 
-_NEARLY = 1.02  # a simpler way is taken where it costs at most this much more
+_NEARLY = 1.001  # a simpler way is taken where it costs at most this much more
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,36 +163,35 @@ def _candidates(
     n = len(replicas[0])
     local = target.spec.local_shape(shape, target.mesh)
     # Cutting a tile between senders needs several that hold the same.
-    splits = (
-        (False, True) if shape and any(len(h) > 1 for h in pieces.holders.values()) else (False,)
-    )
+    most = max(len(holders) for holders in pieces.holders.values()) if shape else 1
+    cuts = [1, *(2**i for i in range(1, most.bit_length())), *([most] if most & (most - 1) else [])]
 
-    def plan(method: str, wanted: dict[int, Part], dim: int, split: bool) -> ReshardPlan:
-        tiles = tuple(_tiles(pieces, wanted, split, nodes))
+    def plan(method: str, wanted: dict[int, Part], dim: int, ways: int) -> ReshardPlan:
+        tiles = tuple(_tiles(pieces, wanted, ways, nodes))
         return ReshardPlan(shape, itemsize, source, target, method, dim, tiles, nodes)
 
-    for split in splits:
-        yield plan(DIRECT, held, 0, split)
+    for ways in cuts:
+        yield plan(DIRECT, held, 0, ways)
     if n == 1 or math.prod(shape) == 0:
         return
     firsts = {group[0]: held[group[0]] for group in replicas}
-    for split in splits:
-        yield plan(BROADCAST, firsts, 0, split)
+    for ways in cuts:
+        yield plan(BROADCAST, firsts, 0, ways)
     if not shape:
         return
     dim = min(range(len(shape)), key=lambda d: math.ceil(local[d] / n) / local[d])
-    shares = windows(local[dim], n)
-    cut = {
-        rank: (*held[rank][:dim], window(held[rank][dim], *shares[i]), *held[rank][dim + 1 :])
+    ends = windows(local[dim], n)
+    shares = {
+        rank: (*held[rank][:dim], window(held[rank][dim], *ends[i]), *held[rank][dim + 1 :])
         for group in replicas
         for i, rank in enumerate(group)
     }
-    for split in splits:
-        yield plan(GATHER, cut, dim, split)
+    for ways in cuts:
+        yield plan(GATHER, shares, dim, ways)
 
 
 def _tiles(
-    pieces: Pieces, wanted: dict[int, Part], split: bool, nodes: tuple[int, ...] | None
+    pieces: Pieces, wanted: dict[int, Part], ways: int, nodes: tuple[int, ...] | None
 ) -> list[Tile]:
     """The tiles that bring every rank its wanted part, by receiver, then by place in it."""
     found: list[Tile] = []
@@ -211,7 +210,7 @@ def _tiles(
         # Those with the fewest senders to choose from first: the others even it out.
         for able, wants in sorted(by_senders.items(), key=lambda item: len(item[0])):
             blocks = [block for _, block in wants]
-            for index, sender, block in share_out(blocks, able, loads, split=split):
+            for index, sender, block in share_out(blocks, able, loads, ways):
                 found += _as_tiles(sender, wants[index][0], block)
     return sorted(found, key=lambda t: (t.receiver, t.target))
 

@@ -79,15 +79,16 @@ class Resharder:
         self._part = plan.sent(rank) if self._receives else None
         self._window = plan.windows() if plan.method == GATHER else []
         self._outgoing = [(to, t) for (by, to), t in plan.messages.items() if by == rank]
-        self._incoming = [(by, t) for (by, to), t in plan.messages.items() if to == rank]
+        self._incoming = [
+            (by, t, TensorSpec(_message_shape(t), dtype))
+            for (by, to), t in plan.messages.items()
+            if to == rank
+        ]
         self._copies = [t for t in plan.tiles if t.sender == t.receiver == rank]
 
     def post(self, tag: str) -> list[Work]:
         """Begins to receive; `finish` takes what this returns."""
-        return [
-            self._world.irecv(TensorSpec(_message_shape(tiles), self._dtype), sender, tag)
-            for sender, tiles in self._incoming
-        ]
+        return [self._world.irecv(form, sender, tag) for sender, _, form in self._incoming]
 
     def send(self, local: torch.Tensor, tag: str) -> list[Work]:
         """Begins to send this rank's part; it must not be written before all of these are done."""
@@ -180,7 +181,7 @@ class Resharder:
         for tile in self._copies:
             assert local is not None
             _at(part, tile.target).copy_(_at(local, tile.source))
-        for (_, tiles), work in zip(self._incoming, posted, strict=True):
+        for (_, tiles, _), work in zip(self._incoming, posted, strict=True):
             _unpack(part, tiles, _received(work))
         return part
 

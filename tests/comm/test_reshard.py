@@ -19,6 +19,8 @@ from raypar.comm.resharder import ReplicaGroups, Resharder, ReshardSum
 from raypar.errors import CommError
 from raypar.sharding.spec import ShardingSpec
 
+from .conftest import Processes
+
 MESHES = [(1,), (2,), (3,), (4,), (2, 2), (1, 2), (2, 1), (4, 2), (3, 2), (2, 2, 2)]
 SLOW_ACROSS = LinkCosts(across_latency_s=0.0, across_s_per_byte=1.0, inside_s_per_byte=1e-3)
 LATENCY = LinkCosts(across_s_per_byte=1e-15, inside_latency_s=1e-9)
@@ -272,6 +274,26 @@ def test_sums_over_meshes_are_bitwise_equal(dtype: torch.dtype, n_meshes: int) -
         for rank in at.ranks:
             assert torch.equal(results[rank], held(expected, at, rank))
     assert results[7] is None
+
+
+def _over_sockets(group: Group) -> bool:
+    """One to two with a local gather, then two to one; module-level, for other processes."""
+    whole, cut = ShardingSpec.parse("R"), ShardingSpec.parse("S0/2")
+    value = torch.arange(48.0).reshape(8, 6)
+    one, two = Layout(whole, (1,), 0), Layout(whole, (2,), 1)
+    there = reshard_plan((8, 6), 4, one, two, SLOW_ACROSS)
+    assert there.method == "all_gather"
+    found = Resharder(there, group, torch.float32).run(value if group.rank == 0 else None, "a")
+    back = reshard_plan((8, 6), 4, Layout(cut, (2,), 1), one)
+    rows = [[0, 1, 4, 5], [2, 3, 6, 7]]
+    mine = None if found is None else found[rows[group.rank - 1]]
+    again = Resharder(back, group, torch.float32).run(mine, "b")
+    result = again if group.rank == 0 else found
+    return result is not None and torch.equal(value, result)
+
+
+def test_between_processes(processes: Processes) -> None:
+    assert processes.run(_over_sockets, 3, 20.0) == [True] * 3
 
 
 def test_misuse_is_told() -> None:
