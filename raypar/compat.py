@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "DATA_DEPENDENT_ERRORS",
@@ -31,6 +32,7 @@ __all__ = [
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
+    "TorchDispatchMode",
     "argument_defaults",
     "argument_names",
     "current_graph",
@@ -38,6 +40,7 @@ __all__ = [
     "forgetting_sizes",
     "form_without_out",
     "has_gradient_hooks",
+    "has_own_dispatch",
     "is_autocast_enter",
     "is_autocast_exit",
     "is_grad_mode_switch",
@@ -52,6 +55,8 @@ __all__ = [
     "storage_id",
     "traced_attribute",
     "traced_node",
+    "without_torch_function",
+    "wrapped_truncated_normal",
     "written_arguments",
 ]
 
@@ -106,6 +111,32 @@ def traced_attribute(name: str) -> Any:
     for part in name.split("."):
         value = getattr(value, part)
     return value
+
+
+def without_torch_function() -> contextlib.AbstractContextManager[Any]:
+    """While open, torch function modes and overrides do not see calls."""
+    guard: contextlib.AbstractContextManager[Any] = torch._C.DisableTorchFunction()
+    return guard
+
+
+@contextlib.contextmanager
+def wrapped_truncated_normal(wrap: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
+    """While open, `torch.nn.init.trunc_normal_` (under any name) runs what `wrap` returns.
+
+    It draws until all values lie within the bounds, and no mode sees it as one call.
+    """
+    before = torch.nn.init._no_grad_trunc_normal_
+    torch.nn.init._no_grad_trunc_normal_ = wrap(before)
+    try:
+        yield
+    finally:
+        torch.nn.init._no_grad_trunc_normal_ = before
+
+
+def has_own_dispatch(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's class handles operators itself, so that it need not hold its values."""
+    disabled = torch._C._disabled_torch_dispatch_impl
+    return type(tensor).__torch_dispatch__ is not disabled and type(tensor) is not torch.Tensor
 
 
 def has_gradient_hooks(tensor: torch.Tensor) -> bool:

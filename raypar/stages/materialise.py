@@ -1,0 +1,198 @@
+"""`materialise`: a rank's part of a model, bit for bit as ``manual_seed(seed); model_fn()`` has it.
+
+The model is built once on the meta device, where it takes no memory, while every operator call is
+written down (`_recorder.py`). Then the calls that the rank's part needs run for real, each tensor
+is cut as soon as it is finished, and the numbers that the other random calls would have drawn are
+drawn into a few kilobytes (`_replay.py`). So a rank holds its own part and, at any time, little
+more than the tensor that is being made.
+
+What cannot be put off (Python that looks at random values, numpy views of parameters, operators
+from elsewhere) is built whole, once and for real, and cut then; `Materialised.note` says why.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from raypar.compat import wrapped_truncated_normal
+from raypar.errors import PlanError
+from raypar.graph.capture import build_model
+from raypar.graph.origins import Path, fetch_tensor
+from raypar.sharding.spec import Ranges
+from raypar.stages._recorder import Disguise, Recorder
+from raypar.stages._replay import Replay, Take, cut
+from raypar.stages._tape import NotDeferrable
+
+Part = tuple[Ranges, ...] | None
+"""For every dim the ``[start, stop)`` ranges to keep, or None for the whole tensor."""
+
+
+@dataclass
+class Materialised:
+    """A rank's own tensors.
+
+    Attributes:
+        params: The wanted parts, in the model's order, with the parameters' ``requires_grad``.
+        buffers: The wanted buffers, whole, in the model's order.
+        constants: The wanted constants.
+        note: Why the whole model had to be built to get them, or None.
+    """
+
+    params: dict[str, nn.Parameter] = field(default_factory=dict)
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    note: str | None = None
+
+
+def materialise(
+    model_fn: Callable[[], nn.Module] | nn.Module,
+    seed: int,
+    wanted: Mapping[str, Part],
+    buffers: Collection[str] = (),
+    constants: Mapping[str, torch.Tensor | Path] | None = None,
+    device: torch.device | None = None,
+) -> Materialised:
+    """Makes the wanted parts of a model's tensors.
+
+    The global random state is left alone. Parameters that the model leaves uninitialised are zero
+    where they are built in parts.
+
+    Args:
+        model_fn: Builds the model; a module itself is also taken, and only cut.
+        seed: What torch's default generator is seeded with before.
+        wanted: Parameter → the part of it to keep.
+        buffers: Names of the buffers to keep.
+        constants: Constants of a graph: the value, or its place in the model.
+        device: Where the parts end up, each as soon as it is made; default: the CPU.
+
+    Raises:
+        PlanError: The model has no parameter of a wanted name.
+        CaptureError: `model_fn` fails, or makes no module.
+    """
+    order = _Order(wanted, buffers, constants or {}, device or torch.device("cpu"))
+    if isinstance(model_fn, nn.Module):
+        return order.from_real(model_fn)
+    with _seeded(seed), _python_randomness() as bring_back:
+        recorder = Recorder()
+        try:
+            return _in_parts(model_fn, recorder, order)
+        except NotDeferrable as problem:
+            why = recorder.failed or str(problem)
+        except PlanError:
+            raise
+        except Exception as problem:
+            why = recorder.failed or f"{type(problem).__name__}: {problem}"
+        recorder.undo()
+        bring_back()
+        made = order.from_real(build_model(model_fn, on_meta=False))
+        made.note = f"the whole model was built on this rank: {why}"
+        return made
+
+
+def _in_parts(model_fn: Callable[[], nn.Module], recorder: Recorder, order: _Order) -> Materialised:
+    with wrapped_truncated_normal(recorder.truncated_normal), recorder, Disguise(recorder):
+        model = build_model(model_fn, on_meta=False)
+    if recorder.failed is not None:
+        raise NotDeferrable(recorder.failed)
+    made, takes = Materialised(), []
+    for tensor, part, deliver in order.items(model, made):
+        region = recorder.region(tensor)
+        if region is None:
+            deliver(cut(tensor, part))
+        else:
+            takes.append(Take(region, deliver, part))
+    ends = Replay(recorder.tape, takes).run()
+    if any(outside.changed for outside in recorder.tape.outside):
+        raise NotDeferrable("a tensor that the model was made from changed while it was built")
+    recorder.streams.finish(ends)
+    order.sort(model, made)
+    return made
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What is wanted."""
+
+    params: Mapping[str, Part]
+    buffers: Collection[str]
+    constants: Mapping[str, torch.Tensor | Path]
+    device: torch.device
+
+    def items(
+        self, model: nn.Module, made: Materialised
+    ) -> Iterator[tuple[torch.Tensor, Part, Callable[[torch.Tensor], None]]]:
+        """(tensor of the model, part of it, where to deliver that) of everything."""
+        params = dict(model.named_parameters())
+        missing = sorted(set(self.params) - set(params))
+        if missing:
+            raise PlanError(
+                f"model_fn built a model without parameter {missing[0]!r}, which the plan's graph "
+                "has: plan and model do not belong together"
+            )
+        for name, part in self.params.items():
+            yield params[name], part, self._param(made.params, name, params[name].requires_grad)
+        for name, buffer in model.named_buffers():
+            if name in self.buffers:
+                yield buffer, None, self._plain(made.buffers, name)
+        for key, found in self.constants.items():
+            tensor = found if isinstance(found, torch.Tensor) else fetch_tensor(model, found)
+            yield tensor, None, self._plain(made.constants, key)
+
+    def from_real(self, model: nn.Module) -> Materialised:
+        """Cuts a model that is there."""
+        made = Materialised()
+        for tensor, part, deliver in self.items(model, made):
+            deliver(cut(tensor, part))
+        self.sort(model, made)
+        return made
+
+    def sort(self, model: nn.Module, made: Materialised) -> None:
+        """Puts parameters and buffers into the model's order."""
+        names = [n for n, _ in model.named_parameters() if n in made.params]
+        made.params = {n: made.params[n] for n in names}
+        names = [n for n, _ in model.named_buffers() if n in made.buffers]
+        made.buffers = {n: made.buffers[n] for n in names}
+
+    def _param(
+        self, into: dict[str, nn.Parameter], name: str, requires_grad: bool
+    ) -> Callable[[torch.Tensor], None]:
+        def deliver(part: torch.Tensor) -> None:
+            into[name] = nn.Parameter(part.to(self.device), requires_grad=requires_grad)
+
+        return deliver
+
+    def _plain(self, into: dict[str, torch.Tensor], name: str) -> Callable[[torch.Tensor], None]:
+        def deliver(part: torch.Tensor) -> None:
+            into[name] = part.to(self.device)
+
+        return deliver
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _python_randomness() -> Iterator[Callable[[], None]]:
+    """Yields what brings Python's and numpy's generators back to where they are now."""
+    state = random.getstate()
+    numpy: Any = sys.modules.get("numpy")
+    numpy_state = None if numpy is None else numpy.random.get_state()
+
+    def bring_back() -> None:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+
+    yield bring_back
