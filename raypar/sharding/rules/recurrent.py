@@ -11,8 +11,8 @@ from raypar.sharding.spec import RG, S
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
 def recurrent(op: OpView, size: int) -> Iterator[Choice]:
     """Samples; every rank has all weights, and a part of their gradient."""
-    if "batch_sizes" in op.bound or len(op.shapes[0]) != 3:
-        return  # packed sequences, or one sequence
+    if "batch_sizes" in op.bound:
+        return  # packed sequences
     dim = 0 if op.bound["batch_first"] else 1
     hidden = len(op.results) - 1
     learned = len(op.tensors) - 1 - hidden
@@ -23,8 +23,6 @@ def recurrent(op: OpView, size: int) -> Iterator[Choice]:
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def cell(op: OpView, size: int) -> Iterator[Choice]:
     """One time step: samples."""
-    if len(op.shapes[0]) != 2:
-        return
     samples = 1 + len(op.results)
     yield Choice(
         (*(S(0),) * samples, *(RG,) * (len(op.tensors) - samples)), (S(0),) * len(op.results)
