@@ -1,14 +1,15 @@
 """What every unit costs on a mesh under chosen strategies: quick figures for the pipeline search.
 
-From the local forward graph alone (`raypar.search.cost.quick`); what is saved follows from what each
-kind of op needs again. `raypar.search.cost.analytic` looks at the real programs; a plan that is
-chosen here is judged there.
+From the local forward graph alone (`raypar.search.cost.quick`); what is saved follows from what
+each kind of op needs again. `raypar.search.cost.analytic` looks at the real programs; a plan that
+is chosen here is judged there.
 """
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,9 +19,9 @@ from torch import fx
 from raypar.graph.costs import is_view, size_of
 from raypar.graph.passes.emit import is_op, op_name
 from raypar.search.cost.machine import MeshMachine
+from raypar.search.cost.params import moves
 from raypar.search.cost.quick import quick_costs
 from raypar.search.cost.work import kind_of, node_work
-from raypar.sharding.convert import COLLECTIVES, conversion
 from raypar.sharding.layout import ParamLayout
 from raypar.sharding.listing import collectives_of
 
@@ -35,7 +36,7 @@ _SMALL = 8
 
 @dataclass
 class UnitCosts:
-    """Figures per unit, for one microbatch on one replica unless said otherwise.
+    """Figures per unit, for one microbatch on one replica.
 
     Attributes:
         forward: Seconds of compute and collectives.
@@ -43,19 +44,32 @@ class UnitCosts:
         cheap: Seconds of the ops that ``selective`` computes again.
         saved: Recompute policy → bytes held from forward to backward.
         largest: Bytes that the largest op touches.
-        sync: Seconds once a step: gradients summed up, parameters gathered.
-        optimizer: Seconds once a step.
-        state: Bytes of parameters, gradients and optimizer states.
     """
 
     forward: np.ndarray
     backward: np.ndarray
     cheap: np.ndarray
+    largest: np.ndarray
     saved: dict[str, np.ndarray] = field(default_factory=dict)
-    largest: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    sync: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    optimizer: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    state: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+
+@dataclass
+class StateCosts:
+    """Figures of the parameters per unit.
+
+    Attributes:
+        sync: Seconds once a step: gradients summed up, parameters gathered.
+        optimizer: Seconds once a step.
+        state: Bytes of parameters, gradients and optimizer states.
+        gather_forward: Seconds per microbatch that ZeRO-3 adds to forward.
+        gather_backward: The same for backward (gathered again, gradients scattered).
+    """
+
+    sync: np.ndarray
+    optimizer: np.ndarray
+    state: np.ndarray
+    gather_forward: np.ndarray
+    gather_backward: np.ndarray
 
 
 def unit_costs(
@@ -63,9 +77,7 @@ def unit_costs(
     unit_of: Mapping[str, int],
     n_units: int,
     machine: MeshMachine,
-    layouts: Mapping[str, ParamLayout],
     trainable: Mapping[str, bool],
-    optimizer_states: int,
 ) -> UnitCosts:
     """Adds up the ops of every unit.
 
@@ -74,12 +86,10 @@ def unit_costs(
         unit_of: Op id (and ``param:NAME``) → unit.
         n_units: Number of units.
         machine: The mesh.
-        layouts: Parameter name → how it lies on the mesh.
         trainable: Parameter name → whether it receives a gradient.
-        optimizer_states: Tensors that the optimizer keeps for each parameter.
     """
     zero = np.zeros(n_units)
-    found = UnitCosts(zero.copy(), zero.copy(), zero.copy(), largest=zero.copy())
+    found = UnitCosts(zero.copy(), zero.copy(), zero.copy(), zero.copy())
     grads = _need_gradient(graph, trainable)
     ops = [
         n
@@ -104,7 +114,6 @@ def unit_costs(
         if use.backward:
             found.backward[unit] += machine.collective_s(use.axis, use.backward, use.nbytes)
     found.saved = _saved(graph, grads, unit_of, n_units)
-    _parameters(found, graph, unit_of, machine, layouts, trainable, optimizer_states)
     return found
 
 
@@ -214,50 +223,56 @@ def _saved(
     return result
 
 
-def _parameters(
-    found: UnitCosts,
-    graph: fx.Graph,
+def state_costs(
+    placeholders: Mapping[str, int],
     unit_of: Mapping[str, int],
+    n_units: int,
     machine: MeshMachine,
     layouts: Mapping[str, ParamLayout],
     trainable: Mapping[str, bool],
     optimizer_states: int,
-) -> None:
-    n = len(found.forward)
-    found.sync, found.optimizer, found.state = np.zeros(n), np.zeros(n), np.zeros(n)
+) -> StateCosts:
+    """Adds up the parameters of every unit.
+
+    Args:
+        placeholders: Parameter name → bytes of one element.
+        unit_of: ``param:NAME`` → unit.
+        n_units: Number of units.
+        machine: The mesh, the replicas' axis included.
+        layouts: Parameter name → how it lies on the mesh.
+        trainable: Parameter name → whether it receives a gradient.
+        optimizer_states: Tensors that the optimizer keeps for each parameter.
+    """
+    found = StateCosts(*(np.zeros(n_units) for _ in range(5)))
     axes = machine.mesh.named
     sizes = [size for _, size in axes]
-    moved: dict[tuple[int, str, str], float] = {}
-    stored_bytes, tensors = np.zeros(n), np.zeros(n)
-    for node in graph.find_nodes(op="placeholder"):
-        key = str(node.meta["id"])
-        if not key.startswith("param:"):
-            continue
-        layout, unit = layouts[key[6:]], unit_of[key]
-        item = node.meta["val"].element_size()
-        held = item * int(np.prod(layout.held.local_shape(layout.shape, sizes)))
-        stored = item * int(np.prod(layout.stored.local_shape(layout.shape, sizes)))
+    once: dict[tuple[int, str, str], float] = {}
+    stored_bytes, tensors = np.zeros(n_units), np.zeros(n_units)
+    for name, item in placeholders.items():
+        layout, unit = layouts[name], unit_of[f"param:{name}"]
+        held = item * math.prod(layout.held.local_shape(layout.shape, sizes))
+        stored = item * math.prod(layout.stored.local_shape(layout.shape, sizes))
         found.state[unit] += stored if layout.in_program else held
-        if not trainable.get(key[6:], True):
+        if not trainable.get(name, True):
             continue
         found.state[unit] += stored if layout.zero >= 2 else held
         found.state[unit] += optimizer_states * stored
         stored_bytes[unit] += stored
         tensors[unit] += 1
+        way = (layout.stored, layout.held, layout.shape, item, axes)
+        forward, backward = moves(*way), moves(*way, backward=True)
         if layout.in_program:
+            gathered = sum(machine.collective_s(*move) for move in forward)
+            found.gather_forward[unit] += gathered
+            found.gather_backward[unit] += gathered
+            found.gather_backward[unit] += sum(machine.collective_s(*move) for move in backward)
             continue
-        for step in conversion(layout.stored, layout.held):
-            for kind in (step.forward, step.backward):
-                if kind in COLLECTIVES and axes[step.axis][1] > 1:
-                    place = (unit, axes[step.axis][0], kind)
-                    moved[place] = moved.get(place, 0.0) + held
-    for (unit, axis, kind), nbytes in moved.items():
+        for move in (*forward, *backward):
+            place = (unit, move.axis, move.kind)
+            once[place] = once.get(place, 0.0) + move.nbytes
+    for (unit, axis, kind), nbytes in once.items():
         found.sync[unit] += machine.collective_s(axis, kind, nbytes)
-    for unit in range(n):
+    for unit in range(n_units):
         if stored_bytes[unit]:
             found.optimizer[unit] = machine.optimizer_s(stored_bytes[unit], int(tensors[unit]))
-
-
-def spread(values: np.ndarray, twins: Sequence[int]) -> np.ndarray:
-    """Figures of all units from those that stand for them."""
-    return values[np.asarray(twins)]
+    return found

@@ -153,6 +153,7 @@ def best_pipeline(
     microbatches: int,
     *,
     most_stages: int,
+    exactly: int | None = None,
     limit_s: float = float("inf"),
 ) -> Pipeline:
     """The fastest pipeline.
@@ -164,6 +165,7 @@ def best_pipeline(
         devices: Devices of one replica; some may stay idle.
         microbatches: M.
         most_stages: Largest number of stages.
+        exactly: The number of stages, where it is given.
         limit_s: Pipelines that take longer are of no interest.
 
     Returns:
@@ -174,7 +176,7 @@ def best_pipeline(
     def consider(bound: float) -> float | None:
         """Slowest stage of the least sum under a bound; None where there is none."""
         nonlocal best
-        found = _least_sum(tables, devices, bound, most_stages)
+        found = _least_sum(tables, devices, bound, most_stages, exactly)
         if found is None:
             return None
         slowest = max(s.seconds for s in found)
@@ -205,14 +207,16 @@ def best_pipeline(
     return best
 
 
-def _least_sum(tables: Tables, devices: int, bound: float, most_stages: int) -> list[Stage] | None:
+def _least_sum(
+    tables: Tables, devices: int, bound: float, most_stages: int, exactly: int | None
+) -> list[Stage] | None:
     """Stages with the least sum of times, none slower than `bound`."""
     unit = min(tables)
     n = tables[unit][0].n_units
     slots = devices // unit
     most = min(most_stages, n, slots)
     if len(tables) == 1 and len(tables[unit]) == 1:
-        return _one_size(unit, tables[unit][0], most, bound)
+        return _one_size(unit, tables[unit][0], most, bound, exactly)
     # least[d][i]: least time of units i... in s stages on the last d slots; built up over s.
     least = np.tile(_only_end(n), (slots + 1, 1))
     picks: list[npt.NDArray[np.int32]] = []
@@ -240,7 +244,7 @@ def _least_sum(tables: Tables, devices: int, bound: float, most_stages: int) -> 
                 pick[d, :n][better] = np.stack([end[better] + 1, np.full(better.sum(), size)], 1)
         picks.append(pick)
         least = after
-        if after[slots, 0] < answer[0]:
+        if after[slots, 0] < answer[0] and exactly in (None, s):
             answer = (float(after[slots, 0]), s)
     return None if not np.isfinite(answer[0]) else _unroll(tables, picks, slots, answer[1])
 
@@ -266,7 +270,9 @@ def _unroll(
     return found
 
 
-def _one_size(size: int, table: WayTable, most: int, bound: float) -> list[Stage] | None:
+def _one_size(
+    size: int, table: WayTable, most: int, bound: float, exactly: int | None
+) -> list[Stage] | None:
     """All stages on meshes of one size: the devices follow from the number of stages."""
     n = table.n_units
     rest = _only_end(n)
@@ -278,7 +284,7 @@ def _one_size(size: int, table: WayTable, most: int, bound: float) -> list[Stage
         end = total.argmin(axis=1)
         rest = np.append(total[np.arange(n), end], np.inf)
         ends.append(end + 1)
-        if rest[0] < answer[0]:
+        if rest[0] < answer[0] and exactly in (None, s):
             answer = (float(rest[0]), s)
     if not np.isfinite(answer[0]):
         return None

@@ -1,0 +1,313 @@
+"""Ways to run units on a mesh: a sharding for every mesh shape, then ZeRO levels and recomputation.
+
+Shardings come from the intra-op integer program on the short graph, once for every microbatch
+size, mesh shape and kind of link; ZeRO and recomputation only change what is added up.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import fx
+
+from raypar.graph.opgraph import OpGraph
+from raypar.mesh.calibration import Calibration
+from raypar.mesh.cluster import Cluster
+from raypar.plan import DATA, RECOMPUTE_POLICIES, MeshSlice
+from raypar.search.config import SearchConfig
+from raypar.search.cost.machine import MeshMachine, machine_of, p2p_s
+from raypar.search.interop.costs import StateCosts, UnitCosts, state_costs, unit_costs
+from raypar.search.interop.pipeline import Way
+from raypar.search.interop.space import Split, mesh_shapes
+from raypar.search.interop.units import Units, shorten
+from raypar.search.intra.allowed import allow
+from raypar.search.intra.planner import plan_intra
+from raypar.search.intra.settings import IntraSettings
+from raypar.sharding.blocks import annotate_blocks
+from raypar.sharding.layout import layout_of
+from raypar.sharding.lower import held_spec, lower, readings
+from raypar.sharding.rules.base import Strategy
+from raypar.sharding.spec import RG, ShardingSpec
+from raypar.sharding.strategies import pattern_of
+
+AXIS_NAMES = ("x", "y", "z")
+_GPU_RESERVE = (900 << 20, 0.05)
+"""What drivers and allocators take: bytes, and a share of the memory."""
+
+
+@dataclass(frozen=True)
+class WayKey:
+    """What a way is.
+
+    Attributes:
+        shape: Shape of the stage's mesh without the replicas' axis.
+        modes: What the integer program was free to do on each axis.
+        zero: ZeRO level.
+        recompute: Recompute policy.
+        sharding: Unit that stands for others → op id → strategy text.
+    """
+
+    shape: tuple[int, ...]
+    modes: tuple[str, ...]
+    zero: int
+    recompute: str
+    sharding: Mapping[int, Mapping[str, str]]
+
+
+@dataclass
+class _Short:
+    """The short graph of one microbatch size."""
+
+    graph: fx.Graph
+    unit_of: dict[str, int]
+    params: dict[str, int]
+    crossing: np.ndarray
+
+
+@dataclass
+class _Sharded:
+    """A sharding of a short graph, and what it costs per microbatch."""
+
+    costs: UnitCosts
+    held: dict[str, ShardingSpec]
+    sharding: dict[int, dict[str, str]]
+
+
+class WayMaker:
+    """Makes and remembers ways.
+
+    Args:
+        graph: The captured model.
+        cluster: The devices.
+        calibration: What they reach; None: the device table.
+        config: Options that fix or limit ways.
+        units: The model's units.
+    """
+
+    def __init__(
+        self,
+        graph: OpGraph,
+        cluster: Cluster,
+        calibration: Calibration | None,
+        config: SearchConfig,
+        units: Units,
+    ) -> None:
+        self.graph = graph
+        self.cluster = cluster
+        self.calibration = calibration
+        self.config = config
+        self.units = units
+        self.solved = 0
+        self._trainable = {name: trained for name, (_, _, trained) in graph.params.items()}
+        self._short: dict[int, _Short] = {}
+        self._sharded: dict[object, _Sharded] = {}
+
+    def ways(self, split: Split, size: int, devices: Sequence[int]) -> list[Way]:
+        """Every way to run a stage of `size` devices per replica.
+
+        Args:
+            split: How the batch is cut.
+            size: Devices of one replica.
+            devices: The ``replicas * size`` devices, replica by replica.
+        """
+        found: list[Way] = []
+        for shape in self._shapes(size):
+            mesh = MeshSlice(
+                tuple(devices), (split.replicas, *shape), (DATA, *AXIS_NAMES[: len(shape)])
+            )
+            machine = machine_of(self.cluster, mesh, self.calibration)
+            for modes in _modes(shape):
+                sharded = self._shard(split, shape, modes, machine)
+                for zero in self._zeros(split.replicas * size):
+                    state = self._state(split, sharded, machine, zero)
+                    found += self._assemble(split, size, machine, modes, sharded, state, zero)
+        return found
+
+    def _shapes(self, size: int) -> list[tuple[int, ...]]:
+        per_node = max(node.devices for node in self.cluster.nodes)
+        if self.config.tensor != "auto":
+            return [(size,)] if size == self.config.tensor > 1 else [()] if size == 1 else []
+        return mesh_shapes(size, per_node)
+
+    def _zeros(self, devices: int) -> tuple[int, ...]:
+        if self.config.zero != "auto":
+            return (self.config.zero,)
+        return (0, 2, 3) if devices > 1 else (0,)
+
+    def short(self, local_batch: int) -> _Short:
+        """The short graph at a microbatch size."""
+        known = self._short.get(local_batch)
+        if known is None:
+            clean = self.graph.local(local_batch)
+            graph, members = shorten(clean, self.units)
+            annotate_blocks(graph)
+            unit_of = {n.meta["id"]: u for u, ops in enumerate(members) for n in ops}
+            params: dict[str, int] = {}
+            for node in graph.find_nodes(op="placeholder"):
+                key, value = str(node.meta["id"]), node.meta["val"]
+                readers = [unit_of[n.meta["id"]] for n in node.users if n.meta["id"] in unit_of]
+                unit_of[key] = min(readers, default=0)
+                if key.startswith("param:"):
+                    params[key[6:]] = value.element_size()
+            share = local_batch / self.graph.global_batch
+            crossing = np.array(self.units.crossing[:-1], dtype=float) * share
+            known = self._short[local_batch] = _Short(graph, unit_of, params, crossing)
+        return known
+
+    def _shard(
+        self, split: Split, shape: tuple[int, ...], modes: tuple[str, ...], machine: MeshMachine
+    ) -> _Sharded:
+        links = tuple(
+            machine.collective_s(name, "all_reduce", 1e6) for name, _ in machine.mesh.inner
+        )
+        kinds = tuple(kind.name for kind, _ in machine.kinds)
+        key = (split.local_batch, shape, modes, links, kinds)
+        known = self._sharded.get(key)
+        if known is None:
+            known = self._sharded[key] = self._solve(split, modes, machine)
+        return known
+
+    def _solve(self, split: Split, modes: tuple[str, ...], machine: MeshMachine) -> _Sharded:
+        short = self.short(split.local_batch)
+        axes = machine.mesh.inner
+        chosen: dict[fx.Node, Strategy] = {}
+        settings = IntraSettings(
+            microbatches=split.microbatches,
+            optimizer_states=self.config.optimizer_states,
+            allowed=None if set(modes) <= {"free"} else allow(modes),
+            trainable=frozenset(n for n, trained in self._trainable.items() if trained),
+            time_limit_s=5.0,
+        )
+        chosen = dict(plan_intra(short.graph, axes, machine, settings).chosen)
+        self.solved += bool(axes)
+        held = {
+            key[6:]: held_spec(specs, len(axes))
+            for key, specs in readings(short.graph, chosen).items()
+            if key.startswith("param:")
+        }
+        lowered = lower(short.graph, chosen, axes, held=held)
+        costs = unit_costs(lowered.graph, short.unit_of, len(self.units), machine, self._trainable)
+        sharding: dict[int, dict[str, str]] = {}
+        for node, strategy in chosen.items():
+            if any(s != "R" for spec in (*strategy.inputs, *strategy.outputs) for s in spec):
+                unit = short.unit_of[node.meta["id"]]
+                sharding.setdefault(unit, {})[node.meta["id"]] = str(strategy)
+        return _Sharded(costs, held, sharding)
+
+    def _state(
+        self, split: Split, sharded: _Sharded, machine: MeshMachine, zero: int
+    ) -> StateCosts:
+        axes = machine.mesh.named
+        layouts = {
+            name: layout_of(self.graph.params[name][0], ShardingSpec((RG, *spec)), axes, zero)
+            for name, spec in sharded.held.items()
+        }
+        short = self.short(split.local_batch)
+        return state_costs(
+            short.params,
+            short.unit_of,
+            len(self.units),
+            machine,
+            layouts,
+            self._trainable,
+            self.config.optimizer_states,
+        )
+
+    def _assemble(
+        self,
+        split: Split,
+        size: int,
+        machine: MeshMachine,
+        modes: tuple[str, ...],
+        sharded: _Sharded,
+        state: StateCosts,
+        zero: int,
+    ) -> list[Way]:
+        costs, short = sharded.costs, self.short(split.local_batch)
+        memory = machine.memory_bytes * self.config.memory_fraction
+        if machine.is_gpu:
+            memory -= _GPU_RESERVE[0] + _GPU_RESERVE[1] * machine.memory_bytes
+        entry = self._entry(short.crossing / size, machine)
+        policies = [self.config.recompute]
+        if policies == ["auto"]:
+            policies = list(RECOMPUTE_POLICIES)
+        found = []
+        for policy in policies:
+            again = {"none": 0.0, "selective": costs.cheap, "full": costs.forward}[policy]
+            seconds = costs.forward + costs.backward + again
+            seconds = seconds + state.gather_forward + state.gather_backward
+            fixed = state.state + (costs.saved["none"] if policy == "full" else 0.0)
+            twins = np.asarray(self.units.twin)
+            key = WayKey(machine.mesh.shape[1:], modes, zero, policy, sharded.sharding)
+            way = Way(
+                key,
+                memory,
+                seconds=seconds[twins],
+                once=(state.sync + state.optimizer)[twins],
+                fixed=fixed[twins],
+                saved=costs.saved[policy][twins],
+                transient=2 * costs.largest[twins],
+                entry=entry,
+                held=short.crossing,
+            )
+            found.append(way)
+        return found
+
+    def _entry(self, nbytes: np.ndarray, machine: MeshMachine) -> np.ndarray:
+        """Seconds that a microbatch (and its gradient) needs to enter at every unit."""
+        devices = machine.mesh.devices
+        other = max(devices) + 1 if max(devices) + 1 < self.cluster.n_devices else min(devices) - 1
+        if other < 0:
+            return np.zeros(len(nbytes))
+        latency = p2p_s(self.cluster, devices[-1], other, 0, self.calibration)
+        per_byte = p2p_s(self.cluster, devices[-1], other, 1 << 20, self.calibration) - latency
+        return np.where(nbytes > 0, 2 * (latency + nbytes * per_byte / (1 << 20)), 0.0)
+
+
+def _modes(shape: tuple[int, ...]) -> list[tuple[str, ...]]:
+    """What the integer program may do on each axis, one try after the other."""
+    if not shape:
+        return [()]
+    if len(shape) == 1:
+        return [("free",), ("tensor",)]
+    return [("free",) * len(shape)]
+
+
+def plan_sharding(
+    key: WayKey, units: Units, first: int, last: int, graph: OpGraph
+) -> dict[str, str]:
+    """`StagePlan.sharding` of the units ``[first, last)``: repeated layers share a pattern."""
+    exact: dict[str, str] = {}
+    for unit in range(first, last):
+        twin = units.twin[unit]
+        here = graph.ops[units.bounds[unit] : units.bounds[unit + 1]]
+        there = graph.ops[units.bounds[twin] : units.bounds[twin + 1]]
+        texts = key.sharding.get(twin, {})
+        for mine, like in zip(here, there, strict=True):
+            if like.id in texts:
+                exact[mine.id] = texts[like.id]
+    ids = [op.id for op in graph.ops[units.bounds[first] : units.bounds[last]]]
+    return fold(exact, ids)
+
+
+def fold(exact: Mapping[str, str], ids: Sequence[str]) -> dict[str, str]:
+    """Entries that all ops of a pattern share become one entry of the pattern.
+
+    Args:
+        exact: Op id → strategy text.
+        ids: All op ids of the stage.
+    """
+    result: dict[str, str] = {}
+    for pattern, group in itertools.groupby(sorted(ids, key=pattern_of), key=pattern_of):
+        members = list(group)
+        texts = {exact.get(key) for key in members}
+        if len(members) > 1 and len(texts) == 1:
+            text = texts.pop()
+            if text is not None:
+                result[pattern] = text
+            continue
+        result.update({key: exact[key] for key in members if key in exact})
+    return result

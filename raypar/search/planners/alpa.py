@@ -1,0 +1,246 @@
+"""Planner `alpa`: where to cut, on which meshes, and how to shard, searched on two levels.
+
+The outer level goes over replicas, microbatch sizes and mesh sizes; for each, dynamic programming
+finds the stages (`raypar.search.interop.pipeline`), whose costs come from the intra-op integer
+program on every mesh shape (`raypar.search.interop.ways`). After Zheng et al. 2022, "Alpa:
+Automating Inter- and Intra-Operator Parallelism for Distributed Deep Learning", sections 4 and 5;
+beyond it: microbatch count, ZeRO level, recomputation and stage-to-stage traffic are part of the
+search, devices may differ, some may stay idle, and what is found is simulated before it is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from raypar.errors import PlanError
+from raypar.fit import check_plan
+from raypar.graph.opgraph import OpGraph
+from raypar.mesh.calibration import Calibration
+from raypar.mesh.cluster import Cluster
+from raypar.plan import DATA, MemoryPolicy, MeshSlice, Plan, ScheduleSpec, StagePlan
+from raypar.search.config import SearchConfig
+from raypar.search.interop.pipeline import Pipeline, WayTable, best_pipeline
+from raypar.search.interop.space import (
+    Split,
+    alike,
+    line_of_devices,
+    splits,
+    stage_sizes,
+)
+from raypar.search.interop.units import Units, find_units
+from raypar.search.interop.ways import AXIS_NAMES, WayKey, WayMaker, plan_sharding
+from raypar.search.planners.base import Planner, register_planner
+from raypar.search.planners.uniform import TORCH_RANGE
+
+_KEPT = 6  # pipelines that are looked at closely
+_MIXED_SLOTS = 16  # up to so many slots, stages of unequal sizes are searched
+_MOST_STAGES = 128
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A pipeline with the split it belongs to."""
+
+    split: Split
+    pipeline: Pipeline
+
+    @property
+    def step_s(self) -> float:
+        """Predicted seconds of a step, by the search's own quick figures."""
+        return self.pipeline.step_s
+
+
+@register_planner
+class AlpaPlanner(Planner):
+    """Searches stages, meshes, shardings, microbatches, ZeRO levels and recomputation."""
+
+    name = "alpa"
+
+    def plan(self, graph: OpGraph, cluster: Cluster, config: SearchConfig) -> Plan:
+        """The fastest plan that is found; see `Planner.plan`."""
+        return AlpaSearch(graph, cluster, config).run()
+
+
+class AlpaSearch:
+    """One search.
+
+    Args:
+        graph: The captured model.
+        cluster: The devices.
+        config: What is fixed and what is free.
+        calibration: What the cluster reaches; None: what is on disk for it, else the device table.
+    """
+
+    def __init__(
+        self,
+        graph: OpGraph,
+        cluster: Cluster,
+        config: SearchConfig,
+        calibration: Calibration | None = None,
+    ) -> None:
+        self.graph = graph
+        self.cluster = cluster
+        self.config = config
+        self.units: Units = find_units(graph)
+        self.maker = WayMaker(graph, cluster, calibration, config, self.units)
+        self.line = line_of_devices(cluster)
+        self.alike = alike(cluster)
+        self.per_node = max(node.devices for node in cluster.nodes)
+        self.kept: list[Candidate] = []
+        self._needs: list[float] = []
+
+    def run(self) -> Plan:
+        """Searches.
+
+        Raises:
+            PlanError: The options leave nothing, or nothing fits the memory.
+        """
+        self.search()
+        if not self.kept:
+            raise self._does_not_fit()
+        plan = self.build(self.kept[0])
+        check_plan(plan, self.graph, self.cluster)
+        return plan
+
+    def search(self) -> list[Candidate]:
+        """The best pipelines, fastest first."""
+        by_size: dict[int, list[Split]] = {}
+        for split in splits(self.graph, self.cluster, self.config):
+            by_size.setdefault(split.local_batch, []).append(split)
+        worse = 0
+        for _, group in sorted(by_size.items()):
+            before = self._limit()
+            for split in sorted(group, key=lambda s: s.replicas):
+                self._try(split)
+            # Larger microbatches only pay up to a point; two sizes without gain end the search.
+            worse = worse + 1 if self.kept and self._limit() >= before else 0
+            if worse == 2:
+                break
+        return self.kept
+
+    def _limit(self) -> float:
+        return self.kept[0].step_s if self.kept else float("inf")
+
+    def _try(self, split: Split) -> None:
+        sizes = [n for n in stage_sizes(split.devices, self.per_node) if n <= split.devices]
+        tables: dict[int, list[WayTable]] = {}
+        for size in sizes:
+            found = self._tables(split, size, sizes)
+            if found:
+                tables[size] = found
+        if not tables:
+            return
+        for chosen in self._families(tables, split):
+            most = min(_MOST_STAGES, split.devices // min(chosen), len(self.units))
+            pipeline = best_pipeline(
+                chosen,
+                split.devices,
+                split.microbatches,
+                most_stages=most,
+                exactly=None if self.config.stages == "auto" else self.config.stages,
+                limit_s=self.kept[-1].step_s if len(self.kept) == _KEPT else float("inf"),
+            )
+            if pipeline.stages:
+                self._keep(Candidate(split, pipeline))
+
+    def _families(
+        self, tables: Mapping[int, Sequence[WayTable]], split: Split
+    ) -> list[dict[int, Sequence[WayTable]]]:
+        """Sizes that are tried together: each alone, and all of them where that is affordable."""
+        alone: list[dict[int, Sequence[WayTable]]] = [{n: t} for n, t in tables.items()]
+        if len(tables) > 1 and split.devices // min(tables) <= _MIXED_SLOTS:
+            return [dict(tables)]
+        return alone
+
+    def _tables(self, split: Split, size: int, sizes: Sequence[int]) -> list[WayTable]:
+        """One table, or on a cluster of unequal nodes one for every place."""
+        unit = min(sizes)
+        width = split.replicas * size
+        places = [0] if self.alike else range(0, split.devices - size + 1, unit)
+        made: dict[object, WayTable | None] = {}
+        found: list[WayTable] = []
+        for place in places:
+            devices = self.line[place * split.replicas :][:width]
+            key = tuple(self._kind_of(d) for d in devices)
+            if key not in made:
+                ways = self.maker.ways(split, size, devices)
+                made[key] = WayTable(ways, _MOST_STAGES, split.microbatches) if ways else None
+            table = made[key]
+            if table is None:
+                return []
+            found.append(table)
+        if self.alike:
+            self._needs.append(found[0].least_bytes())
+        else:
+            found += [found[-1]] * (split.devices // unit - len(found))
+        return found
+
+    def _kind_of(self, device: int) -> object:
+        node = self.cluster.node_of(device)
+        return node.device.name, node.inside, node.across, node.device_memory
+
+    def _keep(self, candidate: Candidate) -> None:
+        self.kept.append(candidate)
+        self.kept.sort(key=lambda c: c.step_s)
+        del self.kept[_KEPT:]
+
+    def build(self, candidate: Candidate) -> Plan:
+        """The plan that a candidate stands for."""
+        split, pipeline = candidate.split, candidate.pipeline
+        stages = []
+        for stage in pipeline.stages:
+            key = stage.way.key
+            assert isinstance(key, WayKey)
+            first, last = self.units.bounds[stage.first], self.units.bounds[stage.last]
+            at = stage.place * split.replicas
+            mesh = MeshSlice(
+                tuple(self.line[at : at + split.replicas * stage.devices]),
+                (split.replicas, *key.shape),
+                (DATA, *AXIS_NAMES[: len(key.shape)]),
+            )
+            stages.append(
+                StagePlan(
+                    first=self.graph.ops[first].id,
+                    last=self.graph.ops[last - 1].id,
+                    mesh=mesh,
+                    memory=MemoryPolicy(key.recompute, key.zero),
+                    sharding=plan_sharding(key, self.units, stage.first, stage.last, self.graph),
+                    predicted={"microbatch_s": stage.seconds},
+                )
+            )
+        schedule = self.config.schedule
+        if schedule == "auto":
+            schedule = "1f1b"
+        return Plan(
+            graph_hash=self.graph.hash,
+            params_hash=self.graph.params_hash,
+            torch=TORCH_RANGE,
+            cluster=self.cluster.shape,
+            device=self.cluster.kind,
+            global_batch=self.graph.global_batch,
+            microbatches=split.microbatches,
+            batch_dims=self.graph.batch_dims,
+            schedule=ScheduleSpec(schedule, tuple((s, 0) for s in range(len(stages)))),
+            stages=tuple(stages),
+            predicted={"step_s": pipeline.step_s},
+            planner="alpa",
+        )
+
+    def _does_not_fit(self) -> PlanError:
+        memory = min(self.cluster.memory(d) for d in range(self.cluster.n_devices))
+        least = min(self._needs, default=float("inf"))
+        gib = 2**30
+        return PlanError(
+            f"no plan fits: the smallest device has {memory / gib:.2f} GiB, of which "
+            f"search.memory_fraction {self.config.memory_fraction} may be filled, but even with "
+            f"the leanest way that was tried the whole model as one stage needs "
+            f"{least / gib:.2f} GiB on each of its devices, and no cut into stages helps enough. "
+            "Use more devices, smaller microbatches (train.microbatches: auto), search.zero: 3, "
+            "search.recompute: full, or raise search.memory_fraction"
+        )
+
+
+def with_prediction(plan: Plan, step_s: float, extra: Mapping[str, float]) -> Plan:
+    """The plan with other predicted figures."""
+    return replace(plan, predicted={**plan.predicted, "step_s": step_s, **extra})
