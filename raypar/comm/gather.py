@@ -85,7 +85,3 @@ class GatherBuckets:
             for rank, piece in enumerate(copy.pieces):
                 if rank != self._group.rank or not inside:
                     piece.write(copy.whole, rows.of(gathered[rank], index, piece))
-
-
-def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -146,6 +146,19 @@ def test_a_tied_parameter_on_two_meshes(
     assert_plan_equivalent(net, BATCH, plan, clip_norm=0.05, steps=2)
 
 
+@pytest.mark.parametrize("zero", [(1, 1), (2, 2), (2, 3)])
+def test_a_parameter_that_two_stages_of_a_rank_share(graph: OpGraph, zero: tuple[int, int]) -> None:
+    plan = make_plan(graph, [GRID, GRID], zero, schedule="interleaved_1f1b")
+    mesh = plan.stages[0].mesh
+    plan = dataclasses.replace(
+        plan,
+        cluster=(4,),
+        stages=tuple(dataclasses.replace(stage, mesh=mesh) for stage in plan.stages),
+        schedule=ScheduleSpec("interleaved_1f1b", ((0, 0), (0, 1))),
+    )
+    assert_plan_equivalent(net, BATCH, plan, clip_norm=0.05, steps=2)
+
+
 def test_both_copies_of_a_tied_parameter_keep_the_same_bits(graph: OpGraph) -> None:
     plan = make_plan(graph, [GRID, DATA2], [1, 2])
     runners = _train(graph, plan, steps=3)
