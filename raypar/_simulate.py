@@ -10,6 +10,7 @@ import torch
 from raypar._launch import capture_of, cluster_of, optimizer_of, plan_of
 from raypar.config import Config
 from raypar.errors import OptimizerError
+from raypar.mesh.calibration_files import load_calibration
 from raypar.plan import Plan
 from raypar.search.simulate import Simulation, simulate
 
@@ -41,7 +42,15 @@ def simulate_config(
         plan = Plan.load(plan_file)
         graph, cluster = capture_of(config), cluster_of(config, cluster_file)
     states = optimizer_states(optimizer_of(config))
-    return simulate(graph, plan, cluster, cost=cost, cores=cores, optimizer_states=states)
+    return simulate(
+        graph,
+        plan,
+        cluster,
+        calibration=load_calibration(cluster),
+        cost=cost,
+        cores=cores,
+        optimizer_states=states,
+    )
 
 
 def optimizer_states(

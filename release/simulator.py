@@ -5,9 +5,10 @@
 
 Every plan is drawn by `raypar.testing.random_plan` for 1 to 4 CPU devices on this machine, which
 may have fewer cores than that: then ranks share them. Its step time is measured on stage actors of
-a private Ray (median over rounds; the machine must be quiet), its memory in this process: after every instruction of a step, the
-distinct storages that each rank holds. Predicted with the calibration that `raypar probe` keeps for
-this machine (or `--calibration`): measured on other operators than those of these models.
+a private Ray (median over rounds; the machine must be quiet), its memory in this process: after
+every instruction of a step, the distinct storages that each rank holds. Predicted with the
+calibration that `raypar probe` keeps for this machine (or `--calibration`): fitted to single
+operators, not to these models.
 
 Results are merged into the JSON file plan by plan, so that a run can be cut in slices and taken up
 again; `--predict` measures nothing and predicts anew for what was measured. Prints a line per plan
@@ -40,6 +41,7 @@ from raypar.comm.group import Group
 from raypar.graph.opgraph import OpGraph
 from raypar.lowered import lower_plan
 from raypar.mesh.calibration import Calibration
+from raypar.mesh.calibration_files import load_calibration, read_calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.schedules.instructions import Instruction
@@ -199,7 +201,7 @@ def measured_memory(name: str, plan: Plan) -> tuple[list[int], dict[int, int]]:
 # -- predicted ------------------------------------------------------------------------------
 
 
-def predicted(name: str, seed: int, calibration: Calibration | None, cost: str) -> Simulation:
+def predicted(name: str, seed: int, calibration: Calibration, cost: str) -> Simulation:
     """The simulated step of a plan, with this machine's cores."""
     plan, cluster = drawn(name, seed)
     graph = captured(name)
@@ -215,7 +217,7 @@ def prediction_row(found: Simulation) -> Row:
     memory: list[int] = []
     saved: dict[int, int] = {}
     for lane, timeline in zip(found.lanes, found.memory, strict=True):
-        between = timeline.moving[:2].sum(axis=0).max()  # between programs nothing is transient
+        between = timeline.moving[:2].sum(axis=0).max()  # what `Watched` sees: saved and edges
         held = int(between) + sum(timeline.resident.values())
         memory += [held] * len(lane.devices)
         saved.update(timeline.saved_peak)
@@ -332,7 +334,7 @@ def line(key: str, row: Row) -> str:
 
 
 def one(
-    book: Book, name: str, seed: int, args: argparse.Namespace, use: Calibration | None
+    book: Book, name: str, seed: int, args: argparse.Namespace, use: Calibration
 ) -> None:
     """Measures (unless told not to) and predicts one plan."""
     key = f"{name}/{seed}"
@@ -370,8 +372,9 @@ def main() -> int:
     torch.set_num_threads(1)
     names = args.models.split(",")
     first, last = (int(n) for n in args.plans.split(":"))
-    use = None if args.calibration is None else Calibration.from_json(args.calibration.read_text())
-    source = use.note if use is not None else "uncalibrated: device table"
+    own = Cluster.local(os.cpu_count() or 1)
+    use = read_calibration(args.calibration) if args.calibration else load_calibration(own)
+    source = use.note
     book = Book(args.json)
     with ExitStack() as stack:
         if not args.predict:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raypar.errors import ConfigError
-from raypar.search.simulate import MemoryTimeline, Message, Simulation
+from raypar.search.simulate import MOVING, MemoryTimeline, Message, Simulation
 
 _US = 1e6
 _COMPUTE = 0
@@ -124,8 +124,8 @@ def _link_ends(messages: Sequence[Message]) -> list[float]:
 def _memory(timelines: Sequence[MemoryTimeline]) -> Iterator[dict[str, Any]]:
     for pid, timeline in enumerate(timelines):
         resident = sum(timeline.resident.values())
+        moving = list(zip(MOVING, timeline.moving, strict=True))
         for at, time in enumerate(timeline.times):
-            saved, edges, transient = (int(row[at]) for row in timeline.moving)
             yield {
                 "ph": "C",
                 "name": "memory",
@@ -134,8 +134,6 @@ def _memory(timelines: Sequence[MemoryTimeline]) -> Iterator[dict[str, Any]]:
                 "ts": float(time) * _US,
                 "args": {
                     "resident": resident,
-                    "saved": saved,
-                    "edges": edges,
-                    "transient": transient,
+                    **{name: int(row[at]) for name, row in moving},
                 },
             }

@@ -13,8 +13,8 @@ from raypar.search._sim_build import Built, Setting
 from raypar.search._sim_run import Played
 
 RESIDENT = ("parameters", "gradients", "optimizer", "buffers", "overhead")
-MOVING = ("saved", "edges", "transient")
-_SAVED, _EDGES, _TRANSIENT = range(3)
+MOVING = ("saved", "edges", "inbox", "transient")
+_SAVED, _EDGES, _INBOX, _TRANSIENT = range(4)
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class MemoryTimeline:
         peak_parts: What was held then, by name; adds up to `peak_bytes`.
         saved_peak: Stage → most bytes held for its backward at once.
         times: When what is held changes, in seconds.
-        moving: One row each for ``saved`` activations, ``edges`` (received and sent values and
-            their gradients) and ``transient`` (within one program): bytes from each time on.
+        moving: One row for each of `MOVING`: ``saved`` activations, ``edges`` (values that cross
+            stages and their gradients), ``inbox`` (what has arrived and was not yet asked for) and
+            ``transient`` (within one program): bytes from each time on.
     """
 
     resident: dict[str, int]
@@ -105,8 +106,10 @@ class _Walk:
         elif kind in RECV:
             assert now.value is not None
             name = now.value if kind is Kind.RECV_FORWARD else GRAD + now.value
-            # It takes memory here from its arrival on, read or not.
-            self._take(name, mb, min(self.played.arrived[self.ops[op][1]], end))
+            arrived, size = self.played.arrived[self.ops[op][1]], self.sizes[now.value]
+            if arrived < end:
+                self.changes += [(arrived, _INBOX, size), (end, _INBOX, -size)]
+            self._take(name, mb, end)
         elif kind in SEND:
             assert now.value is not None
             name = now.value if kind is Kind.SEND_FORWARD else GRAD + now.value

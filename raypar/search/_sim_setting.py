@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
+from torch import fx
 
 from raypar.comm.reshard import Layout, ReshardPlan, reshard_plan
 from raypar.errors import PlanError
@@ -18,9 +20,13 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import DATA, MeshSlice, Plan
 from raypar.programs.slicing import ValueEdge
 from raypar.search._sim_build import Moved, Setting
-from raypar.search.cost import analytic as analytic  # known by name from here on
-from raypar.search.cost.base import StageCost, get_cost_model, stage_code
+from raypar.search.cost import analytic, profiled
+from raypar.search.cost.base import StageCode, StageCost, get_cost_model, stage_code
 from raypar.search.cost.machine import MeshMachine, machine_of
+from raypar.search.cost.params import ParamCost, param_cost
+
+COST_MODELS = (analytic.AnalyticCost.name, profiled.ProfiledCost.name)
+"""Cost models that come with raypar; importing them makes their names known."""
 
 CPU_OVERHEAD_S = 60e-6
 """Seconds that the interpreter spends around one program on a CPU rank: arguments, bookkeeping,
@@ -49,10 +55,15 @@ def setting_of(
     machines = [machine_of(cluster, mesh, calibration) for mesh in meshes]
     model = get_cost_model(cost)
     codes = [stage_code(lowered, plan, s) for s in range(len(lowered.stages))]
-    costs = tuple(
+    costs = [
         model.stage_cost(code, machines[groups[s]], optimizer_states=optimizer_states)
         for s, code in enumerate(codes)
-    )
+    ]
+    for stage, code in _repeated(codes, groups).items():
+        twice = param_cost(code)
+        costs[stage] = _without(
+            costs[stage], twice, optimizer_states * twice.state_bytes, machines[groups[stage]]
+        )
     unequal: dict[tuple[int, int], StageCost] = {}
     for stage, code in enumerate(codes):
         mesh = meshes[groups[stage]]
@@ -64,7 +75,7 @@ def setting_of(
     return Setting(
         io=lowered.io,
         meshes=meshes,
-        costs=costs,
+        costs=tuple(costs),
         cluster=cluster,
         calibration=calibration,
         moves=_Moves(lowered, meshes),
@@ -75,6 +86,40 @@ def setting_of(
         local_bytes=_local_bytes(lowered, meshes),
         globals_s=_globals(lowered, plan, machines),
         overhead_s=0.0 if any(machine.is_gpu for machine in machines) else CPU_OVERHEAD_S,
+    )
+
+
+def _repeated(codes: Sequence[StageCode], groups: Sequence[int]) -> dict[int, StageCode]:
+    """Stage → what it holds of parameters that an earlier stage of its rank group holds too.
+
+    A rank keeps one copy of each, with one gradient and one optimizer state.
+    """
+    known: dict[int, set[str]] = {}
+    found = {}
+    for stage, (code, group) in enumerate(zip(codes, groups, strict=True)):
+        own = known.setdefault(group, set())
+        again = fx.Graph()
+        for node in code.graph.find_nodes(op="placeholder"):
+            key = str(node.meta["id"])
+            if key in own:
+                again.placeholder(node.name).meta = dict(node.meta)
+            elif key.startswith("param:"):
+                own.add(key)
+        if len(again.nodes):
+            found[stage] = replace(code, graph=again)
+    return found
+
+
+def _without(
+    cost: StageCost, twice: ParamCost, state_bytes: int, machine: MeshMachine
+) -> StageCost:
+    step_s = machine.optimizer_s(twice.optimized_bytes, twice.optimized)
+    return replace(
+        cost,
+        param_bytes=cost.param_bytes - twice.param_bytes,
+        gradient_bytes=cost.gradient_bytes - twice.gradient_bytes,
+        optimizer_bytes=cost.optimizer_bytes - state_bytes,
+        optimizer_s=max(0.0, cost.optimizer_s - step_s),
     )
 
 

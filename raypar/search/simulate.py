@@ -19,13 +19,14 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.schedules.instructions import COMPUTE, Instruction, Kind
 from raypar.search._sim_build import Built, Setting, build
-from raypar.search._sim_memory import MemoryTimeline, memory_of
+from raypar.search._sim_memory import MOVING, MemoryTimeline, memory_of
 from raypar.search._sim_path import Link, critical_path
 from raypar.search._sim_program import DRAIN, GATHER, MEET, OPTIMIZE, TAKE
 from raypar.search._sim_run import Played, play
 from raypar.search._sim_setting import setting_of
 
 __all__ = [
+    "MOVING",
     "LaneReport",
     "Link",
     "LinkUse",
