@@ -166,11 +166,12 @@ def share_out(
 
 def _room(loads: Sequence[int], total: int) -> list[float]:
     """How much each may still take until all are level and `total` is gone."""
-    level = 0.0
-    for count, _ in enumerate(loads, start=1):
-        lowest = sorted(loads)[:count]
-        level = (total + sum(lowest)) / count
-        if count == len(loads) or level <= sorted(loads)[count]:
+    level, below = 0.0, 0
+    ascending = sorted(loads)
+    for count, load in enumerate(ascending, start=1):
+        below += load
+        level = (total + below) / count
+        if count < len(loads) and level <= ascending[count]:
             break
     return [max(0.0, level - load) for load in loads]
 

@@ -166,19 +166,22 @@ def _candidates(
     most = max(len(holders) for holders in pieces.holders.values()) if shape else 1
     cuts = [1, *(2**i for i in range(1, most.bit_length())), *([most] if most & (most - 1) else [])]
 
-    def plan(method: str, wanted: dict[int, Part], dim: int, ways: int) -> ReshardPlan:
-        tiles = tuple(_tiles(pieces, wanted, ways, nodes))
-        return ReshardPlan(shape, itemsize, source, target, method, dim, tiles, nodes)
+    def plans(method: str, wanted: dict[int, Part], dim: int = 0) -> Iterator[ReshardPlan]:
+        demand = _Demand(pieces, wanted, nodes)
+        for ways in cuts:
+            tiles = tuple(demand.tiles(ways))
+            plan = ReshardPlan(shape, itemsize, source, target, method, dim, tiles, nodes)
+            yield plan
+            if plan.imbalance() == 1.0:
+                return  # even already: to cut tiles further adds only messages
 
-    for ways in cuts:
-        yield plan(DIRECT, held, 0, ways)
+    yield from plans(DIRECT, held)
     if n == 1 or math.prod(shape) == 0:
         return
-    firsts = {group[0]: held[group[0]] for group in replicas}
-    for ways in cuts:
-        yield plan(BROADCAST, firsts, 0, ways)
+    yield from plans(BROADCAST, {group[0]: held[group[0]] for group in replicas})
     if not shape:
         return
+    # The dim that divides best, the leftmost of equals.
     dim = min(range(len(shape)), key=lambda d: math.ceil(local[d] / n) / local[d])
     ends = windows(local[dim], n)
     shares = {
@@ -186,33 +189,45 @@ def _candidates(
         for group in replicas
         for i, rank in enumerate(group)
     }
-    for ways in cuts:
-        yield plan(GATHER, shares, dim, ways)
+    yield from plans(GATHER, shares, dim)
 
 
-def _tiles(
-    pieces: Pieces, wanted: dict[int, Part], ways: int, nodes: tuple[int, ...] | None
-) -> list[Tile]:
-    """The tiles that bring every rank its wanted part, by receiver, then by place in it."""
-    found: list[Tile] = []
-    items: dict[Part, dict[tuple[int, ...], list[tuple[int, Block]]]] = {}
-    for rank, part in sorted(wanted.items()):
-        for theirs, block in pieces.blocks(part):
-            holders = pieces.holders[theirs]
-            if rank in holders:
-                found += _as_tiles(rank, rank, block)
-                continue
-            near = () if nodes is None else tuple(h for h in holders if nodes[h] == nodes[rank])
-            able = near or tuple(holders)
-            items.setdefault(theirs, {}).setdefault(able, []).append((rank, block))
-    for by_senders in items.values():
-        loads: dict[int, int] = {}
-        # Those with the fewest senders to choose from first: the others even it out.
-        for able, wants in sorted(by_senders.items(), key=lambda item: len(item[0])):
-            blocks = [block for _, block in wants]
-            for index, sender, block in share_out(blocks, able, loads, ways):
-                found += _as_tiles(sender, wants[index][0], block)
-    return sorted(found, key=lambda t: (t.receiver, t.target))
+class _Demand:
+    """What the target ranks want of every piece, and who can send it.
+
+    Args:
+        pieces: The source's parts.
+        wanted: Target rank → what it is to be sent.
+        nodes: Node of every rank, where known.
+    """
+
+    def __init__(
+        self, pieces: Pieces, wanted: dict[int, Part], nodes: tuple[int, ...] | None
+    ) -> None:
+        self._copies: list[Tile] = []
+        # Piece → able senders → (receiver, block).
+        self._items: dict[Part, dict[tuple[int, ...], list[tuple[int, Block]]]] = {}
+        for rank, part in sorted(wanted.items()):
+            for theirs, block in pieces.blocks(part):
+                holders = pieces.holders[theirs]
+                if rank in holders:
+                    self._copies += _as_tiles(rank, rank, block)
+                    continue
+                near = [] if nodes is None else [h for h in holders if nodes[h] == nodes[rank]]
+                by_senders = self._items.setdefault(theirs, {})
+                by_senders.setdefault(tuple(near or holders), []).append((rank, block))
+
+    def tiles(self, ways: int) -> list[Tile]:
+        """All tiles, by receiver, then by place in what it is sent; see `share_out` for `ways`."""
+        found = list(self._copies)
+        for by_senders in self._items.values():
+            loads: dict[int, int] = {}
+            # Those with the fewest senders to choose from first: the others even it out.
+            for able, wants in sorted(by_senders.items(), key=lambda item: len(item[0])):
+                blocks = [block for _, block in wants]
+                for index, sender, block in share_out(blocks, able, loads, ways):
+                    found += _as_tiles(sender, wants[index][0], block)
+        return sorted(found, key=lambda t: (t.receiver, t.target))
 
 
 def _as_tiles(sender: int, receiver: int, block: Block) -> Iterable[Tile]:
