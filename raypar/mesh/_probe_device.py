@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -74,42 +75,79 @@ def measure_device(device: torch.device, ready: Callable[[], None] = lambda: Non
     """
     samples = DeviceSamples()
     with torch.no_grad():
-        one, other = (torch.ones(1, device=device) for _ in range(2))
-        add, transpose = raw_callable(aten.add.Tensor), raw_callable(aten.t.default)
-        square = torch.ones(2, 2, device=device)
+        stopwatch = _Stopwatch(device)
         ready()
-        samples.overhead = _seconds(lambda turn: add(one, other), device, inner=50)
-        samples.view_overhead = _seconds(lambda turn: transpose(square), device, inner=50)
+        samples.overhead = statistics.fmean(stopwatch(call) for call in _tiny(device))
+        samples.view_overhead = statistics.fmean(stopwatch(call) for call in _views(device))
         for group in (_products, _convolutions, _attentions, _elementwise):
             ready()
             for case in group(device):
-                seconds = _seconds(case.call, device)
-                samples.ops.append(Sample(*case[:4], seconds))
+                samples.ops.append(Sample(*case[:4], stopwatch(case.call)))
     ready()
-    samples.optimizer = _optimizer(device)
+    samples.optimizer = _optimizer(device, stopwatch)
     return samples
 
 
-def _seconds(call: Callable[[int], Any], device: torch.device, inner: int = 1) -> float:
-    """Seconds of one call: the lower quartile, which other programs disturb least.
+class _Stopwatch:
+    """Times calls as they are in a program: after other ops, with caches full of other things.
 
-    On a CPU it is the thread's own time: that of a core which nobody else is given.
+    A call that is repeated in a tight loop finds its code and its data in the first caches; in a
+    program it does not, and small ops take a multiple of that. So a product and a softmax, which
+    are not timed, run before every call on a CPU. There, time is the thread's own: that of a core
+    which nobody else is given.
     """
-    clock = time.perf_counter if device.type == "cuda" else time.thread_time
-    found: list[float] = []
-    for turn in range(2):
-        call(turn)
-    began = time.perf_counter()
-    for _ in range(_REPEATS):
-        _wait(device)
-        start = clock()
-        for turn in range(inner):
-            call((len(found) + turn) % _TURNS)
-        _wait(device)
-        found.append((clock() - start) / inner)
-        if time.perf_counter() - began > _CASE_S and len(found) >= 3:
-            break
-    return sorted(found)[len(found) // 4]
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._gpu = device.type == "cuda"
+        self._clock = time.perf_counter if self._gpu else time.thread_time
+        self._left, self._right = _rand(device, 256, 192), _rand(device, 192, 384)
+        self._cost = 0.0
+        self._cost = self(lambda turn: None)  # reading the clock takes time, too
+
+    def __call__(self, call: Callable[[int], Any]) -> float:
+        """Seconds of one call: the lower quartile, which other programs disturb least."""
+        for turn in range(2):
+            call(turn)
+        _wait(self._device)
+        found: list[float] = []
+        began = time.perf_counter()
+        for turn in range(_REPEATS):
+            if not self._gpu:
+                torch.softmax(self._left @ self._right, -1)
+            start = self._clock()
+            call(turn % _TURNS)
+            _wait(self._device)
+            found.append(self._clock() - start)
+            if time.perf_counter() - began > _CASE_S and len(found) >= 4:
+                break
+        return max(sorted(found)[len(found) // 4] - self._cost, 1e-9)
+
+
+def _tiny(device: torch.device) -> list[Callable[[int], Any]]:
+    """Different ops on almost nothing: what calling an op costs."""
+    x, y = torch.ones(4, 4, device=device), torch.ones(4, 4, device=device)
+    ops = (aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mm.default)
+    calls = [raw_callable(op) for op in ops]
+    relu, total = raw_callable(aten.relu.default), raw_callable(aten.sum.dim_IntList)
+    return [
+        *(lambda turn, f=f: f(x, y) for f in calls),  # type: ignore[misc]
+        lambda turn: relu(x),
+        lambda turn: total(x, [0], True),
+    ]
+
+
+def _views(device: torch.device) -> list[Callable[[int], Any]]:
+    """Different ops that move nothing."""
+    x = torch.ones(4, 4, device=device)
+    flip, view = raw_callable(aten.t.default), raw_callable(aten.view.default)
+    swap, wide = raw_callable(aten.transpose.int), raw_callable(aten.expand.default)
+    return [
+        lambda turn: flip(x),
+        lambda turn: view(x, [2, 8]),
+        lambda turn: swap(x, 0, 1),
+        lambda turn: wide(x, [2, 4, 4]),
+    ]
 
 
 def _wait(device: torch.device) -> None:
@@ -325,7 +363,7 @@ def _image_ops(n: int, device: torch.device) -> list[_Op]:
     ]
 
 
-def _optimizer(device: torch.device) -> list[tuple[float, int, float]]:
+def _optimizer(device: torch.device, stopwatch: _Stopwatch) -> list[tuple[float, int, float]]:
     """Steps of Adam over few large, over many, and over many small tensors."""
     found = []
     for tensors, numel in ((64, 256), (16, 1 << 15), (4, 1 << 17), (4, 1 << 19)):
@@ -334,6 +372,6 @@ def _optimizer(device: torch.device) -> list[tuple[float, int, float]]:
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer = torch.optim.AdamW(params)
-        seconds = _seconds(lambda turn, o=optimizer: o.step(), device)  # type: ignore[misc]
+        seconds = stopwatch(lambda turn, o=optimizer: o.step())  # type: ignore[misc]
         found.append((4.0 * tensors * numel, tensors, seconds))
     return found

@@ -192,8 +192,8 @@ def _groups(node: fx.Node, name: str) -> int:
     return int(bound_args(node).get("groups", 1))
 
 
-_FLASH_BLOCK = 64
-"""Rows that a fused attention kernel handles at once: a causal mask spares the rest."""
+_FLASH_BLOCK = 256
+"""Rows that a fused attention kernel handles at once: a causal mask spares what is beyond them."""
 
 
 def _attention(node: fx.Node, name: str, nbytes: float, dtype: str) -> Work:
