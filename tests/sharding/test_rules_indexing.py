@@ -31,6 +31,8 @@ ALONG: dict[str, tuple[Any, ...]] = {
     "scatter the largest": (
         aten.scatter_reduce.two, real(4, 8), 1, whole_numbers(8, 4, 4), real(4, 4), "amax",
     ),
+    "copy rows": (aten.index_copy.default, real(8, 4), 0, real(8).argsort()[:4], real(4, 4)),
+    "fill rows": (aten.index_fill.int_Scalar, real(8, 4), 0, whole_numbers(8, 4), 2.0),
     "slice scatter": (aten.slice_scatter.default, real(4, 8), real(4, 7), 1, 1, 100),
     "select scatter": (aten.select_scatter.default, real(4, 8, 4), real(4, 4), 1, 2),
     "top": (aten.topk.default, real(4, 8), 2),
@@ -48,6 +50,8 @@ ALONG: dict[str, tuple[Any, ...]] = {
     "one hot": (aten.one_hot.default, whole_numbers(4, 4, 8), 4),
     "triangle": (aten.tril.default, real(4, 8, 8)),
     "buckets": (aten.bucketize.Tensor, Fixed(real(8, 4)), Fixed(torch.arange(-2.0, 3.0))),
+    "frequencies": (aten.fft_irfft.default, torch.complex(real(4, 5), real(4, 5, seed=1)), 8, 1),
+    "quantiles": (aten.quantile.default, real(4, 8, 4), Fixed(real(2).sigmoid()), 1),
     "roll": (aten.roll.default, real(4, 8), [1], [1]),
     "flip": (aten.flip.default, real(4, 8), [0]),
 }  # fmt: skip

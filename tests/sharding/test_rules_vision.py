@@ -149,6 +149,7 @@ POOLS: dict[str, tuple[Any, ...]] = {
     "unshuffle": (aten.pixel_unshuffle.default, real(4, 4, 8, 8), 2),
     "unfold": (aten.im2col.default, real(4, 4, 8, 8), [2, 2], [1, 1], [0, 0], [2, 2]),
     "fold": (aten.col2im.default, real(4, 16, 16), [8, 8], [2, 2], [1, 1], [0, 0], [2, 2]),
+    "affine grid": (aten.affine_grid_generator.default, real(4, 2, 3), [4, 3, 6, 6], False),
     "grid": (
         aten.grid_sampler.default, real(4, 4, 8, 8), real(4, 4, 4, 2).tanh(), 0, 0, False,
     ),

@@ -60,7 +60,7 @@ class _Indexed:
         return tuple(sizes)
 
 
-@rule("index")
+@rule("index", "_unsafe_index")
 def index(op: OpView, size: int) -> Iterator[Choice]:
     """Dims without an index; dims of the indices; a dim that is picked from (a partial sum)."""
     found = _Indexed(op)
@@ -79,7 +79,7 @@ def index(op: OpView, size: int) -> Iterator[Choice]:
             yield Choice((S(d), *whole), (P,))
 
 
-@localiser("index")
+@localiser("index", "_unsafe_index")
 def local_index(call: LocalCall) -> fx.Node:
     """What other parts have is zero."""
     b, spec = local_bound(call), call.strategy.inputs[0]
@@ -99,7 +99,7 @@ def local_index(call: LocalCall) -> fx.Node:
     return picked
 
 
-@rule("index_put")
+@rule("index_put", "_unsafe_index_put")
 def index_put(op: OpView, size: int) -> Iterator[Choice]:
     """Dims behind those that are written to by index; sums pass partial sums through."""
     found = _Indexed(op)

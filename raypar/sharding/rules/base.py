@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 import raypar.sharding.collectives  # noqa: F401  (registers raypar::convert)
-from raypar.compat import pytree
+from raypar.compat import argument_names, pytree
 from raypar.graph.passes.emit import Emitter, bound_args, is_op, op_name
 from raypar.sharding.convert import conversion
 from raypar.sharding.spec import ShardingSpec, State
@@ -75,6 +75,10 @@ class OpView:
         Blocks come from readers that take the dim apart (`raypar.sharding.blocks`).
         """
         return (1, *sorted(self.node.meta.get("blocks", {}).get(dim, ())))
+
+    def input_blocks(self, index: int, dim: int) -> tuple[int, ...]:
+        """The same for a dim of a tensor argument, as the op that made it was told."""
+        return (1, *sorted(self.tensors[index].meta.get("blocks", {}).get(dim, ())))
 
     @cached_property
     def results(self) -> tuple[torch.Tensor, ...]:
@@ -140,6 +144,18 @@ class LocalCall:
     def same(self) -> fx.Node:
         """The same call on the local inputs."""
         return self.emit(self.op.node.target, *self.args, **self.kwargs)
+
+    def again(self, **changes: Any) -> fx.Node:
+        """The same call on the local inputs, with some arguments (by schema name) changed."""
+        names = argument_names(self.op.node.target)  # type: ignore[arg-type]
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for name, value in changes.items():
+            at = names.index(name)
+            if at < len(args):
+                args[at] = value
+            else:
+                kwargs[name] = value
+        return self.emit(self.op.node.target, *args, **kwargs)
 
     def convert(self, node: fx.Node, source: ShardingSpec, target: ShardingSpec) -> fx.Node:
         """Brings a value that the localiser made from one sharding to another."""

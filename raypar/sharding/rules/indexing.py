@@ -135,6 +135,19 @@ def local_index_add(call: LocalCall) -> fx.Node:
     return call.emit(aten.index_add.default, b["self"], dim, index, source, alpha=alpha)
 
 
+@rule("index_copy", "index_fill")
+def index_copy(op: OpView, size: int) -> Iterator[Choice]:
+    """Other dims."""
+    if not op.out or len(op.shapes[1]) != 1:
+        return
+    dim = op.bound["dim"] % len(op.out)
+    for d in range(len(op.out)):
+        if d != dim:
+            # The third tensor is what is copied, or the one number that is filled in.
+            rest = (S(d) if len(shape) == len(op.out) else RG for shape in op.shapes[2:])
+            yield Choice((S(d), R, *rest), (S(d),))
+
+
 # -- an index for every element --------------------------------------------------------------------
 
 

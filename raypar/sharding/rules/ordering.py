@@ -10,7 +10,7 @@ from torch import fx
 from raypar.graph.passes.emit import aten
 from raypar.sharding.rules._local import cutting, local_bound, only_dim
 from raypar.sharding.rules.base import Choice, LocalCall, OpView, localiser, rule
-from raypar.sharding.spec import P, R, S, ShardingSpec
+from raypar.sharding.spec import RG, P, R, S, ShardingSpec
 
 
 @rule(
@@ -132,3 +132,35 @@ def moved(op: OpView, size: int) -> Iterator[Choice]:
             yield Choice((S(d),), (S(d),))
     if op.results[0].is_floating_point():
         yield Choice((P,), (P,))
+
+
+@rule(
+    *(f"fft_{name}" for name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")),
+    *(f"fft_{name}{many}" for name in ("fft", "ifft", "rfft", "irfft") for many in ("2", "n")),
+)
+def fourier(op: OpView, size: int) -> Iterator[Choice]:
+    """Every dim that is not transformed."""
+    dims = op.bound["dim"]
+    if dims is None:
+        return
+    ndim = len(op.out)
+    transformed = {d % ndim for d in ([dims] if isinstance(dims, int) else dims)}
+    for d in range(ndim):
+        if d not in transformed:
+            yield Choice((S(d),), (S(d),))
+
+
+@rule("quantile", "nanquantile")
+def quantile(op: OpView, size: int) -> Iterator[Choice]:
+    """Every dim but the one whose quantiles are taken; a list of them makes a new first dim."""
+    shape, dim = op.shapes[0], op.bound["dim"]
+    if dim is None:
+        return
+    dim %= len(shape)
+    wanted = op.bound["q"]
+    several = isinstance(wanted, fx.Node) and len(wanted.meta["val"].shape) == 1
+    keeps = op.bound["keepdim"]
+    for d in range(len(shape)):
+        if d != dim:
+            to = (d if keeps else d - (d > dim)) + several
+            yield Choice((S(d), *(RG,) * isinstance(wanted, fx.Node)), (S(to),))

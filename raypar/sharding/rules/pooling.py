@@ -213,3 +213,17 @@ def grid_sampler(op: OpView, size: int) -> Iterator[Choice]:
     yield Choice((S(1), RG), (S(1),))
     for dim in range(1, len(op.out) - 1):
         yield Choice((RG, S(dim)), (S(dim + 1),))
+
+
+@rule("affine_grid_generator")
+def affine_grid(op: OpView, size: int) -> Iterator[Choice]:
+    """Samples."""
+    yield Choice((S(0),), (S(0),))
+
+
+@localiser("affine_grid_generator")
+def local_affine_grid(call: LocalCall) -> fx.Node:
+    """The local number of samples."""
+    b = local_bound(call)
+    sizes = [call.local_out()[0], *list(b["size"])[1:]]
+    return call.emit(call.op.node.target, b["theta"], sizes, b["align_corners"])
