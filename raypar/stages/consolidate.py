@@ -42,6 +42,8 @@ def assemble(
             if name not in found:
                 found[name] = tensor.new_empty(layout.shape)
                 elements[name] = 0
+            if name not in elements:
+                continue  # a frozen parameter, which another rank group has sent whole
             piece.write(found[name], tensor)
             elements[name] += piece.numel
     for name, count in elements.items():

@@ -61,7 +61,7 @@ class Holdings:
             self._build(spec, device)
 
     def _build(self, spec: RankSpec, device: torch.device) -> None:
-        names = set(spec.owned_params)
+        names = {*spec.owned_params, *spec.params}
         for stage in self.stages.values():
             names |= {k[6:] for k in stage.program.inputs if k.startswith("param:")}
         buffers = set(spec.owned_buffers)

@@ -317,6 +317,19 @@ def test_reported_parts_cover_a_parameter_once(case: tuple[ParamLayout, Axes]) -
             assemble(specs, parts)
 
 
+def test_a_frozen_parameter_may_come_from_two_rank_groups() -> None:
+    whole, axes = torch.arange(4.0), (("data", 2),)
+    cut = ParamLayout((4,), ShardingSpec((RG,)), ShardingSpec(("S0",)), zero=1)
+    specs = [_spec(rank, axes, {"p": cut}) for rank in range(2)]
+    specs.append(_spec(0, (("data", 1),), {"p": layout_of((4,), cut.held, (("data", 1),), 0)}))
+    parts = [{"p": whole[:2]}, {"p": whole[2:]}, {"p": whole.clone()}]
+    for order in itertools.permutations(range(3)):
+        found = assemble([specs[i] for i in order], [parts[i] for i in order])
+        assert torch.equal(found["p"], whole)
+    with pytest.raises(TrainingError, match=r"rank 1 sent \(3,\) of 'p'.*is \(2,\)"):
+        assemble(specs[:2], [parts[0], {"p": whole[:3]}])
+
+
 def _spec(rank: int, axes: Axes, params: Mapping[str, ParamLayout]) -> RankSpec:
     size = math.prod(n for _, n in axes)
     fields: dict[str, Any] = dict.fromkeys((f.name for f in dataclasses.fields(RankSpec)), ())
