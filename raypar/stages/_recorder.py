@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from raypar.compat import (
     OpOverload,
@@ -29,12 +28,13 @@ from raypar.compat import (
     without_torch_function,
     written_arguments,
 )
-from raypar.stages._replay import Replay, Take
+from raypar.stages._memory import Take
+from raypar.stages._replay import Replay
 from raypar.stages._streams import Streams
 from raypar.stages._tape import Call, NotDeferrable, Outside, Region, StreamNumber, Tape
 
-_META = torch.device("meta")
-_CPU = torch.device("cpu")
+META = torch.device("meta")
+CPU = torch.device("cpu")
 
 # Fill all of their first argument without reading it.
 _FILLS = frozenset(
@@ -181,8 +181,8 @@ class Recorder(TorchDispatchMode):
                 raise self.refuse(f"{func} does not run on meta tensors: {problem}") from problem
             # Its result depends on values, or its arguments are wrong: then it raises again.
             real_args, real_kwargs = _map_tensors(self.real, (args, kwargs))
-            if real_kwargs.get("device") == _META:
-                real_kwargs["device"] = _CPU
+            if real_kwargs.get("device") == META:
+                real_kwargs["device"] = CPU
             return func(*real_args, **real_kwargs)
         if torch.Tag.inplace_view in func.tags or schema_name(func) == "aten::set_":
             return result
@@ -232,8 +232,8 @@ class Recorder(TorchDispatchMode):
         else:
             places = tuple(rest[0])
         place_kwargs = dict(rest[1])
-        if place_kwargs.get("device") == _META:
-            place_kwargs["device"] = _CPU
+        if place_kwargs.get("device") == META:
+            place_kwargs["device"] = CPU
         draw = None
         if random:
             generator = place_kwargs.get("generator")
@@ -299,7 +299,7 @@ class Recorder(TorchDispatchMode):
             raise self.refuse("a tensor is made on the meta device")
         if not tensor.untyped_storage().resizable():  # not torch's own memory
             return tensor
-        twin = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=_META)
+        twin = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=META)
         storage = twin.untyped_storage()
         value = self.tape.new_value(storage.nbytes())
         self.tape.contents[value] = tensor
@@ -326,7 +326,7 @@ class Recorder(TorchDispatchMode):
         if kwargs.get("pin_memory"):
             raise self.refuse("a tensor is made in pinned memory")
         if factory or device is not None:
-            kwargs["device"] = _META
+            kwargs["device"] = META
 
     def _value_of(self, tensor: torch.Tensor) -> int:
         found = self._values.get(storage_id(tensor))
@@ -346,74 +346,6 @@ class Recorder(TorchDispatchMode):
                 raise self.refuse("a tensor is a conjugate or negative view")
 
 
-def _get(name: str) -> Any:
-    return getattr(torch.Tensor, name).__get__
-
-
-_ANSWERS: dict[Any, Any] = {
-    _get("device"): _CPU,
-    _get("is_meta"): False,
-    _get("is_cpu"): True,
-    torch.Tensor.get_device: -1,
-    torch.Tensor.is_pinned: False,
-    torch.Tensor.is_shared: False,
-}
-_OF_VALUES = frozenset({torch.Tensor.tolist, torch.Tensor.__format__})
-_OF_MEMORY = {
-    getattr(torch.Tensor, name): name
-    for name in "numpy __array__ data_ptr __reduce_ex__ __dlpack__ storage untyped_storage "
-    "share_memory_ pin_memory cuda apply_ map_ map2_".split()
-}
-
-
-class Disguise(TorchFunctionMode):
-    """Lets the recorder's meta tensors answer questions about their device as eager ones do."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if kwargs.get("device") is not None and torch.device(kwargs["device"]) == _META:
-            raise self._recorder.refuse("a tensor is made on the meta device")
-        first = args[0] if args else None
-        if not isinstance(first, torch.Tensor) or not first.is_meta:
-            return func(*args, **kwargs)
-        if func in _ANSWERS:
-            return _ANSWERS[func]
-        if func in _OF_VALUES:
-            return func(self._recorder.real(first), *args[1:], **kwargs)
-        if func in _OF_MEMORY:
-            raise self._recorder.refuse(
-                f"Tensor.{_OF_MEMORY[func]} was called while the model was built"
-            )
-        if func is torch.Tensor.cpu:
-            return first
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return torch.empty(0, dtype=first.dtype).type()
-        if func is torch.Tensor.to:
-            return self._to(first, args[1:], kwargs)
-        return func(*args, **kwargs)
-
-    def _to(self, tensor: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`Tensor.to` without its device: the tensor is where it has to be."""
-        given = [*args, kwargs.pop("other", None), kwargs.pop("device", None)]
-        dtype = kwargs.pop("dtype", None)
-        flags: list[bool] = []
-        for item in given:
-            if isinstance(item, torch.Tensor):
-                dtype = item.dtype
-                item = _CPU if item.is_meta else item.device
-            if isinstance(item, torch.dtype):
-                dtype = item
-            elif isinstance(item, bool):
-                flags.append(item)
-            elif item is not None and torch.device(item).type != "cpu":
-                raise self._recorder.refuse(f"a tensor was moved to {item}")
-        return tensor.to(tensor.dtype if dtype is None else dtype, *flags, **kwargs)
-
-
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [t for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
@@ -425,6 +357,6 @@ def _map_tensors(change: Callable[[torch.Tensor], Any], tree: Any) -> Any:
 def _stand_in(tensor: torch.Tensor, known: dict[int, torch.Tensor]) -> torch.Tensor:
     if id(tensor) not in known:
         known[id(tensor)] = torch.empty_strided(
-            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=_META
+            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=META
         )
     return known[id(tensor)]

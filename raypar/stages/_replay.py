@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from raypar.compat import OpOverload, pytree
-from raypar.sharding.spec import Ranges
+from raypar.stages._memory import CHUNK, Storages, Take, cut
 from raypar.stages._tape import (
     Call,
     Draw,
@@ -21,23 +20,6 @@ from raypar.stages._tape import (
     Tape,
     work_for,
 )
-
-_CHUNK = 1 << 14
-
-
-@dataclass(frozen=True, eq=False)
-class Take:
-    """A part of a tensor that is wanted.
-
-    Attributes:
-        region: The tensor.
-        deliver: Called with the part, which shares no memory with anything else.
-        ranges: For every dim the ranges that make up the part; None for all of it.
-    """
-
-    region: Region
-    deliver: Callable[[torch.Tensor], None]
-    ranges: tuple[Ranges, ...] | None = None
 
 
 class Replay:
@@ -67,11 +49,12 @@ class Replay:
             for value in tape.calls[number].touches:
                 self._left[value] = self._left.get(value, 0) + 1
         self._done: set[int] = set()
-        self._storages = _Storages(tape)
+        self._storages = Storages(tape)
         self._generators = [torch.default_generator]
         for start in tape.starts[1:]:
             self._generators.append(torch.Generator())
             self._generators[-1].set_state(start)
+        self._random = random
         self._states: dict[int, torch.Tensor] = {}
         self._expected: dict[int, torch.Tensor] = {}
 
@@ -82,6 +65,8 @@ class Replay:
             NotDeferrable: A call did something else than when it was recorded.
         """
         work = self._work
+        if self._random:
+            torch.default_generator.set_state(self._tape.starts[0])
         waves: dict[int, list[int]] = {}
         for number in sorted(work.needed):
             waves.setdefault(work.wave[number], []).append(number)
@@ -128,7 +113,7 @@ class Replay:
         count = region.numel
         if (
             isinstance(call.func, OpOverload)
-            and count >= 2 * _CHUNK
+            and count >= 2 * CHUNK
             and region.dense
             and _draws_in_chunks(call.func, region.dtype, rest, settings)
         ):
@@ -191,76 +176,10 @@ class Replay:
             storage = self._storages.of(value, whole is not None)
             for take in takes:
                 tensor = take.region.on(storage)
-                take.deliver(tensor if take is whole else cut(tensor, take.ranges))
+                take.deliver(tensor if take is whole else cut(tensor, take.ranges, take.room))
                 del tensor
             self._takes[value] = []
         self._storages.drop(value, give_away=bool(takes) and whole is not None)
-
-
-class _Storages:
-    """The memory of values; the largest piece that is free is used again."""
-
-    def __init__(self, tape: Tape) -> None:
-        self._tape = tape
-        self._held: dict[int, torch.UntypedStorage] = {}
-        self._own: set[int] = set()
-        self._spare: torch.UntypedStorage | None = None
-        self._chunks: dict[torch.dtype, torch.Tensor] = {}
-
-    def add(self, value: int, storage: torch.UntypedStorage) -> None:
-        """A value that an operator made."""
-        self._held[value] = storage
-
-    def of(self, value: int, exact: bool) -> torch.UntypedStorage:
-        """The value's storage, made at its first use; `exact` for one of just its size."""
-        if value not in self._held:
-            self._held[value] = self._make(value, exact)
-            self._own.add(value)
-        return self._held[value]
-
-    def drop(self, value: int, give_away: bool) -> None:
-        """Frees a value, or leaves its memory to who has it now."""
-        storage = self._held.pop(value, None)
-        if storage is None or value not in self._own or give_away:
-            return
-        if self._spare is None or self._spare.nbytes() < storage.nbytes():
-            self._spare = storage
-
-    def chunk(self, dtype: torch.dtype) -> torch.Tensor:
-        """A little memory to draw into."""
-        if dtype not in self._chunks:
-            self._chunks[dtype] = torch.empty(2 * _CHUNK, dtype=dtype)
-        return self._chunks[dtype]
-
-    def _make(self, value: int, exact: bool) -> torch.UntypedStorage:
-        nbytes = self._tape.nbytes[value]
-        first = self._tape.contents.get(value)
-        if first is not None:
-            return first.untyped_storage().clone()
-        spare = self._spare
-        if not exact and spare is not None and spare.nbytes() >= nbytes:
-            self._spare = None
-            storage = spare
-        else:
-            if not exact:
-                self._spare = spare = None  # before a larger one is made
-            storage = torch.UntypedStorage(nbytes)
-        if value in self._tape.partly:
-            torch.empty(0, dtype=torch.uint8).set_(storage, 0, (nbytes,), (1,)).zero_()  # type: ignore[call-overload]
-        return storage
-
-
-def cut(tensor: torch.Tensor, ranges: tuple[Ranges, ...] | None) -> torch.Tensor:
-    """A copy of the part of `tensor` that `ranges` name, or of all of it."""
-    if ranges is None:
-        return tensor.detach().clone()
-    for dim, parts in enumerate(ranges):
-        if len(parts) == 1:
-            tensor = tensor.narrow(dim, parts[0][0], parts[0][1] - parts[0][0])
-    for dim, parts in enumerate(ranges):
-        if len(parts) != 1:
-            tensor = torch.cat([tensor.narrow(dim, a, b - a) for a, b in parts], dim)
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _like(region: Region) -> torch.Tensor:
@@ -277,9 +196,9 @@ def _fill_chunks(
     Normal numbers are drawn in blocks of 16, and a rest shorter than a block is drawn anew with
     the last whole one (`normal_fill` in ATen), so sizes have to agree modulo 16.
     """
-    while count >= 2 * _CHUNK:
-        func(room[:_CHUNK], *rest, **kwargs)
-        count -= _CHUNK
+    while count >= 2 * CHUNK:
+        func(room[:CHUNK], *rest, **kwargs)
+        count -= CHUNK
     func(room[:count], *rest, **kwargs)
 
 
@@ -295,13 +214,13 @@ def _draws_in_chunks(
     Tried out, once for every kind of draw, as no torch release promises it.
     """
     for odd in (0, 5):
-        count = 3 * _CHUNK + odd
+        count = 3 * CHUNK + odd
         ends = []
         for chunked in (False, True):
             generator = torch.Generator().manual_seed(7)
             kwargs = {**dict(settings), "generator": generator}
             if chunked:
-                _fill_chunks(func, torch.empty(2 * _CHUNK, dtype=dtype), count, rest, kwargs)
+                _fill_chunks(func, torch.empty(2 * CHUNK, dtype=dtype), count, rest, kwargs)
             else:
                 func(torch.empty(count, dtype=dtype), *rest, **kwargs)
             ends.append(generator.get_state())

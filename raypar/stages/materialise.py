@@ -27,8 +27,10 @@ from raypar.errors import PlanError
 from raypar.graph.capture import build_model
 from raypar.graph.origins import Path, fetch_tensor
 from raypar.sharding.spec import Ranges
-from raypar.stages._recorder import Disguise, Recorder
-from raypar.stages._replay import Replay, Take, cut
+from raypar.stages._disguise import Disguise
+from raypar.stages._memory import Take, cut, part_shape
+from raypar.stages._recorder import Recorder
+from raypar.stages._replay import Replay
 from raypar.stages._tape import NotDeferrable
 
 Part = tuple[Ranges, ...] | None
@@ -108,7 +110,7 @@ def _in_parts(model_fn: Callable[[], nn.Module], recorder: Recorder, order: _Ord
         if region is None:
             deliver(cut(tensor, part))
         else:
-            takes.append(Take(region, deliver, part))
+            takes.append(Take(region, deliver, part, order.room(tensor, part)))
     ends = Replay(recorder.tape, takes).run()
     if any(outside.changed for outside in recorder.tape.outside):
         raise NotDeferrable("a tensor that the model was made from changed while it was built")
@@ -138,6 +140,8 @@ class _Order:
                 "has: plan and model do not belong together"
             )
         for name, part in self.params.items():
+            if part == tuple(((0, n),) for n in params[name].shape):
+                part = None
             yield params[name], part, self._param(made.params, name, params[name].requires_grad)
         for name, buffer in model.named_buffers():
             if name in self.buffers:
@@ -145,6 +149,12 @@ class _Order:
         for key, found in self.constants.items():
             tensor = found if isinstance(found, torch.Tensor) else fetch_tensor(model, found)
             yield tensor, None, self._plain(made.constants, key)
+
+    def room(self, tensor: torch.Tensor, part: Part) -> torch.Tensor | None:
+        """Memory for a part that stays on this host."""
+        if part is None or self.device.type != "cpu":
+            return None
+        return torch.empty(part_shape(part), dtype=tensor.dtype)
 
     def from_real(self, model: nn.Module) -> Materialised:
         """Cuts a model that is there."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from raypar.errors import CaptureError, PlanError
 from raypar.sharding.spec import ShardingSpec
-from raypar.stages._replay import cut
+from raypar.stages._memory import cut
 from raypar.stages.materialise import Materialised, Part, materialise
 from raypar.testing import models
 
