@@ -333,9 +333,7 @@ def line(key: str, row: Row) -> str:
     return text
 
 
-def one(
-    book: Book, name: str, seed: int, args: argparse.Namespace, use: Calibration
-) -> None:
+def one(book: Book, name: str, seed: int, args: argparse.Namespace, use: Calibration) -> None:
     """Measures (unless told not to) and predicts one plan."""
     key = f"{name}/{seed}"
     plan, cluster = drawn(name, seed)

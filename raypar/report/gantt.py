@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raypar.errors import ConfigError
-from raypar.search.simulate import Simulation, Span
+from raypar.search.simulation import Simulation, Span
 
 LETTERS = {"wait": ".", "comm": "~"}
 """What stands for a span whose kind is no letter."""

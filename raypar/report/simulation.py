@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raypar._plan_text import table
-from raypar.search.simulate import Simulation
+from raypar.search.simulation import Simulation
 
 _KINDS = {
     "F": "forward",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raypar.errors import ConfigError
-from raypar.search.simulate import MOVING, MemoryTimeline, Message, Simulation
+from raypar.search.simulation import MOVING, MemoryTimeline, Message, Simulation
 
 _US = 1e6
 _COMPUTE = 0

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from raypar.errors import PlanError
-from raypar.mesh.calibration import Calibration
-from raypar.mesh.cluster import Cluster
 from raypar.plan import DATA, MeshSlice
-from raypar.schedules.compile import routes
 from raypar.schedules.instructions import Instruction, Kind
-from raypar.schedules.io import StageIO
 from raypar.search._sim_fabric import Fabric, Need, Tile, collective_bytes, settle
+from raypar.search._sim_input import Setting, edge_directions, kinds_of, replicas_alike
 from raypar.search._sim_program import (
     LaneTimes,
     Program,
@@ -22,7 +19,7 @@ from raypar.search._sim_program import (
     Way,
     compile_program,
 )
-from raypar.search.cost.base import Collective, StageCost, total_s
+from raypar.search.cost.base import Collective, total_s
 from raypar.search.cost.machine import machine_of
 from raypar.sharding.convert import ALL_GATHER, ALL_REDUCE
 
@@ -31,116 +28,6 @@ BUCKET_BYTES = 4 << 20
 MOST_BUCKETS = 8
 """More buckets of one stage than this are played as so many larger ones."""
 NORM_BYTES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """What moves between the meshes of two rank groups, within one replica.
-
-    Attributes:
-        tiles: (position of the sender, position of the receiver, bytes).
-        groups: Positions of receivers that share afterwards what each of them was sent.
-        shared: Bytes that each of them holds in the end.
-    """
-
-    tiles: tuple[tuple[int, int, int], ...]
-    groups: tuple[tuple[int, ...], ...] = ()
-    shared: int = 0
-
-
-Moves = Callable[[str, int, int], Moved]
-"""(edge, sending rank group, receiving rank group) → what moves: its activation or, with the groups
-the other way round, its gradient."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is simulated, apart from the lists.
-
-    Attributes:
-        io: The plan's stages.
-        meshes: Mesh of every rank group.
-        costs: Cost of every stage on the slowest device of its mesh.
-        cluster: Devices and links.
-        calibration: What they reach.
-        moves: What moves between positions of meshes.
-        microbatches: M.
-        cores: Cores that the ranks of each CPU node share; None: every device is one.
-        tied: (stages that hold one parameter, bytes of its gradient), for every one that several
-            rank groups hold.
-        replica_costs: (stage, replica) → its cost, where replicas lie on unequal devices.
-        local_bytes: (edge, rank group) → bytes of one rank's part of one microbatch; a missing one
-            is the whole value.
-        globals_s: Stage → seconds to count the whole batch.
-        overhead_s: Seconds around every instruction that computes.
-    """
-
-    io: StageIO
-    meshes: tuple[MeshSlice, ...]
-    costs: tuple[StageCost, ...]
-    cluster: Cluster
-    calibration: Calibration
-    moves: Moves
-    microbatches: int
-    cores: int | None = None
-    tied: tuple[tuple[tuple[int, ...], int], ...] = ()
-    replica_costs: Mapping[tuple[int, int], StageCost] = field(default_factory=dict)
-    local_bytes: Mapping[tuple[str, int], int] = field(default_factory=dict)
-    globals_s: Mapping[int, float] = field(default_factory=dict)
-    overhead_s: float = 0.0
-
-    @property
-    def replicas(self) -> int:
-        """Replicas of every stage."""
-        return self.meshes[0].replicas
-
-    def devices(self, group: int, replica: int | None) -> tuple[int, ...]:
-        """Devices of a rank group, or of one replica of it."""
-        mesh = self.meshes[group]
-        if replica is None:
-            return mesh.devices
-        size = len(mesh.devices) // mesh.replicas
-        return mesh.devices[replica * size : (replica + 1) * size]
-
-    def stages_of(self, group: int) -> list[int]:
-        """Stages of a rank group."""
-        return [s for s, g in enumerate(self.io.rank_of) if g == group]
-
-    def cost(self, stage: int, replica: int | None) -> StageCost:
-        """Cost of a stage on one replica, or on the slowest."""
-        if replica is None:
-            return self.costs[stage]
-        return self.replica_costs.get((stage, replica), self.costs[stage])
-
-
-def edge_directions(io: StageIO) -> list[tuple[str, str, int, int]]:
-    """Every way that values take: (``F`` or ``B``, edge, sending and receiving rank group)."""
-    found = []
-    for way in routes(io):
-        for group in way.heads:
-            found.append(("F", way.edge.name, way.home, group))
-            if way.edge.differentiable:
-                found.append(("B", way.edge.name, group, way.home))
-    return found
-
-
-def replicas_alike(setting: Setting) -> bool:
-    """Whether all replicas take the same time: equal devices, and links of equal kind."""
-
-    def look(replica: int) -> object:
-        groups = range(len(setting.meshes))
-        own = [setting.devices(g, replica) for g in groups]
-        kinds = [[setting.cluster.node_of(d).device.name for d in devices] for devices in own]
-        links = [
-            setting.cluster.link(own[a][s], own[b][t])
-            for _, edge, a, b in edge_directions(setting.io)
-            for s, t, _ in setting.moves(edge, a, b).tiles
-        ]
-        costs = [setting.cost(s, replica) for s in range(setting.io.n_stages)]
-        return kinds, links, costs
-
-    first = look(0)
-    return all(look(replica) == first for replica in range(1, setting.replicas))
 
 
 @dataclass
@@ -153,11 +40,8 @@ class Built:
         lane_replicas: Per lane its replica; None where one lane stands for all.
         lane_devices: Per lane its devices.
         comm_share: (lane, stage, kind) → share of the compute time that collectives take.
-        way_keys: Per way (``F`` or ``B``, edge, sending lane, receiving lane).
-        tiles: Per way what moves in one message.
-        fabric: The shared resources.
-        sent_bytes: Device → tier → bytes that it sends in a step.
-        busy_s: Device → tier → seconds for which its port out is needed in a step.
+        sent_bytes: (device, tier) → bytes that it sends in a step.
+        busy_s: (device, tier) → seconds for which its port out is needed in a step.
     """
 
     program: Program
@@ -165,9 +49,6 @@ class Built:
     lane_replicas: list[int | None]
     lane_devices: list[tuple[int, ...]]
     comm_share: dict[tuple[int, int, Kind], float]
-    way_keys: list[tuple[str, str, int, int]]
-    tiles: list[tuple[Tile, ...]]
-    fabric: Fabric
     sent_bytes: dict[tuple[int, str], float] = field(default_factory=dict)
     busy_s: dict[tuple[int, str], float] = field(default_factory=dict)
 
@@ -201,7 +82,7 @@ class _Builder:
         computes = self._computes()
         steps = [self._once(lane, group, rep) for lane, (group, rep) in enumerate(self.lanes)]
         buckets = [self._buckets(group) for group, _ in self.lanes]
-        way_keys, tiles, ways = self._ways()
+        way_keys, ways = self._ways()
         tied = [self._tied(number) for number in range(len(self.setting.tied))]
         timed, resources = settle(self.needs)
         lanes = [
@@ -231,9 +112,6 @@ class _Builder:
             [replica for _, replica in self.lanes],
             [self.setting.devices(*lane) for lane in self.lanes],
             self._comm_shares(),
-            way_keys,
-            tiles,
-            self.fabric,
             self.sent,
             self.busy,
         )
@@ -288,14 +166,20 @@ class _Builder:
     def _count(
         self, mesh: MeshSlice, devices: Sequence[int], comm: Sequence[Collective], times: int
     ) -> None:
+        if not times:
+            return
         sizes = dict(mesh.named)
+        sums: dict[str, tuple[float, float]] = {}  # tier → bytes and seconds of one device
         for one in comm:
             tier = self.fabric.axis_tier(mesh, one.axis)
+            sent, busy = sums.get(tier, (0.0, 0.0))
+            more = collective_bytes(one, sizes[one.axis])
+            sums[tier] = sent + more * times, busy + one.seconds * times
+        for tier, (sent, busy) in sums.items():
             for device in devices:
                 key = (device, tier)
-                sent = collective_bytes(one, sizes[one.axis]) * times
                 self.sent[key] = self.sent.get(key, 0.0) + sent
-                self.busy[key] = self.busy.get(key, 0.0) + one.seconds * times
+                self.busy[key] = self.busy.get(key, 0.0) + busy
 
     # -- once a step ------------------------------------------------------------------------
 
@@ -367,9 +251,9 @@ class _Builder:
 
     def _ways(
         self,
-    ) -> tuple[list[tuple[str, str, int, int]], list[tuple[Tile, ...]], list[tuple[Way, int]]]:
+    ) -> tuple[list[tuple[str, str, int, int]], list[tuple[Way, int]]]:
+        """Keys of `compile_program` without the replica; per way its need."""
         keys: list[tuple[str, str, int, int]] = []
-        tiles: list[tuple[Tile, ...]] = []
         ways: list[tuple[Way, int]] = []
         lane_of = {lane: index for index, lane in enumerate(self.lanes)}
         for kind, edge, a, b in edge_directions(self.setting.io):
@@ -388,12 +272,11 @@ class _Builder:
                     after,
                 )
                 keys.append((kind, edge, source, target))
-                tiles.append(moved)
                 ways.append((way, self._need(need)))
                 for tile in moved:
                     if tile.source != tile.target:
                         self._sent(tile)
-        return keys, tiles, ways
+        return keys, ways
 
     def _sent(self, tile: Tile) -> None:
         key = (tile.source, self.fabric.tier(tile.source, tile.target))
@@ -424,25 +307,3 @@ class _Builder:
             machine = machine_of(self.setting.cluster, mesh, self.setting.calibration)
             longest = max(longest, machine.collective_s(DATA, ALL_GATHER, moved.shared))
         return longest
-
-
-def kinds_of(
-    setting: Setting, stage: int, replica: int | None
-) -> list[tuple[Kind, float, tuple[Collective, ...]]]:
-    """(kind, seconds of compute, collectives) of a stage.
-
-    A stage whose backward does not divide does all of it in the input half.
-    """
-    cost = setting.cost(stage, replica)
-    whole = (cost.backward_s, cost.backward_comm)
-    halves = (
-        (cost.backward_input_s, cost.backward_input_comm),
-        (cost.backward_weight_s, cost.backward_weight_comm),
-    )
-    first, second = halves if setting.io.splits[stage] else (whole, (0.0, ()))
-    return [
-        (Kind.FORWARD, cost.forward_s, cost.forward_comm),
-        (Kind.BACKWARD, *whole),
-        (Kind.BACKWARD_INPUT, *first),
-        (Kind.BACKWARD_WEIGHT, *second),
-    ]

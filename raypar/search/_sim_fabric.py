@@ -18,7 +18,7 @@ from raypar.errors import ClusterError
 from raypar.mesh.calibration import ACROSS, INSIDE, Calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import MeshSlice
-from raypar.search._sim_fluid import FULL, Uses
+from raypar.search._sim_fluid import FULL
 from raypar.search._sim_program import Timed
 from raypar.search.cost.base import Collective
 from raypar.sharding.convert import ALL_MAX, ALL_REDUCE
@@ -31,12 +31,12 @@ class Resource(NamedTuple):
 
     Attributes:
         what: ``out`` or ``in`` (a device's port), or ``cores`` (a node's).
-        index: The device, or the node.
+        place: The device, or the node.
         tier: ``inside`` or ``across`` for ports.
     """
 
     what: str
-    index: int
+    place: int
     tier: str = ""
 
 
@@ -86,7 +86,7 @@ class Fabric:
         self.cluster = cluster
         self.calibration = calibration
         self._cores = cores
-        self.traffic: dict[Resource, float] = {}
+        self._tiers: dict[tuple[MeshSlice, str], str] = {}
 
     def tier(self, a: int, b: int) -> str:
         """Which links lie between two devices."""
@@ -133,20 +133,24 @@ class Fabric:
         load: dict[Resource, float] = {}
         for device in devices:
             self._busy(load, device, whole)
+        by_tier: dict[str, float] = {}
         for one in collectives:
-            self._collective(load, mesh, devices, one)
+            tier = self.axis_tier(mesh, one.axis)
+            by_tier[tier] = by_tier.get(tier, 0.0) + one.seconds
+        for tier, seconds in by_tier.items():
+            for device in devices:
+                _add(load, Resource(OUT, device, tier), seconds)
+                _add(load, Resource(IN, device, tier), seconds)
         return Need(actor, whole, load)
-
-    def _collective(
-        self, load: dict[Resource, float], mesh: MeshSlice, devices: Sequence[int], one: Collective
-    ) -> None:
-        tier = self.axis_tier(mesh, one.axis)
-        for device in devices:
-            _add(load, Resource(OUT, device, tier), one.seconds)
-            _add(load, Resource(IN, device, tier), one.seconds)
 
     def axis_tier(self, mesh: MeshSlice, axis: str) -> str:
         """Whether a mesh axis stays inside nodes."""
+        key = (mesh, axis)
+        if key not in self._tiers:
+            self._tiers[key] = self._find_tier(mesh, axis)
+        return self._tiers[key]
+
+    def _find_tier(self, mesh: MeshSlice, axis: str) -> str:
         place = mesh.axes.index(axis)
         stride = 1
         for size in mesh.shape[place + 1 :]:
@@ -165,11 +169,6 @@ class Fabric:
             return
         cores = self._cores or self.cluster.nodes[node].devices
         _add(load, Resource(CORES, node), seconds / cores)
-
-    def note(self, need: Need, times: int) -> None:
-        """Adds the work to the traffic of a step, `times` times."""
-        for resource, seconds in need.load.items():
-            _add(self.traffic, resource, seconds * times)
 
 
 def collective_bytes(one: Collective, size: int) -> int:
@@ -203,12 +202,8 @@ def settle(needs: Sequence[Need]) -> tuple[list[Timed], int]:
         numbers[key] = len(numbers)
         for index, parts in found:
             uses[index].append((numbers[key], parts))
-    timed = [Timed(need.alone, _as_uses(own)) for need, own in zip(needs, uses, strict=True)]
+    timed = [Timed(need.alone, tuple(own)) for need, own in zip(needs, uses, strict=True)]
     return timed, len(numbers)
-
-
-def _as_uses(found: Sequence[tuple[int, int]]) -> Uses:
-    return tuple(found)
 
 
 def _can_be_short(needs: Sequence[Need], found: Sequence[tuple[int, int]]) -> bool:

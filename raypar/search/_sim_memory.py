@@ -9,7 +9,8 @@ import numpy as np
 
 from raypar.schedules.compile import GRAD
 from raypar.schedules.instructions import COMPUTE, RECV, SEND, Instruction, Kind
-from raypar.search._sim_build import Built, Setting
+from raypar.search._sim_build import Built
+from raypar.search._sim_input import Setting
 from raypar.search._sim_run import Played
 
 RESIDENT = ("parameters", "gradients", "optimizer", "buffers", "overhead")

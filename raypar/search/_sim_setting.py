@@ -19,7 +19,7 @@ from raypar.mesh.calibration import Calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import DATA, MeshSlice, Plan
 from raypar.programs.slicing import ValueEdge
-from raypar.search._sim_build import Moved, Setting
+from raypar.search._sim_input import Moved, Setting
 from raypar.search.cost import analytic, profiled
 from raypar.search.cost.base import StageCode, StageCost, get_cost_model, stage_code
 from raypar.search.cost.machine import MeshMachine, machine_of
@@ -28,9 +28,10 @@ from raypar.search.cost.params import ParamCost, param_cost
 COST_MODELS = (analytic.AnalyticCost.name, profiled.ProfiledCost.name)
 """Cost models that come with raypar; importing them makes their names known."""
 
-CPU_OVERHEAD_S = 60e-6
+CPU_OVERHEAD_S = 70e-6
 """Seconds that the interpreter spends around one program on a CPU rank: arguments, bookkeeping,
-the watch for infinities. On a GPU it is hidden, since programs are queued ahead."""
+the watch for infinities; measured with stages of a few tiny ops. On a GPU it is hidden, since
+programs are queued ahead."""
 
 
 def setting_of(

@@ -26,10 +26,9 @@ from raypar.schedules.io import Edge, StageIO
 from raypar.schedules.registry import schedule_names
 from raypar.schedules.saved import peak_saved_per_stage
 from raypar.schedules.timing import Durations, ideal_timeline
-from raypar.search._sim_build import Moved, Setting
 from raypar.search._sim_fluid import FULL, FluidClock
 from raypar.search.cost.base import Collective, StageCost
-from raypar.search.simulate import Simulation, simulate, simulate_lists
+from raypar.search.simulate import Moved, Setting, Simulation, simulate, simulate_lists
 from raypar.testing import models, random_plan, random_sharding
 
 FREE = Link(1e30, 0.0, "free")
@@ -223,7 +222,8 @@ def test_messages_of_one_pair_arrive_one_after_the_other() -> None:
 
 
 def test_a_clock_shares_in_proportion_and_catches_up() -> None:
-    clock, ended = FluidClock(1), {}
+    clock = FluidClock(1)
+    ended: dict[str, float] = {}
     for name, work in (("short", 1.0), ("long", 3.0)):
         clock.begin(work, ((0, FULL),), lambda n: ended.__setitem__(n, clock.now), name)
     clock.run()
