@@ -12,13 +12,14 @@ from torch import fx
 from raypar.compat import pytree
 from raypar.errors import PlanError
 from raypar.sharding.rules.base import Choice, OpView, Strategy, find_combination, find_rule
-from raypar.sharding.spec import R, ShardingSpec
+from raypar.sharding.spec import RG, R, ShardingSpec
 
 
 def choices(op: OpView, size: int) -> list[Choice]:
     """What an op may do on one axis; the first choice is ``R`` everywhere.
 
-    A choice whose cut dims do not divide by `size` is left out.
+    A choice whose cut dims do not divide by `size` is left out, and so is one that reads nothing
+    but whole values: it would compute everything everywhere, in more words.
     """
     whole = Choice((R,) * len(op.shapes), (R,) * len(op.results))
     found = [whole]
@@ -29,6 +30,8 @@ def choices(op: OpView, size: int) -> list[Choice]:
         return found
     for choice in rule(op, size):
         states = zip((*choice.inputs, *choice.outputs), (*op.shapes, *_results(op)), strict=True)
+        if choice.inputs and set(choice.inputs) <= {R, RG}:
+            continue
         if all(ShardingSpec((s,)).fits(shape, (size,)) for s, shape in states):
             found.append(choice)
     return list(dict.fromkeys(found))
@@ -125,17 +128,21 @@ def _key(node: fx.Node) -> object:
             # A rule may look at a constant that the graph makes (offsets in equal steps).
             made = leaf.op == "call_function" and not leaf.all_input_nodes
             constant = f"{leaf.target}{leaf.args}" if made else ""
-            parts.append((shape, dtype, leaf.op == "placeholder", constant))
+            parts.append((shape, dtype, leaf.op == "placeholder", constant, _blocks(leaf)))
         else:
             parts.append(str(leaf))
     parts.append(tuple(node.kwargs))
     parts.append(tuple(tuple(r.shape) for r in OpView(node).results))
-    parts.append(tuple((d, tuple(sorted(g))) for d, g in node.meta.get("blocks", {}).items()))
+    parts.append(_blocks(node))
     try:
         hash(tuple(parts))
     except TypeError:
         return None
     return tuple(parts)
+
+
+def _blocks(node: fx.Node) -> tuple[object, ...]:
+    return tuple(sorted((d, tuple(sorted(g))) for d, g in node.meta.get("blocks", {}).items()))
 
 
 @lru_cache(maxsize=4096)
