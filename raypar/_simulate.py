@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def simulate_config(
         plan_file: The plan; default: the one that the configuration would get.
         cluster_file: The cluster; default: the one that the configuration would get.
         cost: Name of the cost model.
-        cores: Cores that the ranks of each CPU node share; default: one each.
+        cores: Cores that the ranks of each CPU node share; default: one each, or this machine's
+            where the run has more ranks on it.
 
     Raises:
         ConfigError: A key is wrong, or there is no such cost model.
@@ -41,6 +43,9 @@ def simulate_config(
     else:
         plan = Plan.load(plan_file)
         graph, cluster = capture_of(config), cluster_of(config, cluster_file)
+    own = os.cpu_count() or 1
+    if cores is None and cluster_file is None and cluster.n_devices > own:
+        cores = own
     states = optimizer_states(optimizer_of(config))
     return simulate(
         graph,

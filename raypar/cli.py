@@ -124,7 +124,7 @@ def explain(file: str, overrides: tuple[str, ...], cluster_file: str | None) -> 
     "--cores",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Cores that the ranks of each CPU node share; default: one each.",
+    help="Cores that the ranks of each CPU node share.",
 )
 @click.option("--cost", default="analytic", show_default=True, help="Cost model.")
 @click.option("--gantt", is_flag=True, help="Draw who does what when.")
@@ -155,6 +155,33 @@ def simulate(
         click.echo(f"wrote {trace}")
     for line in over_limit(found):
         click.echo(f"out of memory: {line}", err=True)
+
+
+@main.command()
+@click.option("--address", metavar="HOST:PORT", help="Measure this Ray cluster.")
+@click.option(
+    "--local",
+    "processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Measure this machine with N processes; default: one per core.",
+)
+@click.option("--out", metavar="FILE", help="Also write the constants here (JSON).")
+def probe(address: str | None, processes: int | None, out: str | None) -> None:
+    """Measure the cluster and keep what the cost models need of it (under a minute)."""
+    if address is not None and processes is not None:
+        raise click.UsageError("give --address or --local, not both")
+    from raypar.mesh.cluster import Cluster
+    from raypar.mesh.probe import probe as measure
+    from raypar.mesh.probe import save_calibration
+    from raypar.report.calibration import calibration_text
+
+    cluster = Cluster.local(processes) if address is None else Cluster.from_ray(address)
+    found = measure(cluster, address=address)
+    click.echo(calibration_text(found, cluster))
+    click.echo(f"kept in {save_calibration(found)}")
+    if out is not None:
+        save_calibration(found, Path(out))
 
 
 @main.command()
