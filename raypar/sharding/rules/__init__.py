@@ -12,14 +12,18 @@ from raypar.sharding.rules import (
     matmul,
     ordering,
     pairs,
+    pointwise,
     pooling,
     random,
     recurrent,
+    views,
     vision,
 )
 
 ALL = (
     matmul,
+    pointwise,
+    views,
     vision,
     pooling,
     batchnorm,

@@ -161,7 +161,7 @@ def _spread(
     if outside != inside * stride:
         return None
     reach = dilation * (kernel - 1)
-    before = max(-((padding - reach) // stride), 0)
+    before = max((reach - padding) // stride, 0)
     after = -(-padding // stride)
     # Without padding the extended tile makes (rows - 1) * stride + reach + 1 rows of output.
     while (after - 1) * stride + reach + 1 < padding:
