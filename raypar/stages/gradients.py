@@ -81,7 +81,6 @@ class GradientStore:
         self._place: dict[tuple[int, str], _Place] = {}
         self._members: list[tuple[_Buckets, list[str]]] = []
         self._late: dict[Reducers, list[str]] = {}
-        self._absent: list[str] = []
         self._names = {i: stage.program.weight_gradients for i, stage in holdings.stages.items()}
         for stage in self._sync_order(spec):
             for name in self._names[stage]:
@@ -124,18 +123,17 @@ class GradientStore:
         rounds: dict[tuple[str, ...], set[str]] = {}
         ready = self._ready_order()
         # A shared parameter whose gradient comes from other rank groups alone is reduced here too.
-        absent = [n for n in self._spec.shared if n in self._holdings.params and n not in ready]
-        for name in (*ready, *absent):
+        held = self._holdings.params
+        self._absent = [n for n in self._spec.shared if n in held and n not in ready]
+        for name in (*ready, *self._absent):
             way = self._holdings.ways[name]
             reducers = self._sharers.reducers(name, way.reduce)
             if self._sharers.along(way.scatter) is None:
                 reduced.setdefault(reducers, []).append(name)
                 continue
-            if name in absent:
-                self._absent.append(name)
-            elif self._spec.params[name].zero >= 2:
+            if self._spec.params[name].zero >= 2:
                 rounds.setdefault(way.scatter, set()).add(name)
-            else:
+            elif name not in self._absent:
                 once.setdefault(way.scatter, []).append(name)
             if self._sharers.group_of(reducers) is not None:
                 self._late.setdefault(reducers, []).append(name)
@@ -254,7 +252,8 @@ class GradientStore:
                 known = self._grads.get(name)
                 self._grads[name] = gradient if known is None else known + gradient
         for name in self._absent:
-            self._grads[name] = torch.zeros_like(self._holdings.stored[name].detach())
+            nothing = torch.zeros_like(self._holdings.stored[name].detach())
+            self._grads.setdefault(name, nothing)
         self._reduce_late()
         for name, owners in self._sharers.sums.items():
             if name in self._grads:

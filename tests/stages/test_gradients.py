@@ -84,13 +84,12 @@ def make_plan(
     zero: Sequence[int],
     *,
     schedule: str = "1f1b",
-    cut: str = "again",
+    cut: str = "again/linear#0",
     microbatches: int = 2,
 ) -> Plan:
-    """One stage, or two that are cut before the first op of module `cut`."""
+    """One stage, or two of which the second begins with op `cut`."""
     ids = [op.id for op in graph.ops]
-    at = next((i for i, name in enumerate(ids) if name.startswith(f"{cut}/")), 0)
-    bounds = [0, at, len(ids)] if len(meshes) == 2 else [0, len(ids)]
+    bounds = [0, ids.index(cut), len(ids)] if len(meshes) == 2 else [0, len(ids)]
     stages, taken = [], 0
     for i, (shape, axes) in enumerate(meshes):
         devices = tuple(range(taken, taken + math.prod(shape)))
@@ -144,6 +143,35 @@ def test_a_tied_parameter_on_two_meshes(
 ) -> None:
     plan = make_plan(graph, meshes, zero, schedule=schedule)
     assert_plan_equivalent(net, BATCH, plan, clip_norm=0.05, steps=2)
+
+
+class Detached(Net):
+    """The second reader of the tied parameter gives it no gradient."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.tied(self.norm(self.second(torch.tanh(self.first(x))))))
+        hidden = self.last(hidden @ self.again.weight.detach()) * self.odd
+        return ((hidden - y) ** 2).mean()
+
+
+def detached() -> nn.Module:
+    return Detached().double()
+
+
+@pytest.mark.parametrize(
+    ("meshes", "zero"),
+    [
+        ([DATA2, DATA2], [0, 0]),
+        ([DATA2, DATA2], [2, 2]),
+        ([GRID, DATA2], [1, 2]),
+        ([X2, X2], [1, 0]),
+    ],
+)
+def test_a_tied_parameter_without_a_gradient_on_one_mesh(
+    meshes: list[Mesh], zero: list[int]
+) -> None:
+    plan = make_plan(capture(detached, BATCH), meshes, zero, cut="/detach#0")
+    assert_plan_equivalent(detached, BATCH, plan, steps=2)
 
 
 @pytest.mark.parametrize("zero", [(1, 1), (2, 2), (2, 3)])
