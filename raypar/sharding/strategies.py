@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from torch import fx
@@ -151,3 +151,23 @@ def pattern_of(op_id: str) -> str:
     path, sep, rest = op_id.partition("/")
     parts = ["*" if p.isdigit() else p for p in path.split(".")]
     return ".".join(parts) + sep + rest
+
+
+def fold_patterns(exact: Mapping[str, str], ids: Sequence[str]) -> dict[str, str]:
+    """Entries that all ops of a pattern share become one entry of the pattern.
+
+    Args:
+        exact: Op id → strategy text, of these ops and of others.
+        ids: All op ids of one stage.
+    """
+    result: dict[str, str] = {}
+    for pattern, group in itertools.groupby(sorted(ids, key=pattern_of), key=pattern_of):
+        members = list(group)
+        texts = {exact.get(key) for key in members}
+        if len(members) > 1 and len(texts) == 1:
+            text = texts.pop()
+            if text is not None:
+                result[pattern] = text
+            continue
+        result.update({key: exact[key] for key in members if key in exact})
+    return result

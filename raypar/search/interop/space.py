@@ -11,6 +11,8 @@ from raypar.mesh.cluster import Cluster
 from raypar.search.config import SearchConfig
 
 MOST_MICROBATCHES = 4096
+AXIS_NAMES = ("x", "y", "z")
+"""Names of a stage's mesh axes besides the replicas'."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ size, mesh shape and kind of link; ZeRO and recomputation only change what is ad
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ from raypar.search.config import SearchConfig
 from raypar.search.cost.machine import MeshMachine, machine_of, p2p_s
 from raypar.search.interop.costs import StateCosts, UnitCosts, state_costs, unit_costs
 from raypar.search.interop.pipeline import Way
-from raypar.search.interop.space import Split, mesh_shapes
+from raypar.search.interop.space import AXIS_NAMES, Split, mesh_shapes
 from raypar.search.interop.units import Units, shorten
 from raypar.search.intra.allowed import allow
 from raypar.search.intra.planner import plan_intra
@@ -31,9 +30,7 @@ from raypar.sharding.layout import layout_of
 from raypar.sharding.lower import held_spec, lower, readings
 from raypar.sharding.rules.base import Strategy
 from raypar.sharding.spec import RG, ShardingSpec
-from raypar.sharding.strategies import pattern_of
 
-AXIS_NAMES = ("x", "y", "z")
 _GPU_RESERVE = (900 << 20, 0.05)
 """What drivers and allocators take: bytes, and a share of the memory."""
 
@@ -125,6 +122,16 @@ class WayMaker:
                     state = self._state(split, sharded, machine, zero)
                     found += self._assemble(split, size, machine, modes, sharded, state, zero)
         return found
+
+    def sharding(
+        self, split: Split, shape: tuple[int, ...], modes: tuple[str, ...], devices: Sequence[int]
+    ) -> Mapping[int, Mapping[str, str]]:
+        """The sharding on one mesh shape; see `WayKey.sharding`."""
+        mesh = MeshSlice(
+            tuple(devices), (split.replicas, *shape), (DATA, *AXIS_NAMES[: len(shape)])
+        )
+        machine = machine_of(self.cluster, mesh, self.calibration)
+        return self._shard(split, shape, modes, machine).sharding
 
     def _shapes(self, size: int) -> list[tuple[int, ...]]:
         per_node = max(node.devices for node in self.cluster.nodes)
@@ -276,38 +283,22 @@ def _modes(shape: tuple[int, ...]) -> list[tuple[str, ...]]:
     return [("free",) * len(shape)]
 
 
-def plan_sharding(
-    key: WayKey, units: Units, first: int, last: int, graph: OpGraph
+def op_sharding(
+    sharding: Mapping[int, Mapping[str, str]], units: Units, graph: OpGraph
 ) -> dict[str, str]:
-    """`StagePlan.sharding` of the units ``[first, last)``: repeated layers share a pattern."""
+    """Strategy text of every op that does not run whole: repeated units do as their twin does.
+
+    Args:
+        sharding: Unit that stands for others → op id → text (`WayKey.sharding`).
+        units: The model's units.
+        graph: The captured model.
+    """
     exact: dict[str, str] = {}
-    for unit in range(first, last):
-        twin = units.twin[unit]
+    for unit, twin in enumerate(units.twin):
+        texts = sharding.get(twin, {})
         here = graph.ops[units.bounds[unit] : units.bounds[unit + 1]]
         there = graph.ops[units.bounds[twin] : units.bounds[twin + 1]]
-        texts = key.sharding.get(twin, {})
         for mine, like in zip(here, there, strict=True):
             if like.id in texts:
                 exact[mine.id] = texts[like.id]
-    ids = [op.id for op in graph.ops[units.bounds[first] : units.bounds[last]]]
-    return fold(exact, ids)
-
-
-def fold(exact: Mapping[str, str], ids: Sequence[str]) -> dict[str, str]:
-    """Entries that all ops of a pattern share become one entry of the pattern.
-
-    Args:
-        exact: Op id → strategy text.
-        ids: All op ids of the stage.
-    """
-    result: dict[str, str] = {}
-    for pattern, group in itertools.groupby(sorted(ids, key=pattern_of), key=pattern_of):
-        members = list(group)
-        texts = {exact.get(key) for key in members}
-        if len(members) > 1 and len(texts) == 1:
-            text = texts.pop()
-            if text is not None:
-                result[pattern] = text
-            continue
-        result.update({key: exact[key] for key in members if key in exact})
-    return result
+    return exact

@@ -17,11 +17,13 @@ from raypar.errors import PlanError
 from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.calibration import Calibration
+from raypar.mesh.calibration_files import load_calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import DATA, MemoryPolicy, MeshSlice, Plan, ScheduleSpec, StagePlan
 from raypar.search.config import SearchConfig
 from raypar.search.interop.pipeline import Pipeline, WayTable, best_pipeline
 from raypar.search.interop.space import (
+    AXIS_NAMES,
     Split,
     alike,
     line_of_devices,
@@ -29,9 +31,10 @@ from raypar.search.interop.space import (
     stage_sizes,
 )
 from raypar.search.interop.units import Units, find_units
-from raypar.search.interop.ways import AXIS_NAMES, WayKey, WayMaker, plan_sharding
+from raypar.search.interop.ways import WayKey, WayMaker, op_sharding
 from raypar.search.planners.base import Planner, register_planner
 from raypar.search.planners.uniform import TORCH_RANGE
+from raypar.sharding.strategies import fold_patterns
 
 _KEPT = 6  # pipelines that are looked at closely
 _MIXED_SLOTS = 16  # up to so many slots, stages of unequal sizes are searched
@@ -83,7 +86,8 @@ class AlpaSearch:
         self.cluster = cluster
         self.config = config
         self.units: Units = find_units(graph)
-        self.maker = WayMaker(graph, cluster, calibration, config, self.units)
+        self.calibration = calibration or load_calibration(cluster)
+        self.maker = WayMaker(graph, cluster, self.calibration, config, self.units)
         self.line = line_of_devices(cluster)
         self.alike = alike(cluster)
         self.per_node = max(node.devices for node in cluster.nodes)
@@ -205,7 +209,10 @@ class AlpaSearch:
                     last=self.graph.ops[last - 1].id,
                     mesh=mesh,
                     memory=MemoryPolicy(key.recompute, key.zero),
-                    sharding=plan_sharding(key, self.units, stage.first, stage.last, self.graph),
+                    sharding=fold_patterns(
+                        op_sharding(key.sharding, self.units, self.graph),
+                        [op.id for op in self.graph.ops[first:last]],
+                    ),
                     predicted={"microbatch_s": stage.seconds},
                 )
             )

@@ -8,10 +8,14 @@ from raypar.errors import PlanError
 from raypar.fit import check_plan
 from raypar.graph.balance import FLOPS_PER_CUT_BYTE, balanced_cuts
 from raypar.graph.opgraph import OpGraph
+from raypar.mesh.calibration_files import load_calibration
 from raypar.mesh.cluster import Cluster
-from raypar.plan import MemoryPolicy, MeshSlice, Plan, ScheduleSpec, StagePlan
+from raypar.plan import DATA, MemoryPolicy, MeshSlice, Plan, ScheduleSpec, StagePlan
 from raypar.search.config import SearchConfig
+from raypar.search.interop.space import AXIS_NAMES, Split
+from raypar.search.interop.units import find_units
 from raypar.search.planners.base import Planner, register_planner
+from raypar.sharding.strategies import fold_patterns
 
 TORCH_RANGE = ">=2.11,<2.14"
 
@@ -24,13 +28,18 @@ class UniformPlanner(Planner):
 
     def plan(self, graph: OpGraph, cluster: Cluster, config: SearchConfig) -> Plan:
         """Balances stages over the cluster's first devices; see `Planner.plan`."""
-        groups, replicas = _shape(graph, cluster, config)
+        tensor = 1 if config.tensor == "auto" else config.tensor
+        groups, replicas = _shape(graph, cluster, config, tensor)
         recompute = "none" if config.recompute == "auto" else config.recompute
         zero = 0 if config.zero == "auto" else config.zero
         n_stages = groups * config.chunks
         microbatches = _microbatches(graph, config, groups, replicas)
-        cuts = balanced_cuts(graph, n_stages, _flops_per_cut_byte(cluster, replicas))
+        cuts = balanced_cuts(graph, n_stages, _flops_per_cut_byte(cluster, replicas * tensor))
         bounds = [0, *cuts, len(graph.ops)]
+        exact: dict[str, str] = {}
+        if tensor > 1:
+            split = Split(replicas, microbatches, _local(graph, replicas, microbatches), tensor)
+            exact = _tensor_parallel(graph, cluster, config, split)
         schedule = config.schedule
         if schedule == "auto":
             schedule = "interleaved_1f1b" if config.chunks > 1 else "1f1b"
@@ -38,8 +47,11 @@ class UniformPlanner(Planner):
             StagePlan(
                 first=graph.ops[bounds[s]].id,
                 last=graph.ops[bounds[s + 1] - 1].id,
-                mesh=_slice(s % groups, replicas),
+                mesh=_slice(s % groups, replicas, tensor),
                 memory=MemoryPolicy(recompute, zero),
+                sharding=fold_patterns(
+                    exact, [op.id for op in graph.ops[bounds[s] : bounds[s + 1]]]
+                ),
             )
             for s in range(n_stages)
         )
@@ -62,8 +74,34 @@ class UniformPlanner(Planner):
         return plan
 
 
-def _slice(group: int, replicas: int) -> MeshSlice:
-    return MeshSlice(tuple(range(group * replicas, (group + 1) * replicas)), (replicas,))
+def _slice(group: int, replicas: int, tensor: int) -> MeshSlice:
+    size = replicas * tensor
+    devices = tuple(range(group * size, (group + 1) * size))
+    if tensor == 1:
+        return MeshSlice(devices, (replicas,))
+    return MeshSlice(devices, (replicas, tensor), (DATA, AXIS_NAMES[0]))
+
+
+def _local(graph: OpGraph, replicas: int, microbatches: int) -> int:
+    share = graph.global_batch // replicas
+    if share * replicas != graph.global_batch or share % microbatches:
+        raise PlanError(
+            f"a global batch of {graph.global_batch} does not divide into {microbatches} "
+            f"microbatches × {replicas} replicas: lower train.microbatches or search.replicas"
+        )
+    return share // microbatches
+
+
+def _tensor_parallel(
+    graph: OpGraph, cluster: Cluster, config: SearchConfig, split: Split
+) -> dict[str, str]:
+    """Strategies without a cut batch, by the intra-op program (Megatron-LM's, where that pays)."""
+    from raypar.search.interop.ways import WayMaker, op_sharding
+
+    units = find_units(graph)
+    maker = WayMaker(graph, cluster, load_calibration(cluster), config, units)
+    devices = range(split.replicas * split.devices)
+    return op_sharding(maker.sharding(split, (split.devices,), ("tensor",), devices), units, graph)
 
 
 def _flops_per_cut_byte(cluster: Cluster, replicas: int) -> float:
@@ -74,9 +112,14 @@ def _flops_per_cut_byte(cluster: Cluster, replicas: int) -> float:
     return rate / cluster.link(0, replicas).bandwidth
 
 
-def _shape(graph: OpGraph, cluster: Cluster, config: SearchConfig) -> tuple[int, int]:
+def _shape(graph: OpGraph, cluster: Cluster, config: SearchConfig, tensor: int) -> tuple[int, int]:
     """(rank groups, replicas)."""
-    devices = cluster.n_devices
+    if tensor < 1 or tensor > cluster.n_devices:
+        raise PlanError(
+            f"search.tensor is {tensor}; the cluster has {cluster.n_devices} devices: take 1 to "
+            f"{cluster.n_devices}"
+        )
+    devices = cluster.n_devices // tensor
     chunks = config.chunks
     if chunks < 1:
         raise PlanError(f"search.chunks is {chunks}; it is at least 1")
@@ -107,8 +150,9 @@ def _shape(graph: OpGraph, cluster: Cluster, config: SearchConfig) -> tuple[int,
         raise PlanError(f"search.replicas is {replicas}; it is at least 1")
     if groups * replicas > devices:
         raise PlanError(
-            f"{groups} rank groups × {replicas} replicas need {groups * replicas} devices, the "
-            f"cluster has {devices}; lower search.stages or search.replicas, or set search.chunks "
+            f"{groups} rank groups × {replicas} replicas × {tensor} devices for sharded ops need "
+            f"{groups * replicas * tensor} devices, the cluster has {cluster.n_devices}; lower "
+            "search.stages, search.replicas or search.tensor, or set search.chunks "
             f"to {math.ceil(groups * chunks * replicas / devices)}"
         )
     return groups, replicas
