@@ -32,6 +32,7 @@ class Played:
         arrived: Message → when it was there.
         joined_last: Meeting → the lane that joined last.
         met: Meeting → (when the last joined, when it got its turn, when it was over).
+        complete: Per lane when everybody had joined the meeting that its DRAIN waited for last.
         step: When NORM was over on all lanes.
     """
 
@@ -41,6 +42,7 @@ class Played:
     arrived: list[float]
     joined_last: list[int]
     met: list[tuple[float, float, float]]
+    complete: list[float]
     step: float
 
 
@@ -82,6 +84,7 @@ class _Player:
         self.in_meeting: dict[int, bool] = dict.fromkeys(self.queues, False)
         self.open = [0] * n_lanes  # meetings joined in the background and not over
         self.draining = [False] * n_lanes
+        self.complete = [0.0] * n_lanes
 
     def run(self) -> None:
         """Plays until all lanes have ended."""
@@ -102,7 +105,14 @@ class _Player:
         """What was learned."""
         step = max((ends[-1] for ends in self.ends if ends), default=0.0)
         return Played(
-            self.ends, self.sent, self.started, self.arrived, self.joined_last, self.met, step
+            self.ends,
+            self.sent,
+            self.started,
+            self.arrived,
+            self.joined_last,
+            self.met,
+            self.complete,
+            step,
         )
 
     def _go(self, lane: int) -> None:
@@ -204,7 +214,8 @@ class _Player:
         self.met[meeting] = (joined, began, self.clock.now)
         self.in_meeting[found.queue] = False
         self._hold(found.queue)
-        if self.program.ops[found.lanes[0]][-1] == (MEET, meeting):
+        first = found.lanes[0]
+        if self.program.ops[first][self.at[first]] == (MEET, meeting):
             for lane in found.lanes:
                 self._next(lane)
             return
@@ -212,4 +223,5 @@ class _Player:
             self.open[lane] -= 1
             if self.draining[lane] and not self.open[lane]:
                 self.draining[lane] = False
+                self.complete[lane] = joined
                 self._next(lane)

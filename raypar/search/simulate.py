@@ -121,7 +121,9 @@ def _lane_report(
                 comm += end - min(max(played.sent[op[1]], start), end)
             elif op[0] == MEET:
                 comm += end - played.met[op[1]][0]
-            elif op[0] == DRAIN or labels[at] == GATHER:
+            elif op[0] == DRAIN:
+                comm += end - min(max(played.complete[lane], start), end)
+            elif labels[at] == GATHER:
                 comm += took
             else:
                 share = _comm_share(lane, labels[at], program, built)

@@ -256,7 +256,7 @@ class Simulation:
         if op[0] == MEET:
             return _split(start, played.met[op[1]][0], end)
         if op[0] == DRAIN:
-            return [("comm", start, end)]
+            return _split(start, min(max(played.complete[lane], start), end), end)
         return [(self._kind(lane, program.labels[lane][at]), start, end)]
 
 

@@ -26,7 +26,10 @@ from raypar.schedules.io import Edge, StageIO
 from raypar.schedules.registry import schedule_names
 from raypar.schedules.saved import peak_saved_per_stage
 from raypar.schedules.timing import Durations, ideal_timeline
+from raypar.search._sim_build import build
 from raypar.search._sim_fluid import FULL, FluidClock
+from raypar.search._sim_program import JOIN, MEET, POST, TAKE, Op, Program
+from raypar.search._sim_run import play
 from raypar.search.cost.base import Collective, StageCost
 from raypar.search.simulate import Moved, Setting, Simulation, simulate, simulate_lists
 from raypar.testing import models, random_plan, random_sharding
@@ -161,6 +164,38 @@ def test_the_optimizer_of_one_rank_delays_the_next_step() -> None:
     assert last.step_s == pytest.approx(3 * 5 + 4)
 
 
+def _repeated(program: Program, steps: int) -> Program:
+    """The same program so many times in a row, with messages and meetings of its own each time."""
+    messages, meetings = len(program.way_of), len(program.meetings)
+
+    def shifted(op: Op, step: int) -> Op:
+        if op[0] in (POST, TAKE):
+            return (op[0], op[1] + step * messages)
+        return (op[0], op[1] + step * meetings) if op[0] in (JOIN, MEET) else op
+
+    return replace(
+        program,
+        ops=[[shifted(op, k) for k in range(steps) for op in ops] for ops in program.ops],
+        way_of=program.way_of * steps,
+        meetings=program.meetings * steps,
+    )
+
+
+@pytest.mark.parametrize("schedule", sorted(schedule_names()))
+def test_the_period_of_a_run_of_steps_is_that_of_one(schedule: str) -> None:
+    io = chain(3, 3, 500)
+    costs = [replace(UNIT, optimizer_s=s, backward_s=2 + s) for s in (0.3, 0.1, 0.7)]
+    setting = setting_for(io, 5, one_device_nodes(3, Link(1e4, 0.01)), costs)
+    built = build(compile_schedule(schedule, io, 5), replace(setting, tied=(((0, 2), 900),)))
+    step = play(built.program).step
+    many = play(_repeated(built.program, 4))
+    for ends in many.ends:
+        size = len(ends) // 4
+        assert [ends[k * size - 1] for k in range(1, 5)] == pytest.approx(
+            [k * step for k in range(1, 5)]
+        )
+
+
 # -- gradients ------------------------------------------------------------------------------
 
 
@@ -192,6 +227,8 @@ def test_a_parameter_of_two_rank_groups_is_summed_once_both_have_it() -> None:
     shared = simulate_lists(lists, replace(setting, tied=(((0, 1), 10**9),)))
     assert shared.step_s - plain.step_s == pytest.approx(1.0, rel=1e-6)
     assert {link.what for link in shared.critical_path} >= {"sync"}
+    # The last stage is through first; until the first stage is, there is nothing to sum.
+    assert shared.lanes[1].idle * shared.step_s == pytest.approx(plain.lanes[1].idle * plain.step_s)
 
 
 # -- links ----------------------------------------------------------------------------------
