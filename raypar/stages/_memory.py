@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from raypar.sharding.pieces import piece_of
 from raypar.sharding.spec import Ranges
 from raypar.stages._tape import Region, Tape
 
@@ -89,27 +90,11 @@ def cut(
     tensor: torch.Tensor, ranges: tuple[Ranges, ...] | None, room: torch.Tensor | None = None
 ) -> torch.Tensor:
     """A copy, in `room` if given, of the part of `tensor` that `ranges` name, or of all of it."""
+    tensor = tensor.detach()
     if ranges is None:
-        return tensor.detach().clone()
+        return tensor.clone()
+    piece = piece_of(ranges)
     if room is None:
-        room = torch.empty(part_shape(ranges), dtype=tensor.dtype, device=tensor.device)
-    _copy_part(tensor.detach(), room, ranges, 0)
+        room = torch.empty(piece.shape, dtype=tensor.dtype, device=tensor.device)
+    piece.copy_into(tensor, room)
     return room
-
-
-def part_shape(ranges: tuple[Ranges, ...]) -> tuple[int, ...]:
-    """Shape of the part that `ranges` name."""
-    return tuple(sum(stop - start for start, stop in dim) for dim in ranges)
-
-
-def _copy_part(
-    source: torch.Tensor, target: torch.Tensor, ranges: tuple[Ranges, ...], dim: int
-) -> None:
-    if dim == len(ranges):
-        target.copy_(source)
-        return
-    at = 0
-    for start, stop in ranges[dim]:
-        n = stop - start
-        _copy_part(source.narrow(dim, start, n), target.narrow(dim, at, n), ranges, dim + 1)
-        at += n

@@ -10,13 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from raypar.errors import PlanError
-from raypar.graph.capture import build_model
-from raypar.graph.origins import fetch_tensor
 from raypar.programs.stage import StageProgram, compile_stage
 from raypar.programs.wire import unpack
-from raypar.sharding.pieces import piece_of
 from raypar.stages.layouts import Way, is_view, taken_ranges, way_of
+from raypar.stages.materialise import Part, materialise
 from raypar.stages.spec import RankSpec, StageSpec
 
 _MAIN_LOCK = threading.Lock()
@@ -48,6 +45,7 @@ class Holdings:
         ways: How each of them gets from one to the other.
         buffers: Own buffers by name.
         constants: Constant tensors of the graph by placeholder id.
+        note: Why the whole model had to be built to get these, or None.
         stages: Stage number → programs.
     """
 
@@ -74,22 +72,16 @@ class Holdings:
             )
             keys = [*stage.program.inputs, *read]
             buffers |= {k[7:] for k in keys if k.startswith("buffer:")}
-        model = _seeded_model(spec)
-        trainable = dict(model.named_parameters())
-        missing = sorted(names - set(trainable))
-        if missing:
-            raise PlanError(
-                f"model_fn built a model without parameter {missing[0]!r}, which the plan's graph "
-                "has: plan and model do not belong together"
-            )
-        self.params = {
-            name: nn.Parameter(
-                _taken_part(spec, name, p.detach()).clone().to(device),
-                requires_grad=p.requires_grad,
-            )
-            for name, p in trainable.items()
-            if name in names
-        }
+        made = materialise(
+            spec.model_fn,
+            spec.seed,
+            {name: _taken_part(spec, name) for name in names},
+            buffers,
+            spec.constants,
+            device,
+        )
+        self.params, self.buffers, self.constants = made.params, made.buffers, made.constants
+        self.note = made.note
         self.ways = {
             name: way_of(spec.params[name], spec.axes, spec.coordinate)
             for name in self.params
@@ -99,24 +91,12 @@ class Holdings:
             name: _stored_part(p, self.ways[name]) if name in self.ways else p
             for name, p in self.params.items()
         }
-        self.constants = {
-            key: (found if isinstance(found, torch.Tensor) else fetch_tensor(model, found))
-            .clone()
-            .to(device)
-            for key, found in spec.constants.items()
-        }
-        self.buffers = {
-            name: b.detach().clone().to(device)
-            for name, b in model.named_buffers()
-            if name in buffers
-        }
 
 
-def _taken_part(spec: RankSpec, name: str, whole: torch.Tensor) -> torch.Tensor:
+def _taken_part(spec: RankSpec, name: str) -> Part:
     """What programs take of a parameter: all of it where no stage has a say."""
-    if name not in spec.params:
-        return whole
-    return piece_of(taken_ranges(spec.params[name], spec.axes, spec.coordinate)).read(whole)
+    layout = spec.params.get(name)
+    return None if layout is None else taken_ranges(layout, spec.axes, spec.coordinate)
 
 
 def _stored_part(taken: nn.Parameter, way: Way) -> nn.Parameter:
@@ -140,13 +120,6 @@ def _default_dtype(name: str) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _seeded_model(spec: RankSpec) -> nn.Module:
-    """The model as ``torch.manual_seed(seed); model_fn()`` makes it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
-        return build_model(spec.model_fn, on_meta=False)
 
 
 def _compile(spec: RankSpec, stage: StageSpec, device: torch.device) -> HeldStage:

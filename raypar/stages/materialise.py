@@ -26,9 +26,10 @@ from raypar.compat import wrapped_truncated_normal
 from raypar.errors import PlanError
 from raypar.graph.capture import build_model
 from raypar.graph.origins import Path, fetch_tensor
+from raypar.sharding.pieces import piece_of
 from raypar.sharding.spec import Ranges
 from raypar.stages._disguise import Disguise
-from raypar.stages._memory import Take, cut, part_shape
+from raypar.stages._memory import Take, cut
 from raypar.stages._recorder import Recorder
 from raypar.stages._replay import Replay
 from raypar.stages._tape import NotDeferrable
@@ -76,7 +77,7 @@ def materialise(
         device: Where the parts end up, each as soon as it is made; default: the CPU.
 
     Raises:
-        PlanError: The model has no parameter of a wanted name.
+        PlanError: The model has no parameter of a wanted name, or a smaller one.
         CaptureError: `model_fn` fails, or makes no module.
     """
     order = _Order(wanted, buffers, constants or {}, device or torch.device("cpu"))
@@ -140,7 +141,13 @@ class _Order:
                 "has: plan and model do not belong together"
             )
         for name, part in self.params.items():
-            if part == tuple(((0, n),) for n in params[name].shape):
+            shape = tuple(params[name].shape)
+            if part is not None and not _fits(part, shape):
+                raise PlanError(
+                    f"parameter {name!r} of the model that model_fn built has shape {shape}, and "
+                    f"the plan gives this rank {part} of it: plan and model do not belong together"
+                )
+            if part == tuple(((0, n),) for n in shape):
                 part = None
             yield params[name], part, self._param(made.params, name, params[name].requires_grad)
         for name, buffer in model.named_buffers():
@@ -154,7 +161,7 @@ class _Order:
         """Memory for a part that stays on this host."""
         if part is None or self.device.type != "cpu":
             return None
-        return torch.empty(part_shape(part), dtype=tensor.dtype)
+        return torch.empty(piece_of(part).shape, dtype=tensor.dtype)
 
     def from_real(self, model: nn.Module) -> Materialised:
         """Cuts a model that is there."""
@@ -184,6 +191,12 @@ class _Order:
             into[name] = part.to(self.device)
 
         return deliver
+
+
+def _fits(part: tuple[Ranges, ...], shape: tuple[int, ...]) -> bool:
+    return len(part) == len(shape) and all(
+        stop <= n for ranges, n in zip(part, shape, strict=True) for _, stop in ranges
+    )
 
 
 @contextmanager

@@ -398,6 +398,8 @@ def test_a_foreign_generator_ends_where_an_eager_run_leaves_it() -> None:
 def test_errors_name_what_is_wrong() -> None:
     with pytest.raises(PlanError, match="without parameter 'nope'"):
         materialise(Tower, 0, {"nope": None})
+    with pytest.raises(PlanError, match=r"'norm.bias'.*shape \(64,\).*\(60, 70\)"):
+        materialise(Tower, 0, {"norm.bias": (((60, 70),),)})
     with pytest.raises(CaptureError, match="ZeroDivisionError"):
         materialise(lambda: nn.Linear(1 // 0, 3), 0, {})
 
