@@ -14,8 +14,8 @@ from raypar.search._sim_input import Setting
 from raypar.search._sim_run import Played
 
 RESIDENT = ("parameters", "gradients", "optimizer", "buffers", "overhead")
-MOVING = ("saved", "edges", "inbox", "transient")
-_SAVED, _EDGES, _INBOX, _TRANSIENT = range(4)
+MOVING = ("saved", "edges", "transit", "transient")
+_SAVED, _EDGES, _TRANSIT, _TRANSIENT = range(4)
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class MemoryTimeline:
         saved_peak: Stage → most bytes held for its backward at once.
         times: When what is held changes, in seconds.
         moving: One row for each of `MOVING`: ``saved`` activations, ``edges`` (values that cross
-            stages and their gradients), ``inbox`` (what has arrived and was not yet asked for) and
-            ``transient`` (within one program): bytes from each time on.
+            stages and their gradients), ``transit`` (what has arrived and was not yet asked for,
+            or is done with and not yet gone) and ``transient`` (within one program): bytes from
+            each time on.
     """
 
     resident: dict[str, int]
@@ -109,7 +110,7 @@ class _Walk:
             name = now.value if kind is Kind.RECV_FORWARD else GRAD + now.value
             arrived, size = self.played.arrived[self.ops[op][1]], self.sizes[now.value]
             if arrived < end:
-                self.changes += [(arrived, _INBOX, size), (end, _INBOX, -size)]
+                self.changes += [(arrived, _TRANSIT, size), (end, _TRANSIT, -size)]
             self._take(name, mb, end)
         elif kind in SEND:
             assert now.value is not None
@@ -120,9 +121,11 @@ class _Walk:
             key = (now.value, mb)
             if key in self.held:
                 self.held.remove(key)
-                free = max(end, self.leaves.pop(key, 0.0))
                 size = self.sizes[now.value.removeprefix(GRAD)]
-                self.changes.append((free, _EDGES, -size))
+                self.changes.append((end, _EDGES, -size))
+                gone = self.leaves.pop(key, 0.0)
+                if gone > end:
+                    self.changes += [(end, _TRANSIT, size), (gone, _TRANSIT, -size)]
 
     def _take(self, name: str, mb: int, time: float) -> None:
         if (name, mb) not in self.held:

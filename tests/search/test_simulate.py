@@ -376,7 +376,7 @@ def test_memory_is_made_of_what_is_resident_and_what_moves() -> None:
     assert timeline.peak_bytes == 4010 + 300 + 70
     assert timeline.peak_parts == {
         "parameters": 1000, "gradients": 1000, "optimizer": 2000, "buffers": 10, "overhead": 0,
-        "saved": 300, "edges": 0, "inbox": 0, "transient": 70,
+        "saved": 300, "edges": 0, "transit": 0, "transient": 70,
     }  # fmt: skip
 
 
@@ -384,7 +384,7 @@ def test_a_value_that_arrives_early_takes_memory_from_then_on() -> None:
     late = [replace(UNIT, forward_s=0.1), replace(UNIT, forward_s=10.0)]
     found, *_ = simulated("gpipe", 2, 4, costs=late, nbytes=1000)
     # All four microbatches are there while the first is computed.
-    assert found.memory[1].peak_parts["inbox"] == 3000
+    assert found.memory[1].peak_parts["transit"] == 3000
 
 
 # -- the step as a whole --------------------------------------------------------------------
