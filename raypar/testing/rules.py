@@ -48,6 +48,7 @@ class OpCall:
         kwargs: Its keyword arguments.
         blocks: For dims of the first result, the block counts that readers want.
         input_blocks: The same for the dims of tensor arguments, by their position among them.
+        fixed: Positions of the tensors that get no gradient, though they could.
     """
 
     target: Any
@@ -55,6 +56,7 @@ class OpCall:
     kwargs: dict[str, Any] = field(default_factory=dict)
     blocks: Blocks = field(default_factory=dict)
     input_blocks: Mapping[int, Blocks] = field(default_factory=dict)
+    fixed: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         leaves, self.tree = pytree.tree_flatten((self.args, self.kwargs))
@@ -93,9 +95,14 @@ class OpCall:
         args, kwargs = pytree.tree_unflatten(leaves, self.tree)
         return args, kwargs
 
+    def leaves_of(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies of input tensors that gradients can be asked of."""
+        wanted = [t.is_floating_point() and i not in self.fixed for i, t in enumerate(tensors)]
+        return [t.detach().clone().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
+
     def run(self) -> list[torch.Tensor]:
         """The op itself: its tensor results, with a gradient graph to the inputs."""
-        self.whole = [_leaf(t) for t in self.tensors]
+        self.whole = self.leaves_of(self.tensors)
         args, kwargs = self.filled(self.whole)
         return _tensors(self.target(*args, **kwargs))
 
@@ -108,6 +115,7 @@ def check_rule(
     meshes: Sequence[tuple[int, ...]] = MESHES,
     blocks: Blocks | None = None,
     input_blocks: Mapping[int, Blocks] | None = None,
+    fixed: Sequence[int] = (),
     seed: int = 0,
     most: int | None = None,
 ) -> list[str]:
@@ -120,6 +128,7 @@ def check_rule(
         meshes: Shapes of the meshes.
         blocks: For dims of the first result, block counts that readers want.
         input_blocks: The same for dims of tensor arguments.
+        fixed: Positions of the tensor arguments that get no gradient, though they could.
         seed: Of the partial sums and gradients.
         most: Check no more than so many strategies of a mesh, drawn at random; all by default.
 
@@ -129,7 +138,7 @@ def check_rule(
     Raises:
         AssertionError: A strategy does not compute what the op computes.
     """
-    call = OpCall(target, args, kwargs or {}, blocks or {}, input_blocks or {})
+    call = OpCall(target, args, kwargs or {}, blocks or {}, input_blocks or {}, fixed)
     checked = []
     for mesh in meshes:
         offered = strategies(call.node, mesh)
@@ -172,7 +181,7 @@ def check_strategy(
     ]
 
     def rank_work(rank: int) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        mine = [_leaf(parts[rank]) for parts in inputs]
+        mine = call.leaves_of([parts[rank] for parts in inputs])
         outputs = _interpret(graph, mine)
         grads = [None if parts is None else parts[rank] for parts in returned]
         return [y.detach() for y in outputs], _gradients(mine, outputs, grads)
@@ -210,10 +219,6 @@ def replicated(call: OpCall, n_axes: int) -> Strategy:
     op = OpView(call.node)
     whole = ShardingSpec((R,) * n_axes)
     return Strategy((whole,) * len(op.shapes), (whole,) * len(op.results), ("",) * n_axes)
-
-
-def _leaf(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().clone().requires_grad_(x.is_floating_point())
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -54,7 +54,7 @@ def _product(
         found: list[object] = []
         for d, n in enumerate(shape[:-2]):
             at = first + d - (batch - (len(other) - 2))
-            broadcast = n == 1 and 0 <= at and len(other) > 2 and other[at] != 1
+            broadcast = n == 1 and at >= 0 and len(other) > 2 and other[at] != 1
             found.append(None if broadcast else first + d)
         return found
 

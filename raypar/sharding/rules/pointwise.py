@@ -81,9 +81,9 @@ def mul(op: OpView, size: int) -> Iterator[Choice]:
 def div(op: OpView, size: int) -> Iterator[Choice]:
     """Every dim; the numerator a partial sum, where nothing is rounded."""
     yield from broadcast_choices(op)
-    if op.bound.get("rounding_mode") is None and is_float(op.tensors[0]):
-        if op.tensors[0] is pick(op.bound, "self", "input"):
-            yield from linear_choices(op, [0])
+    numerator = op.tensors[0] is pick(op.bound, "self", "input") and is_float(op.tensors[0])
+    if numerator and op.bound.get("rounding_mode") is None:
+        yield from linear_choices(op, [0])
 
 
 @rule("apply_mask")
