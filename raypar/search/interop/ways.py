@@ -6,6 +6,7 @@ size, mesh shape and kind of link; ZeRO and recomputation only change what is ad
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ from raypar.sharding.layout import layout_of
 from raypar.sharding.lower import held_spec, lower, readings
 from raypar.sharding.rules.base import Strategy
 from raypar.sharding.spec import RG, ShardingSpec
+from raypar.sharding.strategies import whole
 
 _GPU_RESERVE = (900 << 20, 0.05)
 """What drivers and allocators take: bytes, and a share of the memory."""
@@ -188,8 +190,14 @@ class WayMaker:
             trainable=frozenset(n for n, trained in self._trainable.items() if trained),
             time_limit_s=5.0,
         )
-        chosen = dict(plan_intra(short.graph, axes, machine, settings).chosen)
-        self.solved += bool(axes)
+        if axes:
+            self.solved += 1
+            found = plan_intra(short.graph, machine, settings).choices
+        else:
+            found = {}
+        for node in short.graph.nodes:
+            if node.op == "call_function" and node.target is not operator.getitem:
+                chosen[node] = found.get(node.meta["id"]) or whole(node, len(axes))
         held = {
             key[6:]: held_spec(specs, len(axes))
             for key, specs in readings(short.graph, chosen).items()

@@ -36,6 +36,7 @@ class UniformPlanner(Planner):
         microbatches = _microbatches(graph, config, groups, replicas)
         cuts = balanced_cuts(graph, n_stages, _flops_per_cut_byte(cluster, replicas * tensor))
         bounds = [0, *cuts, len(graph.ops)]
+        ids = [op.id for op in graph.ops]
         exact: dict[str, str] = {}
         if tensor > 1:
             split = Split(replicas, microbatches, _local(graph, replicas, microbatches), tensor)
@@ -49,9 +50,7 @@ class UniformPlanner(Planner):
                 last=graph.ops[bounds[s + 1] - 1].id,
                 mesh=_slice(s % groups, replicas, tensor),
                 memory=MemoryPolicy(recompute, zero),
-                sharding=fold_patterns(
-                    exact, [op.id for op in graph.ops[bounds[s] : bounds[s + 1]]]
-                ),
+                sharding=fold_patterns(exact, ids[bounds[s] : bounds[s + 1]]),
             )
             for s in range(n_stages)
         )
