@@ -62,7 +62,12 @@ def evaluate(
     settings = settings or IntraSettings()
     annotate_blocks(source if isinstance(source, fx.Graph) else source.graph)
     graph = read_graph(source, settings.trainable)
-    return _Evaluation(graph, Prices(graph, machine, settings), choices).run()
+    return estimate(graph, Prices(graph, machine, settings), choices)
+
+
+def estimate(graph: Graph, prices: Prices, choices: Mapping[str, Strategy]) -> Estimate:
+    """`evaluate` for a graph that was read already."""
+    return _Evaluation(graph, prices, choices).run()
 
 
 class _Evaluation:
@@ -102,7 +107,7 @@ class _Evaluation:
                 seconds = M * sum(self.prices.convert(value, made[value], spec))
                 self.seconds["convert"].append(seconds)
         for value, spec in kept:
-            nbytes = flight * self.prices.local_bytes(value.tensor, spec)
+            nbytes = flight * self.prices.local_bytes(value, spec)
             self.saved[value.id, f"{value.index}{spec}"] = nbytes
         return self._result()
 
@@ -122,7 +127,7 @@ class _Evaluation:
         if kind == "edge":
             spec = self.settings.arriving.get(name) or arrival_spec(wanted, n)
             if self.settings.recompute != "none":
-                local = self.prices.local_bytes(value.tensor, spec)
+                local = self.prices.local_bytes(value, spec)
                 self.saved[value.id, "arrives"] = self.settings.in_flight * local
             return spec
         return ShardingSpec.replicated(n)

@@ -18,7 +18,7 @@ from raypar.errors import PlanError
 from raypar.graph.build import CleanGraph
 from raypar.programs.slicing import StageGraph
 from raypar.search.cost.machine import MeshMachine
-from raypar.search.intra.evaluate import Estimate, evaluate
+from raypar.search.intra.evaluate import Estimate, estimate
 from raypar.search.intra.prices import Prices
 from raypar.search.intra.problem import Built, build
 from raypar.search.intra.program import Answer, Program
@@ -121,15 +121,16 @@ def lower_bound_s(
 class _Search:
     def __init__(self, source: Source, machine: MeshMachine, settings: IntraSettings) -> None:
         began = time.perf_counter()
-        self.source = source
         self.machine = machine
         self.settings = settings
         self.deadline = began + settings.time_limit_s
         annotate_blocks(source if isinstance(source, fx.Graph) else source.graph)
         self.graph = read_graph(source, settings.trainable)
-        self.prices = Prices(self.graph, machine, settings)
-        self.options = _options(self.graph, self.prices.mesh, settings)
+        mesh = tuple(size for _, size in machine.mesh.inner)
+        self.options = _options(self.graph, mesh, settings)
         self.classes = tie(self.graph, self.options)
+        twins = {op: members[0] for members in self.classes for op in members}
+        self.prices = Prices(self.graph, machine, settings, twins)
         self.stats: dict[str, float] = {"nodes": len(self.graph.ops)}
         self.stats["enumerate_s"] = time.perf_counter() - began
         self.stats |= {"build_s": 0.0, "solve_s": 0.0, "refine_s": 0.0}
@@ -144,10 +145,8 @@ class _Search:
             self.stats["gap"] = _gap(found[1].seconds, bound)
         elif answer.status != "optimal":
             self.stats["gap"] = _gap(found[1].seconds, answer.bound)
-        choices, estimate = found
-        return IntraPlan(
-            choices, estimate.seconds, bound, estimate.parts, estimate.holds, dict(self.stats)
-        )
+        choices, cost = found
+        return IntraPlan(choices, cost.seconds, bound, cost.parts, cost.holds, dict(self.stats))
 
     def bound(self) -> float:
         """See `lower_bound_s`."""
@@ -185,7 +184,7 @@ class _Search:
         if not answer.choice:
             return answer, ({}, Estimate(float("inf"), float("inf")))
         choices = _read(built, problem.decisions, answer)
-        return answer, (choices, evaluate(self.source, choices, self.machine, self.settings))
+        return answer, (choices, estimate(self.graph, self.prices, choices))
 
     def _refine(self, limit: float) -> tuple[tuple[dict[str, Strategy], Estimate], float]:
         """Splits ties until the plan is near the bound over free decisions, or time is out."""
@@ -220,7 +219,7 @@ class _Search:
             decision.seconds = decision.seconds * 0
         answer = Program(problem, minimise="bytes").solve(max(self._left(), 5.0))
         choices = _read(built, problem.decisions, answer)
-        least = evaluate(self.source, choices, self.machine, self.settings)
+        least = estimate(self.graph, self.prices, choices)
         tensors = ", ".join(f"{name} ({_mib(n)})" for name, n in least.largest[:4])
         return PlanError(
             f"{len(self.graph.ops)} ops were to fit {_mib(limit)} on each of "

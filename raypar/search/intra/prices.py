@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import fx
 
-from raypar.graph.costs import size_of
 from raypar.graph.passes.emit import is_op, op_name
 from raypar.search.cost.machine import MeshMachine
 from raypar.search.cost.params import BUCKET_BYTES, Move, moves
@@ -17,7 +19,7 @@ from raypar.search.cost.work import BACKWARD_KIND, Work, is_free, node_work
 from raypar.search.intra.settings import Graph, IntraSettings, Value
 from raypar.sharding.convert import COLLECTIVES, NONE, conversion
 from raypar.sharding.layout import layout_of
-from raypar.sharding.rules.base import OpView, Strategy
+from raypar.sharding.rules.base import Strategy
 from raypar.sharding.spec import RG, R, ShardingSpec, is_shard
 
 _ADDS_NOTHING = frozenset("add sub neg sum mean expand detach embedding where masked_fill".split())
@@ -66,34 +68,51 @@ class Prices:
         graph: What is sharded.
         machine: The mesh, all of its axes.
         settings: Microbatches, memory policy, ZeRO level.
+        twins: Op → an op that does the same on the same shapes; prices are worked out once.
     """
 
-    def __init__(self, graph: Graph, machine: MeshMachine, settings: IntraSettings) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        machine: MeshMachine,
+        settings: IntraSettings,
+        twins: Mapping[fx.Node, fx.Node] | None = None,
+    ) -> None:
         self.graph = graph
         self.machine = machine
         self.settings = settings
         self.axes = machine.mesh.inner
         self.mesh = tuple(size for _, size in self.axes)
+        self._twins = twins or {}
+        self._op: dict[tuple[fx.Node, Strategy], OpPrice] = {}
+        self._saves: dict[tuple[fx.Node, int], bool] = {}
         self._collective: dict[Move, float] = {}
         self._converted: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._tables: dict[tuple[object, ...], npt.NDArray[np.float64]] = {}
         self._param: dict[tuple[object, ...], ParamPrice] = {}
 
-    def local_bytes(self, tensor: torch.Tensor, spec: ShardingSpec) -> float:
+    def local_bytes(self, value: Value, spec: ShardingSpec) -> float:
         """Bytes of one rank's part of a value."""
-        return size_of(tensor) / spec.parts(self.mesh)
+        return value.nbytes / _parts(spec, self.mesh)
 
     def op(self, node: fx.Node, strategy: Strategy) -> OpPrice:
         """What an op costs in a strategy, per microbatch."""
+        key = (self._twins.get(node, node), strategy)
+        known = self._op.get(key)
+        if known is None:
+            known = self._op[key] = self._price_op(*key)
+        return known
+
+    def _price_op(self, node: fx.Node, strategy: Strategy) -> OpPrice:
         whole = node_work(node)
-        view = OpView(node)
-        reads = self.graph.reads[node]
-        read = [self.local_bytes(v.tensor, s) for v, s in zip(reads, strategy.inputs, strict=True)]
-        made = [self.local_bytes(t, s) for t, s in zip(view.results, strategy.outputs, strict=True)]
+        reads, makes = self.graph.reads[node], self.graph.makes[node]
+        read = [self.local_bytes(v, s) for v, s in zip(reads, strategy.inputs, strict=True)]
+        made = [self.local_bytes(v, s) for v, s in zip(makes, strategy.outputs, strict=True)]
         work = self._local_work(whole, strategy, sum(read), sum(made))
         grads = [b for b, v in zip(read, reads, strict=True) if v in self.graph.flow]
         forward = work.seconds(self.machine)
         backward = 0.0
-        if grads and any(Value(node, i) in self.graph.flow for i in range(len(made))):
+        if grads and any(v in self.graph.flow for v in makes):
             backward = sum(w.seconds(self.machine) for w in _backward(node, work, grads))
         if self._runs_again(node, whole):
             backward += forward
@@ -128,6 +147,13 @@ class Prices:
 
     def saves_input(self, node: fx.Node, position: int) -> bool:
         """Whether an op keeps a tensor argument for its backward pass."""
+        key = (self._twins.get(node, node), position)
+        known = self._saves.get(key)
+        if known is None:
+            known = self._saves[key] = self._saves_input(*key)
+        return known
+
+    def _saves_input(self, node: fx.Node, position: int) -> bool:
         if self.settings.recompute != "none" or is_free(node) or not is_op(node):
             return False
         value = self.graph.reads[node][position]
@@ -147,20 +173,28 @@ class Prices:
         """(forward, backward) seconds of bringing a value to another sharding, per microbatch."""
         if source == target:
             return 0.0, 0.0
-        tensor = value.tensor
-        grad = value in self.graph.flow
-        floats = tensor.is_floating_point() or tensor.is_complex()
-        key = (source, target, size_of(tensor), grad, floats)
+        key = (source, target, value.nbytes, value in self.graph.flow, value.floats)
         known = self._converted.get(key)
         if known is None:
-            known = self._converted[key] = self._convert(key)
+            known = self._converted[key] = self._convert(*key)
         return known
 
-    def _convert(self, key: tuple[object, ...]) -> tuple[float, float]:
-        source, target, nbytes, grad, floats = key
-        assert isinstance(nbytes, int)
+    def table(
+        self, value: Value, made: Sequence[ShardingSpec], wanted: Sequence[ShardingSpec]
+    ) -> npt.NDArray[np.float64]:
+        """Seconds of both directions by (made, wanted) sharding, per microbatch."""
+        key = (tuple(made), tuple(wanted), value.nbytes, value in self.graph.flow, value.floats)
+        known = self._tables.get(key)
+        if known is None:
+            rows = [[sum(self.convert(value, s, t)) for t in wanted] for s in made]
+            known = self._tables[key] = np.array(rows)
+        return known
+
+    def _convert(
+        self, source: ShardingSpec, target: ShardingSpec, nbytes: int, grad: bool, floats: bool
+    ) -> tuple[float, float]:
         forward = backward = 0.0
-        for leg in _legs(source, target, self.mesh):  # type: ignore[arg-type]
+        for leg in _legs(source, target, self.mesh):
             axis = self.axes[leg.axis][0]
             before, after = nbytes * leg.before, nbytes * leg.after
             if leg.forward != NONE or floats:
@@ -255,14 +289,19 @@ class _Leg(NamedTuple):
     after: float
 
 
+@lru_cache(maxsize=1 << 14)
+def _parts(spec: ShardingSpec, mesh: tuple[int, ...]) -> int:
+    return spec.parts(mesh)
+
+
 @lru_cache(maxsize=1 << 16)
 def _legs(source: ShardingSpec, target: ShardingSpec, mesh: tuple[int, ...]) -> tuple[_Leg, ...]:
     now = list(source)
     found = []
     for step in conversion(source, target):
-        before = ShardingSpec(now).parts(mesh)
+        before = _parts(ShardingSpec(now), mesh)
         now[step.axis] = _after(step.forward, step.cut, step.to, now[step.axis])
-        after = ShardingSpec(now).parts(mesh)
+        after = _parts(ShardingSpec(now), mesh)
         found.append(_Leg(step.axis, step.forward, step.backward, 1 / before, 1 / after))
     return tuple(found)
 

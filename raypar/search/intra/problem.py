@@ -8,7 +8,7 @@ readers' options the states they want, and every *different* wanted state is con
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -267,7 +267,7 @@ class _Builder:
         shape = tuple(value.tensor.shape)
         specs = arrival_options(wanted, shape, self.mesh) if given is None else [given]
         kept = self.prices.settings.recompute != "none"
-        held = [self.flight * self.prices.local_bytes(value.tensor, s) * kept for s in specs]
+        held = [self.flight * self.prices.local_bytes(value, s) * kept for s in specs]
         return self._decide(value.id, 1, np.zeros(len(specs)), np.array(held)), specs
 
     def _departures(
@@ -297,9 +297,7 @@ class _Builder:
         rows = list(dict.fromkeys(made))
         row_of = {spec: i for i, spec in enumerate(rows)}
         cost = self._costs(value, rows, columns) * n
-        saved = np.array(
-            [n * self.flight * self.prices.local_bytes(value.tensor, s) for s in columns]
-        )
+        saved = np.array([n * self.flight * self.prices.local_bytes(value, s) for s in columns])
         readers = [
             Reader(
                 u[0],
@@ -317,16 +315,14 @@ class _Builder:
         return self.prices.saves_input(self.classes[use[0]][0], use[1])
 
     def _costs(self, value: Value, rows: list[ShardingSpec], columns: list[ShardingSpec]) -> Floats:
-        cost = np.empty((len(rows), len(columns)))
-        given = value.id.removeprefix("edge:") in self.prices.settings.arriving
-        shared = value.id.startswith("param:")
-        free = value.id.startswith("edge:") and not given
-        for i, source in enumerate(rows):
-            for j, target in enumerate(columns):
-                allowed = (not shared or may_hold(source, target)) and (
-                    not free or may_arrive(source, target)
-                )
-                cost[i, j] = (
-                    self.M * sum(self.prices.convert(value, source, target)) if allowed else np.inf
-                )
+        cost = self.M * self.prices.table(value, rows, columns)
+        kind, _, name = value.id.partition(":")
+        together: Callable[[ShardingSpec, ShardingSpec], bool] | None = None
+        if value.node.op == "placeholder" and kind == "param":
+            together = may_hold
+        elif kind == "edge" and name not in self.prices.settings.arriving:
+            together = may_arrive
+        if together is not None:
+            fine = [[together(source, target) for target in columns] for source in rows]
+            cost = np.where(np.array(fine), cost, np.inf)
         return cost

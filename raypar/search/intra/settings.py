@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from raypar.graph.build import CleanGraph
+from raypar.graph.costs import size_of
 from raypar.programs.slicing import StageGraph
 from raypar.sharding.rules.base import OpView, Strategy, is_tensor
 from raypar.sharding.spec import ShardingSpec
@@ -51,29 +52,31 @@ class IntraSettings:
     gap: float = 0.005
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Value:
     """One tensor: what a placeholder holds, or one result of an op.
 
     Attributes:
         node: Who makes it (never a ``getitem``).
         index: Which of its tensor results.
+        tensor: Its fake value.
+        nbytes: Its size in bytes.
     """
 
     node: fx.Node
     index: int
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """Its fake value."""
-        if self.node.op == "placeholder":
-            return self.node.meta["val"]  # type: ignore[no-any-return]
-        return OpView(self.node).results[self.index]
+    tensor: torch.Tensor = field(compare=False, repr=False)
+    nbytes: int = field(compare=False)
 
     @property
     def id(self) -> str:
         """Id of the node that makes it."""
         return str(self.node.meta["id"])
+
+    @property
+    def floats(self) -> bool:
+        """Whether it is of floating point (or complex)."""
+        return self.tensor.is_floating_point() or self.tensor.is_complex()
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,14 @@ class Graph:
     Attributes:
         ops: Every call besides ``getitem``, in order.
         reads: For every op the values of its tensor arguments (as `OpView.tensors`).
-        placeholders: Every placeholder that holds a tensor.
+        makes: For every op its tensor results.
         outputs: Values that leave: True where other stages read it (it may leave cut).
         flow: Values that receive a gradient.
     """
 
     ops: tuple[fx.Node, ...]
     reads: Mapping[fx.Node, tuple[Value, ...]]
-    placeholders: tuple[fx.Node, ...]
+    makes: Mapping[fx.Node, tuple[Value, ...]]
     outputs: tuple[tuple[Value, bool], ...]
     flow: frozenset[Value]
 
@@ -108,21 +111,29 @@ def read_graph(
     graph = source if isinstance(source, fx.Graph) else source.graph
     departing = len(source.edges_out) if isinstance(source, StageGraph) else 0
     ops: list[fx.Node] = []
-    placeholders: list[fx.Node] = []
+    held: list[Value] = []
     outputs: list[tuple[Value, bool]] = []
     reads: dict[fx.Node, tuple[Value, ...]] = {}
+    makes: dict[fx.Node, tuple[Value, ...]] = {}
     for node in graph.nodes:
         if node.op == "placeholder" and is_tensor(node.meta.get("val")):
-            placeholders.append(node)
+            makes[node] = _made(node, (node.meta["val"],))
+            held += makes[node]
         elif node.op == "call_function" and node.target is not operator.getitem:
+            view = OpView(node)
             ops.append(node)
-            reads[node] = tuple(value_of(t) for t in OpView(node).tensors)
+            makes[node] = _made(node, view.results)
+            reads[node] = tuple(_read(t, makes) for t in view.tensors)
         elif node.op == "output":
             for i, item in enumerate(_leaves(node.args[0])):
                 if is_tensor(item.meta.get("val")):
-                    outputs.append((value_of(item), i < departing))
-    flow = _flow(ops, reads, placeholders, outputs, trainable)
-    return Graph(tuple(ops), reads, tuple(placeholders), tuple(outputs), flow)
+                    outputs.append((_read(item, makes), i < departing))
+    flow = _flow(ops, reads, makes, held, {v.node for v, _ in outputs}, trainable)
+    return Graph(tuple(ops), reads, makes, tuple(outputs), flow)
+
+
+def _made(node: fx.Node, tensors: Iterable[torch.Tensor]) -> tuple[Value, ...]:
+    return tuple(Value(node, i, t, size_of(t)) for i, t in enumerate(tensors))
 
 
 def _leaves(item: Any) -> list[fx.Node]:
@@ -131,40 +142,35 @@ def _leaves(item: Any) -> list[fx.Node]:
     return [n for part in item for n in _leaves(part)] if isinstance(item, (list, tuple)) else []
 
 
-def value_of(node: fx.Node) -> Value:
+def _read(node: fx.Node, makes: Mapping[fx.Node, tuple[Value, ...]]) -> Value:
     """The value that a node stands for; pieces belong to the op that made them."""
     if node.target is not operator.getitem:
-        return Value(node, 0)
+        return makes[node][0]
     source, index = node.args
     assert isinstance(source, fx.Node) and isinstance(index, int)
     made = source.meta["val"]
-    return Value(source, sum(is_tensor(v) for v in made[: index % len(made)]))
+    return makes[source][sum(is_tensor(v) for v in made[: index % len(made)])]
 
 
 def _flow(
     ops: list[fx.Node],
     reads: Mapping[fx.Node, tuple[Value, ...]],
-    placeholders: list[fx.Node],
-    outputs: list[tuple[Value, bool]],
+    makes: Mapping[fx.Node, tuple[Value, ...]],
+    held: list[Value],
+    wanted: set[fx.Node],
     trainable: frozenset[str] | None,
 ) -> frozenset[Value]:
     """Values of floating point between what is trained (or received) and what leaves."""
     moved: set[Value] = set()
-    for node in placeholders:
-        kind, _, name = str(node.meta["id"]).partition(":")
+    for value in held:
+        kind, _, name = value.id.partition(":")
         trained = kind == "param" and (trainable is None or name in trainable)
-        if (trained or kind == "edge") and _floating(node.meta["val"]):
-            moved.add(Value(node, 0))
+        if (trained or kind == "edge") and value.floats:
+            moved.add(value)
     for op in ops:
         if op.target is not torch.ops.aten.detach.default and any(v in moved for v in reads[op]):
-            results = OpView(op).results
-            moved |= {Value(op, i) for i, t in enumerate(results) if _floating(t)}
-    wanted = {value.node for value, _ in outputs}
+            moved |= {v for v in makes[op] if v.floats}
     for op in reversed(ops):
         if op in wanted:
             wanted |= {v.node for v in reads[op]}
     return frozenset(v for v in moved if v.node in wanted)
-
-
-def _floating(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()

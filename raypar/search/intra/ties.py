@@ -14,7 +14,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from torch import fx
 
 from raypar.compat import pytree
-from raypar.search.intra.settings import Graph, Value
+from raypar.search.intra.settings import Graph
 from raypar.sharding.rules.base import Strategy
 from raypar.sharding.strategies import pattern_of
 
@@ -77,7 +77,7 @@ def _own_colours(
             tensor = value.tensor
             kind = value.id.partition(":")[0] if value.node.op == "placeholder" else "op"
             lists.append((kind, tuple(tensor.shape), tensor.dtype, value in graph.flow))
-        lists.append(Value(op, 0) in graph.flow)
+        lists.append(any(v in graph.flow for v in graph.makes[op]))
         key = tuple(lists)
         found[op] = number.setdefault(key, len(number))
     return found
