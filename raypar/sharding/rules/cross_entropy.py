@@ -75,13 +75,9 @@ def _over_classes(call: LocalCall, axes: list[int]) -> fx.Node:
     smoothing = b.get("label_smoothing", 0.0)
     level: fx.Node | None = None
     if call.op.name == "cross_entropy_loss":
-        below, total = shifted_sum(call, x, dim, axes, R)
-        # log(sum(exp(x))) = maximum + log(total), and the maximum is x - below
-        top = emit(aten.select.int, emit(aten.sub.Tensor, emit(aten.detach.default, x),
-                                         emit(aten.detach.default, below)), dim, 0)  # fmt: skip
-        level = emit(
-            aten.add.Tensor, emit(aten.log.default, emit(aten.squeeze.dim, total, dim)), top
-        )
+        _, total, top = shifted_sum(call, x, dim, axes, R)
+        log_sum = emit(aten.add.Tensor, emit(aten.log.default, total), top)
+        level = emit(aten.squeeze.dim, log_sum, dim)
     loss = emit(aten.neg.default, picked) if level is None else emit(aten.sub.Tensor, level, picked)
     if weight is not None:
         chosen = emit(aten.index.Tensor, weight, [index])

@@ -45,7 +45,7 @@ def local_softmax(call: LocalCall) -> fx.Node:
     emit, result = call.emit, call.op.results[0]
     wide = _accumulate_in(result.dtype)
     x = emit(aten.to.dtype, call.args[0], wide)
-    below, total = shifted_sum(call, x, dim, axes, RG)
+    below, total, _ = shifted_sum(call, x, dim, axes, RG)
     if "log" in call.op.name:
         out = emit(aten.sub.Tensor, below, emit(aten.log.default, total))
     else:
@@ -55,8 +55,8 @@ def local_softmax(call: LocalCall) -> fx.Node:
 
 def shifted_sum(
     call: LocalCall, x: fx.Node, dim: int, axes: Sequence[int], state: State
-) -> tuple[fx.Node, fx.Node]:
-    """``x`` less its maximum over a cut dim, and the sum of the exponentials of that.
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """``x`` less its maximum over a cut dim, the sum of the exponentials of that, the maximum.
 
     Args:
         call: The call that is being written.
@@ -73,7 +73,7 @@ def shifted_sum(
         top = emit(torch.ops.raypar.convert.default, top, ALL_MAX, NONE, "", "", name, size)
     below = emit(aten.sub.Tensor, x, top)
     part = emit(aten.sum.dim_IntList, emit(aten.exp.default, below), [dim], True)
-    return below, sum_over(call, part, axes, state)
+    return below, sum_over(call, part, axes, state), top
 
 
 def sum_over(call: LocalCall, part: fx.Node, axes: Sequence[int], state: State) -> fx.Node:
