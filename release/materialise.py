@@ -207,7 +207,19 @@ def compare(name: str, parts: int) -> tuple[dict[str, Any], bool]:
         f"{'' if own['note'] is None else '; ' + own['note']}  {'ok' if good else 'BROKEN'}",
         flush=True,
     )
-    return {"model": name, "parts": parts, "own": own, "whole": whole, "ok": good}, good
+    line = {"model": name, "parts": parts, "allowed": allowed, "own": own, "whole": whole}
+    return line, good
+
+
+def _summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "targets": {
+            "memory_over_allowed": max(x["own"]["growth"] / x["allowed"] for x in lines),
+            "seconds_over_whole": max(x["own"]["seconds"] / x["whole"]["seconds"] for x in lines),
+            "bits_equal": all(x["own"]["digest"] == x["whole"]["digest"] for x in lines),
+        },
+        "models": lines,
+    }
 
 
 def main() -> int:
@@ -226,7 +238,7 @@ def main() -> int:
         lines.append(line)
         fine = fine and good
     if options.json:
-        options.json.write_text(json.dumps(lines, indent=1) + "\n")
+        options.json.write_text(json.dumps(_summary(lines), indent=1) + "\n")
     return 0 if fine else 1
 
 

@@ -108,7 +108,7 @@ class Recorder(TorchDispatchMode):
         self._paused = True
         try:
             Replay(self.tape, [Take(region, found.append)], random=False).run()
-        except NotDeferrable as problem:
+        except Exception as problem:  # eager torch would not have raised: no code may catch it
             raise self.refuse(str(problem)) from problem
         finally:
             self._paused = False
@@ -165,6 +165,7 @@ class Recorder(TorchDispatchMode):
         leaves: list[torch.Tensor],
         random: bool,
     ) -> Any:
+        """Runs the call on the meta device and writes it down if it computes anything."""
         written = self._written(func, args, kwargs)
         reads = frozenset(self._value_of(t) for t in leaves if t.is_meta)
         sizes = [t.untyped_storage().nbytes() for t in written]
@@ -211,6 +212,19 @@ class Recorder(TorchDispatchMode):
         random: bool,
         fill: bool,
     ) -> None:
+        """Adds a call to the tape.
+
+        Args:
+            func: What was called.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+            written: Arguments it writes to.
+            reads: Values of all its arguments.
+            made: What it returned that is new, as in `Call.outputs`.
+            random: Whether it draws random numbers.
+            fill: Whether it fills its first argument without reading it. If that is all of a
+                storage, a new value begins, and the old one ends with the calls before.
+        """
         number = len(self.tape.calls)
         writes = frozenset(self._value_of(t) for t in written)
         makes = frozenset(region.value for _, region in made)
