@@ -192,7 +192,8 @@ def check_strategy(
     for i, (grad, spec) in enumerate(zip(wanted, strategy.inputs, strict=True)):
         if call.whole[i].requires_grad:
             zero = torch.zeros_like(inputs[i][0])
-            parts = [zero if f[1][i] is None else f[1][i] for f in found]
+            given = [f[1][i] for f in found]
+            parts = [zero if part is None else part for part in given]
             full = torch.zeros_like(call.tensors[i]) if grad is None else grad
             _compare(f"{name}: gradient of input {i}", parts, full, spec.gradient(), threads)
     return graph

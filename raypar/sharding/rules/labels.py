@@ -92,7 +92,7 @@ def aligned(op: OpView, shape: Sequence[int]) -> list[list[object]]:
     Raises:
         ValueError: An input has more dims than `shape`.
     """
-    found = []
+    found: list[list[object]] = []
     for own in op.shapes:
         shift = len(shape) - len(own)
         if shift < 0:

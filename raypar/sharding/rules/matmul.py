@@ -13,8 +13,8 @@ _ROWS, _COLUMNS, _INNER = "rows", "columns", "inner"
 @rule("linear")
 def linear(op: OpView, size: int) -> Iterator[Choice]:
     """Rows; output features (column-parallel); input features (row-parallel, a partial sum)."""
-    lead = list(range(len(op.out) - 1))
-    terms = [[*lead, _INNER], [_COLUMNS, _INNER], [_COLUMNS]]
+    lead: list[object] = list(range(len(op.out) - 1))
+    terms: list[list[object]] = [[*lead, _INNER], [_COLUMNS, _INNER], [_COLUMNS]]
     if len(op.shapes[1]) == 1:  # a vector of weights: one output feature, without a dim
         lead = list(range(len(op.out)))
         yield from cut_choices(op, [[*lead, _INNER], [_INNER]], [lead])
@@ -58,8 +58,8 @@ def _product(
             found.append(None if broadcast else first + d)
         return found
 
-    a = [*lead(left, right), _ROWS, _INNER] if len(left) > 1 else [_INNER]
-    b = [*lead(right, left), _INNER, _COLUMNS] if len(right) > 1 else [_INNER]
+    a: list[object] = [*lead(left, right), _ROWS, _INNER] if len(left) > 1 else [_INNER]
+    b: list[object] = [*lead(right, left), _INNER, _COLUMNS] if len(right) > 1 else [_INNER]
     ends = [_ROWS] * (len(left) > 1) + [_COLUMNS] * (len(right) > 1)
     return a, b, [*range(max(batch, 0)), *ends]
 

@@ -8,7 +8,7 @@ from torch import fx
 
 from raypar.graph.passes.emit import pick
 from raypar.sharding.rules.base import Choice, OpView, is_tensor, rule
-from raypar.sharding.rules.labels import aligned, cut_choices, is_float, linear_choices
+from raypar.sharding.rules.labels import aligned, cut_choices, dims, is_float, linear_choices
 from raypar.sharding.spec import S
 
 _ELEMENTWISE = """
@@ -51,8 +51,8 @@ def one_linear(op: OpView, size: int) -> Iterator[Choice]:
     if len(op.shapes) == 0:
         return
     if len(op.tensors) == 2:  # type_as: only the type of the other tensor is read
-        labels = [list(range(len(op.out))), [None] * len(op.shapes[1])]
-        yield from cut_choices(op, labels, [list(range(len(op.out)))])
+        out = dims(op.out)
+        yield from cut_choices(op, [out, [None] * len(op.shapes[1])], [out])
         return
     yield from broadcast_choices(op)
     same = op.tensors[0].meta["val"].dtype == op.results[0].dtype
