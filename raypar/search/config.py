@@ -49,4 +49,4 @@ class SearchConfig:
         if self.planner != "auto":
             return self.planner
         given = (self.stages, self.replicas, self.tensor) != ("auto",) * 3 or self.chunks != 1
-        return "uniform" if given or True else "alpa"
+        return "uniform" if given else "alpa"

@@ -18,7 +18,16 @@ from torch import fx
 from raypar.graph.costs import size_of
 from raypar.graph.passes.emit import is_op, op_name
 from raypar.search.cost.machine import MeshMachine
-from raypar.search.cost.work import BACKWARD_KIND, VIEW, Work, first_tensor, is_free, node_work
+from raypar.search.cost.work import (
+    BACKWARD_KIND,
+    RECURRENT_BACKWARD_CALLS,
+    RECURRENT_BACKWARD_FLOPS,
+    VIEW,
+    Work,
+    first_tensor,
+    is_free,
+    node_work,
+)
 from raypar.sharding.rules.base import Strategy
 
 
@@ -132,9 +141,13 @@ def _product(
     back = forward._replace(kind=BACKWARD_KIND.get(forward.kind, forward.kind))
     fused = forward.kind in ("attention", "recurrent")
     if fused:  # one op for all operands: all of it is in the input half
-        times = 2.5 if forward.kind == "attention" else 3.0
+        attention = forward.kind == "attention"
+        times = 2.5 if attention else RECURRENT_BACKWARD_FLOPS
         whole = back._replace(
-            flops=times * back.flops, nbytes=2 * back.nbytes, padded=times * back.padded
+            flops=times * back.flops,
+            nbytes=2 * back.nbytes,
+            padded=times * back.padded,
+            calls=1.0 if attention else RECURRENT_BACKWARD_CALLS * back.calls,
         )
         return OpWork((forward,), (whole,), (), out_bytes, out_bytes)
     large = [w for w in weights if _dims(w) > 1]

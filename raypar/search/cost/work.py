@@ -15,7 +15,7 @@ from torch import fx
 
 from raypar.graph import costs
 from raypar.graph.costs import forward_flops, numel, size_of
-from raypar.graph.passes.emit import is_op, op_name
+from raypar.graph.passes.emit import bound_args, is_op, op_name
 from raypar.programs.policy import is_view as is_device_view
 from raypar.search.cost.machine import MeshMachine
 
@@ -33,6 +33,7 @@ class Work(NamedTuple):
         matmul: Whether its work grows faster than its data.
         kind: Form of product or class of element-wise op (`raypar.mesh.calibration.DeviceRates`).
         padded: FLOPs where channels come in blocks of `CHANNEL_BLOCK`; 0: the same.
+        calls: Small ops that it runs inside, one after the other.
     """
 
     flops: float
@@ -41,11 +42,13 @@ class Work(NamedTuple):
     matmul: bool = False
     kind: str = "plain"
     padded: float = 0.0
+    calls: float = 1.0
 
     def seconds(self, machine: MeshMachine) -> float:
         """How long it takes on the slowest device of a mesh."""
         flops = self.flops if machine.is_gpu else self.padded or self.flops
-        return machine.compute_s(flops, self.nbytes, self.dtype, self.matmul, self.kind)
+        alone = machine.compute_s(flops, self.nbytes, self.dtype, self.matmul, self.kind)
+        return alone if self.calls == 1 else alone + (self.calls - 1) * machine.overhead_s
 
     def scaled(self, share: float) -> Work:
         """The same on a share of the data."""
@@ -136,6 +139,11 @@ def node_work(node: fx.Node) -> Work:
         return _attention(node, name, nbytes, dtype)
     elif name.startswith("recurrent"):
         return _recurrent(node, name, nbytes, dtype)
+    elif name in _LAYERS:
+        return _captured_layer(node, name, nbytes, dtype)
+    elif name == "seeded":
+        calls = _SEEDED_CALLS + _SEEDED_CALLS_PER_SAMPLE * _whole(node.args[3])
+        return Work(0.0, nbytes, dtype, False, "random", calls=calls)
     elif costs.is_matmul_like(node):
         return Work(forward_flops(node), nbytes, dtype, True, "")
     return Work(float(0 if out is None else numel(out)), *_traffic(node, name, nbytes, dtype))
@@ -187,8 +195,6 @@ def _convolution(node: fx.Node, name: str, nbytes: float, dtype: str) -> Work:
 def _groups(node: fx.Node, name: str) -> int:
     if name == "convolution":
         return int(node.args[8])  # type: ignore[arg-type]
-    from raypar.graph.passes.emit import bound_args
-
     return int(bound_args(node).get("groups", 1))
 
 
@@ -208,14 +214,54 @@ def _attention(node: fx.Node, name: str, nbytes: float, dtype: str) -> Work:
     return Work(flops, nbytes, dtype, True, "attention")
 
 
+# raypar's random op makes a generator for every sample, in Python: measured in units of the time
+# that one small op takes.
+_SEEDED_CALLS, _SEEDED_CALLS_PER_SAMPLE = 6.0, 1.5
+# A recurrent layer goes step by step: small ops for each (float32 LSTMs are one fused op); its
+# backward op runs the layer again under autograd before it goes back through it.
+_STEP_CALLS, _FUSED_STEP_CALLS = 4.0, 1.0
+RECURRENT_BACKWARD_CALLS, RECURRENT_BACKWARD_FLOPS = 7.0, 3.5
+_LAYERS = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
+
+
+def _whole(value: object) -> int:
+    return value if isinstance(value, int) else 1
+
+
 def _recurrent(node: fx.Node, name: str, nbytes: float, dtype: str) -> Work:
-    at = 2 if name.endswith("backward") else 1
-    steps = math.prod(_shape(node.args[at])[:-1])
-    weights = node.args[at + 2]
-    shapes = [_shape(w) for w in weights]  # type: ignore[union-attr]
-    flops = 2.0 * steps * sum(math.prod(s) for s in shapes if len(s) == 2)
-    # The backward op runs the layer again before it goes back through it.
-    return Work(flops * (3 if at == 2 else 1), nbytes, dtype, True, "recurrent")
+    """A recurrent layer as it runs (`raypar.programs.recurrent`), or its backward op."""
+    backward = name.endswith("backward")
+    at = 2 if backward else 1
+    shape = _shape(node.args[at])
+    weights = [_shape(w) for w in node.args[at + 2]]  # type: ignore[union-attr]
+    flops = 2.0 * math.prod(shape[:-1]) * sum(math.prod(w) for w in weights if len(w) == 2)
+    layers, both_ways, batch_first = node.args[at + 4 : at + 7]
+    calls = _step_calls(str(node.args[0]), dtype, shape, layers, both_ways, batch_first)
+    if backward:
+        flops, calls = flops * RECURRENT_BACKWARD_FLOPS, calls * RECURRENT_BACKWARD_CALLS
+    return Work(flops, nbytes, dtype, True, "recurrent", calls=calls)
+
+
+def _captured_layer(node: fx.Node, name: str, nbytes: float, dtype: str) -> Work:
+    """A recurrent layer as it was captured."""
+    bound = bound_args(node)
+    calls = _step_calls(
+        name,
+        dtype,
+        _shape(bound["input"]) if "input" in bound else [1],
+        bound.get("num_layers"),
+        bound.get("bidirectional"),
+        bound.get("batch_first"),
+    )
+    return Work(forward_flops(node), nbytes, dtype, True, "recurrent", calls=calls)
+
+
+def _step_calls(
+    layer: str, dtype: str, shape: list[int], layers: object, both_ways: object, batch_first: object
+) -> float:
+    per_step = _FUSED_STEP_CALLS if layer == "lstm" and dtype == "float32" else _STEP_CALLS
+    steps = shape[1 if batch_first and len(shape) > 2 else 0]
+    return per_step * _whole(layers) * (2 if both_ways else 1) * steps
 
 
 BACKWARD_KIND: Mapping[str, str] = {

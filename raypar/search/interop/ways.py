@@ -6,7 +6,6 @@ size, mesh shape and kind of link; ZeRO and recomputation only change what is ad
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,18 +18,21 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import DATA, RECOMPUTE_POLICIES, MeshSlice
 from raypar.search.config import SearchConfig
 from raypar.search.cost.machine import MeshMachine, machine_of, p2p_s
-from raypar.search.interop.costs import StateCosts, UnitCosts, state_costs, unit_costs
+from raypar.search.interop.costs import (
+    Sharded,
+    StateCosts,
+    UnitCosts,
+    state_costs,
+    unit_costs,
+)
 from raypar.search.interop.pipeline import Way
 from raypar.search.interop.space import AXIS_NAMES, Split, mesh_shapes
 from raypar.search.interop.units import Units, shorten
 from raypar.search.intra.allowed import allow
 from raypar.search.intra.planner import plan_intra
-from raypar.search.intra.settings import IntraSettings
+from raypar.search.intra.settings import Graph, IntraSettings, read_graph
 from raypar.sharding.blocks import annotate_blocks
-from raypar.sharding.layout import layout_of
-from raypar.sharding.lower import held_spec, lower, readings
 from raypar.sharding.rules.base import Strategy
-from raypar.sharding.spec import RG, ShardingSpec
 from raypar.sharding.strategies import whole
 
 _GPU_RESERVE = (900 << 20, 0.05)
@@ -61,18 +63,18 @@ class _Short:
     """The short graph of one microbatch size."""
 
     graph: fx.Graph
+    read: Graph
     unit_of: dict[str, int]
-    params: dict[str, int]
     crossing: np.ndarray
 
 
 @dataclass
-class _Sharded:
+class _Solved:
     """A sharding of a short graph, and what it costs per microbatch."""
 
+    sharded: Sharded
     costs: UnitCosts
-    held: dict[str, ShardingSpec]
-    sharding: dict[int, dict[str, str]]
+    texts: dict[int, dict[str, str]]
 
 
 class WayMaker:
@@ -100,9 +102,9 @@ class WayMaker:
         self.config = config
         self.units = units
         self.solved = 0
-        self._trainable = {name: trained for name, (_, _, trained) in graph.params.items()}
+        self._trainable = frozenset(n for n, (_, _, trained) in graph.params.items() if trained)
         self._short: dict[int, _Short] = {}
-        self._sharded: dict[object, _Sharded] = {}
+        self._solved: dict[object, _Solved] = {}
 
     def ways(self, split: Split, size: int, devices: Sequence[int]) -> list[Way]:
         """Every way to run a stage of `size` devices per replica.
@@ -119,10 +121,10 @@ class WayMaker:
             )
             machine = machine_of(self.cluster, mesh, self.calibration)
             for modes in _modes(shape):
-                sharded = self._shard(split, shape, modes, machine)
+                solved = self._shard(split, shape, modes, machine)
                 for zero in self._zeros(split.replicas * size):
-                    state = self._state(split, sharded, machine, zero)
-                    found += self._assemble(split, size, machine, modes, sharded, state, zero)
+                    state = self._state(split, solved, machine, zero)
+                    found += self._assemble(split, size, machine, modes, solved, state, zero)
         return found
 
     def sharding(
@@ -133,7 +135,7 @@ class WayMaker:
             tuple(devices), (split.replicas, *shape), (DATA, *AXIS_NAMES[: len(shape)])
         )
         machine = machine_of(self.cluster, mesh, self.calibration)
-        return self._shard(split, shape, modes, machine).sharding
+        return self._shard(split, shape, modes, machine).texts
 
     def _shapes(self, size: int) -> list[tuple[int, ...]]:
         per_node = max(node.devices for node in self.cluster.nodes)
@@ -154,82 +156,62 @@ class WayMaker:
             graph, members = shorten(clean, self.units)
             annotate_blocks(graph)
             unit_of = {n.meta["id"]: u for u, ops in enumerate(members) for n in ops}
-            params: dict[str, int] = {}
             for node in graph.find_nodes(op="placeholder"):
-                key, value = str(node.meta["id"]), node.meta["val"]
-                readers = [unit_of[n.meta["id"]] for n in node.users if n.meta["id"] in unit_of]
-                unit_of[key] = min(readers, default=0)
-                if key.startswith("param:"):
-                    params[key[6:]] = value.element_size()
+                readers = [unit_of[n.meta["id"]] for n in node.users if n.op == "call_function"]
+                unit_of[str(node.meta["id"])] = min(readers, default=0)
             share = local_batch / self.graph.global_batch
             crossing = np.array(self.units.crossing[:-1], dtype=float) * share
-            known = self._short[local_batch] = _Short(graph, unit_of, params, crossing)
+            read = read_graph(graph, self._trainable)
+            known = self._short[local_batch] = _Short(graph, read, unit_of, crossing)
         return known
 
     def _shard(
         self, split: Split, shape: tuple[int, ...], modes: tuple[str, ...], machine: MeshMachine
-    ) -> _Sharded:
+    ) -> _Solved:
         links = tuple(
             machine.collective_s(name, "all_reduce", 1e6) for name, _ in machine.mesh.inner
         )
         kinds = tuple(kind.name for kind, _ in machine.kinds)
         key = (split.local_batch, shape, modes, links, kinds)
-        known = self._sharded.get(key)
+        known = self._solved.get(key)
         if known is None:
-            known = self._sharded[key] = self._solve(split, modes, machine)
+            known = self._solved[key] = self._solve(split, modes, machine)
         return known
 
-    def _solve(self, split: Split, modes: tuple[str, ...], machine: MeshMachine) -> _Sharded:
-        short = self.short(split.local_batch)
-        axes = machine.mesh.inner
-        chosen: dict[fx.Node, Strategy] = {}
-        settings = IntraSettings(
+    def _settings(self, split: Split, modes: tuple[str, ...] = (), zero: int = 0) -> IntraSettings:
+        return IntraSettings(
             microbatches=split.microbatches,
+            zero=zero,
             optimizer_states=self.config.optimizer_states,
             allowed=None if set(modes) <= {"free"} else allow(modes),
-            trainable=frozenset(n for n, trained in self._trainable.items() if trained),
+            trainable=self._trainable,
             time_limit_s=5.0,
         )
+
+    def _solve(self, split: Split, modes: tuple[str, ...], machine: MeshMachine) -> _Solved:
+        short = self.short(split.local_batch)
+        settings = self._settings(split, modes)
+        axes = machine.mesh.inner
+        found: Mapping[str, Strategy] = {}
         if axes:
             self.solved += 1
             found = plan_intra(short.graph, machine, settings).choices
-        else:
-            found = {}
-        for node in short.graph.nodes:
-            if node.op == "call_function" and node.target is not operator.getitem:
-                chosen[node] = found.get(node.meta["id"]) or whole(node, len(axes))
-        held = {
-            key[6:]: held_spec(specs, len(axes))
-            for key, specs in readings(short.graph, chosen).items()
-            if key.startswith("param:")
+        chosen = {
+            op: found.get(str(op.meta["id"])) or whole(op, len(axes)) for op in short.read.ops
         }
-        lowered = lower(short.graph, chosen, axes, held=held)
-        costs = unit_costs(lowered.graph, short.unit_of, len(self.units), machine, self._trainable)
-        sharding: dict[int, dict[str, str]] = {}
-        for node, strategy in chosen.items():
+        sharded = Sharded.of(short.read, chosen, len(axes))
+        costs = unit_costs(sharded, short.unit_of, len(self.units), machine, settings)
+        texts: dict[int, dict[str, str]] = {}
+        for op, strategy in chosen.items():
             if any(s != "R" for spec in (*strategy.inputs, *strategy.outputs) for s in spec):
-                unit = short.unit_of[node.meta["id"]]
-                sharding.setdefault(unit, {})[node.meta["id"]] = str(strategy)
-        return _Sharded(costs, held, sharding)
+                unit = short.unit_of[op.meta["id"]]
+                texts.setdefault(unit, {})[op.meta["id"]] = str(strategy)
+        return _Solved(sharded, costs, texts)
 
-    def _state(
-        self, split: Split, sharded: _Sharded, machine: MeshMachine, zero: int
-    ) -> StateCosts:
-        axes = machine.mesh.named
-        layouts = {
-            name: layout_of(self.graph.params[name][0], ShardingSpec((RG, *spec)), axes, zero)
-            for name, spec in sharded.held.items()
-        }
+    def _state(self, split: Split, solved: _Solved, machine: MeshMachine, zero: int) -> StateCosts:
         short = self.short(split.local_batch)
-        return state_costs(
-            short.params,
-            short.unit_of,
-            len(self.units),
-            machine,
-            layouts,
-            self._trainable,
-            self.config.optimizer_states,
-        )
+        settings = self._settings(split, zero=zero)
+        return state_costs(solved.sharded, short.unit_of, len(self.units), machine, settings)
 
     def _assemble(
         self,
@@ -237,11 +219,11 @@ class WayMaker:
         size: int,
         machine: MeshMachine,
         modes: tuple[str, ...],
-        sharded: _Sharded,
+        solved: _Solved,
         state: StateCosts,
         zero: int,
     ) -> list[Way]:
-        costs, short = sharded.costs, self.short(split.local_batch)
+        costs, short = solved.costs, self.short(split.local_batch)
         memory = machine.memory_bytes * self.config.memory_fraction
         if machine.is_gpu:
             memory -= _GPU_RESERVE[0] + _GPU_RESERVE[1] * machine.memory_bytes
@@ -251,17 +233,17 @@ class WayMaker:
             policies = list(RECOMPUTE_POLICIES)
         found = []
         for policy in policies:
-            again = {"none": 0.0, "selective": costs.cheap, "full": costs.forward}[policy]
-            seconds = costs.forward + costs.backward + again
-            seconds = seconds + state.gather_forward + state.gather_backward
-            fixed = state.state + (costs.saved["none"] if policy == "full" else 0.0)
+            seconds = costs.seconds[policy] + state.microbatch
+            # A whole forward pass is made again before backward: all of it is held for a moment.
+            again = costs.saved["none"] if policy == "full" else 0.0
+            fixed = state.resident + again
             twins = np.asarray(self.units.twin)
-            key = WayKey(machine.mesh.shape[1:], modes, zero, policy, sharded.sharding)
+            key = WayKey(machine.mesh.shape[1:], modes, zero, policy, solved.texts)
             way = Way(
                 key,
                 memory,
                 seconds=seconds[twins],
-                once=(state.sync + state.optimizer)[twins],
+                once=state.once[twins],
                 fixed=fixed[twins],
                 saved=costs.saved[policy][twins],
                 transient=2 * costs.largest[twins],

@@ -127,9 +127,11 @@ class AlpaSearch:
         return self.kept[0].step_s if self.kept else float("inf")
 
     def _try(self, split: Split) -> None:
-        sizes = [n for n in stage_sizes(split.devices, self.per_node) if n <= split.devices]
+        sizes = stage_sizes(split.devices, self.per_node)
         tables: dict[int, list[WayTable]] = {}
         for size in sizes:
+            if size > self.per_node and self.kept:
+                break  # over nodes only where nothing else fits
             found = self._tables(split, size, sizes)
             if found:
                 tables[size] = found
