@@ -18,8 +18,9 @@ from raypar.sharding.spec import RG, R, ShardingSpec
 def choices(op: OpView, size: int) -> list[Choice]:
     """What an op may do on one axis; the first choice is ``R`` everywhere.
 
-    A choice whose cut dims do not divide by `size` is left out, and so is one that reads nothing
-    but whole values: it would compute everything everywhere, in more words.
+    A choice whose cut dims do not divide by `size` is left out, and so is one that reads and makes
+    nothing but whole values: it would compute everything everywhere, in more words. (Whole values
+    alone may make a part: of random numbers, of one-hot codes.)
     """
     whole = Choice((R,) * len(op.shapes), (R,) * len(op.results))
     found = [whole]
@@ -30,7 +31,7 @@ def choices(op: OpView, size: int) -> list[Choice]:
         return found
     for choice in rule(op, size):
         states = zip((*choice.inputs, *choice.outputs), (*op.shapes, *_results(op)), strict=True)
-        if choice.inputs and set(choice.inputs) <= {R, RG}:
+        if {*choice.inputs, *choice.outputs} <= {R, RG}:
             continue
         if all(ShardingSpec((s,)).fits(shape, (size,)) for s, shape in states):
             found.append(choice)

@@ -16,6 +16,7 @@ from raypar.graph.passes.emit import aten
 from raypar.sharding.lower import held_spec, readings
 from raypar.sharding.rules.base import Strategy
 from raypar.sharding.strategies import strategies, whole
+from raypar.testing.rules import check_rule
 from tests.sharding.lowering import run_lowered, run_whole
 
 MESHES = ((2,), (4,), (2, 2))
@@ -146,9 +147,15 @@ class OneOp:
 
 
 def check_op(target: Any, *args: Any, **kwargs: Any) -> list[str]:
-    """Checks an op on `MESHES`; gives its strategies on an axis of 2."""
+    """Checks an op on `MESHES`; gives its strategies on an axis of 2.
+
+    `check_rule` does it, unless an argument is `Fixed` or `Made`, which only `OneOp` knows.
+    """
     op = OneOp(target, *args, **kwargs)
-    op.check()
+    if any(isinstance(leaf, (Fixed, Made)) for leaf in pytree.tree_leaves((args, kwargs))):
+        op.check()
+    else:
+        check_rule(target, args, kwargs, meshes=MESHES, most=16)
     return op.texts()
 
 
