@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from raypar.compat import raw_callable
+from raypar.graph.randomops import seeded
 
 aten = torch.ops.aten
 _REPEATS = 13
@@ -296,6 +297,8 @@ def _rowwise(x: list[torch.Tensor], g: torch.Tensor, n: int, device: torch.devic
     table = _rand(device, _TABLE, _WIDTH)
     index = torch.randint(0, _TABLE, (n,), device=device)
     three = [t.view(-1, 8, _WIDTH) for t in x]
+    rng = torch.zeros(3, dtype=torch.int64)
+    noise = ("bernoulli", 0.9, torch.float32)
     return [
         ("plain", 3 * one, lambda t: aten.add(x[t], g)),
         ("exp", 2 * one, lambda t: aten.gelu(x[t])),
@@ -322,6 +325,7 @@ def _rowwise(x: list[torch.Tensor], g: torch.Tensor, n: int, device: torch.devic
             lambda t: aten.clone(three[t].transpose(0, 1), memory_format=torch.contiguous_format),
         ),
         ("gather", 2 * one, lambda t: aten.embedding(table, index)),
+        ("random", one, lambda t: seeded(rng, t, [n, _WIDTH], 1, 1, True, *noise, device)),
         (
             "scatter",
             one + 4.0 * table.numel() + 8.0 * n,

@@ -234,7 +234,9 @@ def test_a_device_is_measured_and_fitted(monkeypatch: pytest.MonkeyPatch) -> Non
     assert samples.view_overhead > 0
     rates = fit_device(samples, DEVICES["CPU"])
     assert {"float32", "float64", "float32/conv", "float32/attention"} <= set(rates.matmul)
-    assert {"plain", "exp", "softmax", "norm", "gather", "scatter", "pool"} <= set(rates.memory)
+    assert {"plain", "exp", "softmax", "norm", "gather", "scatter", "pool", "random"} <= set(
+        rates.memory
+    )
     assert rates.optimizer.near > 0
     cluster = Cluster.local(1)
     found = calibrate(cluster, [RankSamples(0, samples, {"inside": [], "across": []})])

@@ -350,6 +350,21 @@ def test_a_strategy_divides_the_work_by_the_axes_it_cuts() -> None:
     assert share_of(strategy("R,R", "R,R", "R,R"), (2, 4)) == 1
 
 
+def test_what_goes_step_by_step_pays_for_every_step() -> None:
+    plan, stages = _planned("gru", stages=1)
+    machine = machine_of(Cluster.local(1), plan.stages[0].mesh)
+    works = [node_work(n) for n in stage_pieces(stages[0]).forward.nodes]
+    (layer,) = [w for w in works if w.kind == "recurrent"]
+    assert layer.calls > 10
+    assert layer.seconds(machine) >= (layer.calls - 1) * machine.overhead_s
+    (noise, *_) = [
+        node_work(n)
+        for n in _calls(_planned("gpt_dropout", stages=1)[1][0])
+        if node_work(n).kind == "random"
+    ]
+    assert noise.calls > 1
+
+
 # ---- profiled -------------------------------------------------------------------------------
 
 
