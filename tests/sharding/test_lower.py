@@ -50,6 +50,7 @@ def test_any_strategy_per_op_gives_the_whole_result(name: str, mesh: tuple[int, 
     annotate_blocks(clean.graph)
     wanted = run_whole(clean.graph, values)
     axes = tuple(zip("xyz", mesh, strict=False))
+    near = 1e-5 if models.case(name).fp32_ops else 1e-9
     for seed in range(2):
         chosen = random_strategies(clean.graph, mesh, seed)
         held = {
@@ -58,12 +59,12 @@ def test_any_strategy_per_op_gives_the_whole_result(name: str, mesh: tuple[int, 
             if k.startswith("param:")
         }
         found = run_lowered(clean.graph, chosen, axes, values, held)
-        torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.loss, wanted.loss, rtol=near, atol=near)
         for key, gradient in wanted.gradients.items():
             torch.testing.assert_close(
                 found.gradients[key],
                 gradient,
-                rtol=1e-9,
-                atol=1e-9,
+                rtol=near,
+                atol=near,
                 msg=lambda m, k=key: f"{k}: {m}",
             )

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
-from raypar.compat import FakeTensor, OpOverload, argument_defaults, pytree, schema_name
+from raypar.compat import (
+    FakeTensor,
+    FakeTensorMode,
+    OpOverload,
+    argument_defaults,
+    pytree,
+    schema_name,
+)
 
 aten = torch.ops.aten
 
@@ -44,16 +52,23 @@ def pick(bound: dict[str, Any], *names: str) -> Any:
     return next((bound[name] for name in names if name in bound), None)
 
 
-def fake_call(target: Any, args: Any, kwargs: Any) -> Any:
-    """Runs `target` on the fake values of its node arguments; gives a fake result."""
+def fake_call(target: Any, args: Any, kwargs: Any, graph: fx.Graph | None = None) -> Any:
+    """Runs `target` on the fake values of its node arguments; gives a fake result.
+
+    Where no argument is fake (a constant that the graph makes), `graph` tells what fake is.
+    """
     values = pytree.tree_map(value_of, (args, kwargs))
-    mode = next(
-        (v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, FakeTensor)), None
-    )
+    mode = _mode_of(pytree.tree_leaves(values))
+    if mode is None and graph is not None:
+        mode = _mode_of(node.meta.get("val") for node in graph.nodes)
     if mode is None:
         return target(*values[0], **values[1])
     with mode, torch.no_grad():
         return target(*values[0], **values[1])
+
+
+def _mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
 
 
 class Emitter:
@@ -70,5 +85,5 @@ class Emitter:
         for key in ("module_path", "source", "autocast"):
             if key in self.anchor.meta:
                 node.meta[key] = self.anchor.meta[key]
-        node.meta["val"] = fake_call(target, args, kwargs) if like is None else like
+        node.meta["val"] = fake_call(target, args, kwargs, self.graph) if like is None else like
         return node

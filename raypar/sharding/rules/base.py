@@ -143,7 +143,7 @@ class LocalCall:
 
     def same(self) -> fx.Node:
         """The same call on the local inputs."""
-        return self._write(self.args, self.kwargs)
+        return self.emit(self.op.node.target, *self.args, **self.kwargs)
 
     def again(self, **changes: Any) -> fx.Node:
         """The same call on the local inputs, with some arguments (by schema name) changed."""
@@ -155,15 +155,7 @@ class LocalCall:
                 args[at] = value
             else:
                 kwargs[name] = value
-        return self._write(tuple(args), kwargs)
-
-    def _write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        target = self.op.node.target
-        if self.op.node.all_input_nodes or not self.op.results:
-            return self.emit(target, *args, **kwargs)
-        # A constant: nothing among its arguments makes the call a fake one.
-        value = self.op.results[0].new_empty(self.local_out())
-        return self.emit(target, *args, like=value, **kwargs)
+        return self.emit(self.op.node.target, *args, **kwargs)
 
     def convert(self, node: fx.Node, source: ShardingSpec, target: ShardingSpec) -> fx.Node:
         """Brings a value that the localiser made from one sharding to another."""
