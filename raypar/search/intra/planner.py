@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import fx
 
 from raypar.errors import PlanError
@@ -20,19 +21,23 @@ from raypar.programs.slicing import StageGraph
 from raypar.search.cost.machine import MeshMachine
 from raypar.search.intra.evaluate import Estimate, estimate
 from raypar.search.intra.prices import Prices
-from raypar.search.intra.problem import Built, build
+from raypar.search.intra.problem import Built, Problem, build, priced
 from raypar.search.intra.program import Answer, Program
 from raypar.search.intra.reduce import reduce
 from raypar.search.intra.settings import Graph, IntraSettings, read_graph
-from raypar.search.intra.ties import split, tie, untied
+from raypar.search.intra.ties import split, tie
 from raypar.sharding.blocks import annotate_blocks
 from raypar.sharding.rules.base import OpView, Strategy
 from raypar.sharding.spec import R
 from raypar.sharding.strategies import pattern_of, strategies
 
 Source = CleanGraph | StageGraph | fx.Graph
+_Found = tuple[dict[str, Strategy], Estimate]
+_NOTHING: _Found = ({}, Estimate(float("inf"), float("inf")))
 _MOST_PARTS = 6
 _ROUNDING = 1e-9
+_PRICES = (0.9, 1.1, 2.0, float("inf"))
+"""Prices of a byte at which tied programs are solved, relative to that of the relaxation."""
 
 
 @dataclass(frozen=True)
@@ -65,25 +70,20 @@ class IntraPlan:
         Ops that are whole on every rank are left out, and repeated layers are folded: a pattern
         says what most of its ops do, and the others have entries of their own.
         """
-        texts = {key: _text(strategy) for key, strategy in self.choices.items()}
         alike: dict[str, list[str]] = defaultdict(list)
-        for key in texts:
+        for key in self.choices:
             alike[pattern_of(key)].append(key)
         found: dict[str, str] = {}
         for pattern, keys in alike.items():
-            common = Counter(texts[k] for k in keys).most_common(1)[0][0]
-            if len(keys) > 1 and _is_whole(self.choices[keys[0]]) and common == texts[keys[0]]:
-                common = ""
-            if len(keys) == 1:
-                if not _is_whole(self.choices[keys[0]]):
-                    found[keys[0]] = texts[keys[0]]
-                continue
-            if common:
-                found[pattern] = common
+            (common, _), *_ = Counter(self.choices[k] for k in keys).most_common(1)
+            left_out = _is_whole(common)
+            if len(keys) > 1 and not left_out:
+                found[pattern] = str(common)
             for key in keys:
-                own = self.choices[key]
-                if texts[key] != common and not (not common and _is_whole(own)):
-                    found[key] = texts[key]
+                strategy = self.choices[key]
+                said = _is_whole(strategy) if left_out else len(keys) > 1 and strategy == common
+                if not said:
+                    found[key] = str(strategy)
         return found
 
 
@@ -121,6 +121,7 @@ def lower_bound_s(
 class _Search:
     def __init__(self, source: Source, machine: MeshMachine, settings: IntraSettings) -> None:
         began = time.perf_counter()
+        self.source = source
         self.machine = machine
         self.settings = settings
         self.deadline = began + settings.time_limit_s
@@ -137,7 +138,7 @@ class _Search:
 
     def run(self) -> IntraPlan:
         limit = self.settings.memory_bytes
-        answer, found = self._solve(self.classes, None)
+        answer, found = self._solve(self.classes)
         self.stats |= {"parts": 1, "gap": 0.0}
         bound = answer.bound if len(self.classes) == len(self.graph.ops) else float("-inf")
         if limit is not None and found[1].nbytes > limit * (1 + _ROUNDING):
@@ -150,25 +151,44 @@ class _Search:
 
     def bound(self) -> float:
         """See `lower_bound_s`."""
+        return self._relax(self.settings.memory_bytes)[0].bound
+
+    def _relax(self, limit: float | None) -> tuple[Answer, Built, Problem]:
+        """The relaxation over free decisions."""
         built = build(self.graph, self.prices, self.classes, self.options)
-        limit = self.settings.memory_bytes
         problem = reduce(built.problem, memory=limit is not None, tied=False)
-        program = Program(problem, limit, tied=False)
-        return program.solve(max(self._left(), 1.0), relaxed=True).bound
+        answer = Program(problem, limit, tied=False).solve(max(self._left(), 1.0), relaxed=True)
+        return answer, built, problem
 
     def _left(self) -> float:
         return self.deadline - time.perf_counter()
 
     def _solve(
-        self, classes: Sequence[Sequence[fx.Node]], limit: float | None
-    ) -> tuple[Answer, tuple[dict[str, Strategy], Estimate]]:
-        """Solves the program of some classes."""
+        self,
+        classes: Sequence[Sequence[fx.Node]],
+        limit: float | None = None,
+        options: Mapping[fx.Node, Sequence[Strategy]] | None = None,
+        byte_s: float | None = None,
+    ) -> tuple[Answer, _Found]:
+        """Solves the program of some classes.
+
+        Args:
+            classes: Which ops are tied.
+            limit: Bytes that may be held.
+            options: Strategies to choose from; default: all that are allowed.
+            byte_s: Price of a byte; infinite where only bytes count.
+        """
         began = time.perf_counter()
-        built = build(self.graph, self.prices, classes, self.options)
-        problem = reduce(built.problem, memory=limit is not None)
+        built = build(self.graph, self.prices, classes, options or self.options)
+        problem = built.problem
+        if byte_s is not None:
+            only_bytes = byte_s == float("inf")
+            problem = priced(problem, 1.0, 0.0) if only_bytes else priced(problem, byte_s)
+        problem = reduce(problem, memory=limit is not None)
         program = Program(problem, limit)
         middle = time.perf_counter()
-        answer = program.solve(max(self._left(), 1.0), gap=1e-9 if limit is None else 1e-4)
+        gap = 1e-9 if limit is None else min(1e-4, self.settings.gap / 2)
+        answer = program.solve(max(self._left(), 1.0), gap=gap)
         self.stats["build_s"] += middle - began
         self.stats["solve_s"] += time.perf_counter() - middle
         self.stats |= {
@@ -182,64 +202,88 @@ class _Search:
                 "given arrivals; allow every op its whole strategy, or leave out `allowed`"
             )
         if not answer.choice:
-            return answer, ({}, Estimate(float("inf"), float("inf")))
-        choices = _read(built, problem.decisions, answer)
+            return answer, _NOTHING
+        choices = _read(built, problem, answer)
         return answer, (choices, estimate(self.graph, self.prices, choices))
 
-    def _refine(self, limit: float) -> tuple[tuple[dict[str, Strategy], Estimate], float]:
-        """Splits ties until the plan is near the bound over free decisions, or time is out."""
+    def _refine(self, limit: float) -> tuple[_Found, float]:
+        """Meets the memory limit: splits ties until near the bound over free decisions.
+
+        First among the options that the relaxation and some priced programs take (few, so that
+        many classes can be split), then among all.
+        """
         began = time.perf_counter()
-        bound = self.bound()
-        best: tuple[dict[str, Strategy], Estimate] = ({}, Estimate(float("inf"), float("inf")))
-        sizes = -1
-        for parts in range(1, _MOST_PARTS + 1):
-            classes = split(self.classes, parts)
-            if len(classes) == sizes:
-                break
-            sizes = len(classes)
-            answer, found = self._solve(classes, limit)
-            if answer.choice and found[1].seconds < best[1].seconds:
-                best = found
-                self.stats["parts"] = parts
-            done = best[0] and _gap(best[1].seconds, bound) <= self.settings.gap
-            if done or self._left() <= 0:
-                break
+        relaxed, built, problem = self._relax(limit)
+        if relaxed.status == "infeasible":
+            raise self._too_large(limit)
+        some = _support(built, problem, relaxed)
+        best = self._candidates(limit, relaxed.byte_s, some)
+        for options in (_only(self.options, some), None):
+            for parts in range(1, _MOST_PARTS + 1):
+                if _gap(best[1].seconds, relaxed.bound) <= self.settings.gap or self._left() <= 0:
+                    break
+                answer, found = self._solve(split(self.classes, parts), limit, options)
+                if answer.choice and found[1].seconds < best[1].seconds:
+                    best = found
+                    self.stats["parts"] = parts
+                if parts >= max(len(c) for c in self.classes).bit_length() + 1:
+                    break
         self.stats["refine_s"] = time.perf_counter() - began
         if not best[0]:
             raise self._too_large(limit)
-        return best, bound
+        return best, relaxed.bound
+
+    def _candidates(
+        self, limit: float, byte_s: float, some: dict[fx.Node, set[Strategy]]
+    ) -> _Found:
+        """Solves tied programs at several prices of a byte; adds their strategies to `some`.
+
+        Returns:
+            The best of them that fits.
+        """
+        best = _NOTHING
+        for factor in _PRICES:
+            if self._left() <= 0:
+                break
+            price = factor if factor == float("inf") else byte_s * factor
+            _, found = self._solve(self.classes, byte_s=price)
+            for op in self.graph.ops:
+                if op in some:
+                    some[op].add(found[0][str(op.meta["id"])])
+            if found[1].nbytes <= limit and found[1].seconds < best[1].seconds:
+                best = found
+        return best
 
     def _too_large(self, limit: float) -> PlanError:
         """Says how little memory would do, and what takes it."""
-        built = build(self.graph, self.prices, untied(self.graph), self.options)
-        if len(self.classes) < len(self.graph.ops):
-            built = build(self.graph, self.prices, self.classes, self.options)
-        problem = reduce(built.problem, memory=True)
-        for decision in problem.decisions:
-            decision.seconds = decision.seconds * 0
-        answer = Program(problem, minimise="bytes").solve(max(self._left(), 5.0))
-        choices = _read(built, problem.decisions, answer)
-        least = estimate(self.graph, self.prices, choices)
+        least = self.least()
         tensors = ", ".join(f"{name} ({_mib(n)})" for name, n in least.largest[:4])
         return PlanError(
             f"{len(self.graph.ops)} ops were to fit {_mib(limit)} on each of "
             f"{len(self.machine.mesh.devices)} devices; however they are sharded they need "
             f"{_mib(least.nbytes)} (parameters with gradients and optimizer states "
             f"{_mib(least.holds['params'])}, activations saved for {self.settings.in_flight} "
-            f"microbatches {_mib(least.holds['saved'])}). Largest: {tensors}. {self._advice(least)}"
+            f"microbatches {_mib(least.holds['saved'])}). Largest: {tensors}. "
+            f"{self._advice(limit)}"
         )
 
-    def _advice(self, least: Estimate) -> str:
-        ways = []
-        if least.holds["params"] >= least.holds["saved"]:
-            if self.settings.zero < 3:
-                ways.append("search.zero=3 (cuts parameters, gradients and optimizer states)")
-        else:
-            if self.settings.recompute != "full":
-                ways.append("search.recompute=full")
-            ways.append("a larger search.microbatches (smaller microbatches)")
-        ways.append("more devices per stage, or more stages")
-        return f"Use {', or '.join(ways)}."
+    def least(self) -> Estimate:
+        """What the strategies cost that hold the fewest bytes."""
+        return self._solve(self.classes, byte_s=float("inf"))[1][1]
+
+    def _advice(self, limit: float) -> str:
+        """Other memory policies with what they would need, those that fit first."""
+        ways: list[tuple[float, str]] = []
+        for zero, recompute in ((3, self.settings.recompute), (self.settings.zero, "full")):
+            if (zero, recompute) == (self.settings.zero, self.settings.recompute):
+                continue
+            other = replace(self.settings, zero=zero, recompute=recompute, time_limit_s=5.0)
+            need = _Search(self.source, self.machine, other).least().nbytes
+            key = "search.zero=3" if zero != self.settings.zero else "search.recompute=full"
+            ways.append((need, f"{key} (needs {_mib(need)})"))
+        fitting = [text for need, text in sorted(ways) if need <= limit]
+        rest = "more devices per stage, more stages, or more search.microbatches"
+        return f"Use {', or '.join([*fitting, rest])}."
 
 
 def _options(
@@ -261,15 +305,34 @@ def _options(
     return found
 
 
-def _read(built: Built, decisions: Sequence[object], answer: Answer) -> dict[str, Strategy]:
+def _read(built: Built, problem: Problem, answer: Answer) -> dict[str, Strategy]:
     """Op id → strategy, from an answer over merged decisions."""
     found: dict[str, Strategy] = {}
     for at, option in answer.choice.items():
-        for original, meant in decisions[at].picks.items():  # type: ignore[attr-defined]
+        for original, meant in problem.decisions[at].picks.items():
             if original < len(built.classes):
                 strategy = built.options[original][int(meant[option])]
                 found |= {str(op.meta["id"]): strategy for op in built.classes[original]}
     return found
+
+
+def _support(built: Built, problem: Problem, answer: Answer) -> dict[fx.Node, set[Strategy]]:
+    """The strategies of which a relaxation takes any share."""
+    found: dict[fx.Node, set[Strategy]] = {}
+    for at, shares in answer.shares.items():
+        taken = np.flatnonzero(shares > _ROUNDING)
+        for original, meant in problem.decisions[at].picks.items():
+            if original < len(built.classes):
+                some = {built.options[original][int(k)] for k in meant[taken]}
+                for op in built.classes[original]:
+                    found[op] = set(some)
+    return found
+
+
+def _only(
+    options: Mapping[fx.Node, Sequence[Strategy]], some: Mapping[fx.Node, set[Strategy]]
+) -> dict[fx.Node, Sequence[Strategy]]:
+    return {op: [s for s in every if s in some[op]] for op, every in options.items()}
 
 
 def _gap(seconds: float, bound: float) -> float:
@@ -280,10 +343,6 @@ def _gap(seconds: float, bound: float) -> float:
 
 def _is_whole(strategy: Strategy) -> bool:
     return all(s == R for spec in (*strategy.inputs, *strategy.outputs) for s in spec)
-
-
-def _text(strategy: Strategy) -> str:
-    return str(strategy)
 
 
 def _mib(nbytes: float) -> str:

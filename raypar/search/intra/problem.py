@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -114,6 +114,32 @@ class Problem:
             seconds += [float(link.cost[state, w]) for w in wants]
             nbytes += [float(link.saved[w]) for w in kept]
         return float(np.sum(seconds)), float(np.sum(nbytes))
+
+
+def priced(problem: Problem, byte_s: float, second_s: float = 1.0) -> Problem:
+    """The same with a price on every byte held, added to the seconds.
+
+    A value that several readers keep in one state is paid for by each of them.
+
+    Args:
+        problem: Left as it is.
+        byte_s: Seconds for a byte.
+        second_s: Seconds for a second; 0 where only bytes count.
+    """
+    decisions = [
+        Decision(d.name, d.count, second_s * d.seconds + byte_s * d.nbytes, d.nbytes, d.picks)
+        for d in problem.decisions
+    ]
+    links = []
+    for link in problem.links:
+        for reader in link.readers:
+            if reader.saves:
+                extra = byte_s * link.saved[reader.wants]
+                decisions[reader.decision].seconds = decisions[reader.decision].seconds + extra
+        fine = np.isfinite(link.cost)
+        cost = np.where(fine, second_s * np.where(fine, link.cost, 0.0), np.inf)
+        links.append(replace(link, cost=cost))
+    return Problem(decisions, links)
 
 
 @dataclass

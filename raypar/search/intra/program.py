@@ -30,6 +30,7 @@ class Answer:
         choice: Decision → option.
         shares: Decision → how much of each option a relaxation takes.
         bound: No choice takes fewer seconds.
+        byte_s: Seconds that one more byte of the limit would save (of a relaxation).
         variables: Number of variables.
         constraints: Number of constraints.
     """
@@ -38,6 +39,7 @@ class Answer:
     choice: dict[int, int]
     shares: dict[int, Floats]
     bound: float
+    byte_s: float
     variables: int
     constraints: int
 
@@ -98,10 +100,10 @@ class Program:
             self._add_link(link)
         self.all_seconds = np.concatenate(self.seconds) if self.seconds else np.zeros(0)
         self.all_bytes = np.concatenate(self.nbytes) if self.nbytes else np.zeros(0)
-        if memory_bytes is not None:
+        self.limit = None if memory_bytes is None else max(memory_bytes, 1.0)
+        if self.limit is not None:
             used = np.flatnonzero(self.all_bytes)
-            unit = max(memory_bytes, 1.0)
-            self.rows.add(-np.inf, memory_bytes / unit, (used, self.all_bytes[used] / unit))
+            self.rows.add(-np.inf, 1.0, (used, self.all_bytes[used] / self.limit))
 
     def _new(self, seconds: Floats, nbytes: Floats | None = None) -> Indices:
         """New variables with what one of each costs."""
@@ -251,12 +253,12 @@ class Program:
         info = highs.getInfo()
         rows = len(self.rows.lower)
         if status in (statuses.kInfeasible, statuses.kUnboundedOrInfeasible):
-            return Answer("infeasible", {}, {}, np.inf, self.size, rows)
+            return Answer("infeasible", {}, {}, np.inf, 0.0, self.size, rows)
         if status not in (statuses.kOptimal, statuses.kTimeLimit):
             raise PlanError(f"the solver stopped with {highs.modelStatusToString(status)!r}")
         done = status == statuses.kOptimal
         if info.primal_solution_status != int(highspy.SolutionStatus.kSolutionStatusFeasible):
-            return Answer("none", {}, {}, -np.inf, self.size, rows)
+            return Answer("none", {}, {}, -np.inf, 0.0, self.size, rows)
         values = np.array(highs.getSolution().col_value)
         shares = {d: values[x] for d, x in self.x.items()}
         if relaxed:
@@ -264,4 +266,8 @@ class Program:
         else:
             bound = info.mip_dual_bound / scale
         choice = {d: int(v.argmax()) for d, v in shares.items()}
-        return Answer("optimal" if done else "time", choice, shares, bound, self.size, rows)
+        byte_s = 0.0
+        if relaxed and self.limit is not None:  # the limit is the last row
+            byte_s = abs(highs.getSolution().row_dual[-1]) / scale / self.limit
+        status_text = "optimal" if done else "time"
+        return Answer(status_text, choice, shares, bound, byte_s, self.size, rows)
