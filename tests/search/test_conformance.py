@@ -8,6 +8,7 @@ import pytest
 
 from raypar.errors import PlanError
 from raypar.plan import Plan
+from raypar.search.planners.alpa import AlpaPlanner
 from raypar.search.planners.base import Planner
 from raypar.search.planners.uniform import UniformPlanner
 from raypar.testing import PLANNER_CHECKS
@@ -23,6 +24,11 @@ from raypar.testing.planners import (
 @pytest.mark.parametrize("check", PLANNER_CHECKS, ids=lambda check: check.__name__)
 def test_uniform(check):
     check(UniformPlanner())
+
+
+@pytest.mark.parametrize("check", PLANNER_CHECKS, ids=lambda check: check.__name__)
+def test_alpa(check):
+    check(AlpaPlanner())
 
 
 class _Meddling(Planner):

@@ -27,7 +27,8 @@ def _graph(name: str = "gpt", samples: int = 8):
 
 
 def _plan(devices: int = 4, name: str = "gpt", samples: int = 8, **options) -> Plan:
-    return rp.plan(_graph(name, samples), rp.Cluster.local(devices), rp.SearchConfig(**options))
+    search = rp.SearchConfig(**{"planner": "uniform", **options})
+    return rp.plan(_graph(name, samples), rp.Cluster.local(devices), search)
 
 
 def _work(plan: Plan, graph) -> list[float]:
@@ -214,8 +215,8 @@ def test_wrong_overrides_are_refused(given, text):
 
 
 def test_the_registry_lists_and_guesses():
-    assert planner_names() == ["manual", "uniform"]
-    with pytest.raises(ConfigError, match=r"valid are manual, uniform\. Did you mean 'uniform'"):
+    assert planner_names() == ["alpa", "manual", "uniform"]
+    with pytest.raises(ConfigError, match=r"valid are alpa, manual, uniform\. Did you mean 'uniform'"):
         get_planner("unifrom")
     with pytest.raises(ConfigError, match="Did you mean 'manual'"):
         _plan(planner="manul")

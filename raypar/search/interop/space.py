@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from raypar.errors import PlanError
+from raypar.errors import PlanError, did_you_mean
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
+from raypar.plan import RECOMPUTE_POLICIES
+from raypar.schedules.registry import schedule_names
 from raypar.search.config import SearchConfig
 
 MOST_MICROBATCHES = 4096
@@ -30,6 +32,52 @@ class Split:
     microbatches: int
     local_batch: int
     devices: int
+
+
+def check_options(graph: OpGraph, cluster: Cluster, config: SearchConfig) -> None:
+    """Refuses options that no plan can have.
+
+    Raises:
+        PlanError: Names the option, what it may be, and a value that works.
+    """
+    if config.schedule != "auto" and config.schedule not in schedule_names():
+        raise PlanError(
+            f"train.schedule is {config.schedule!r}; valid are auto, "
+            f"{', '.join(schedule_names())}.{did_you_mean(config.schedule, schedule_names())}"
+        )
+    if config.recompute not in ("auto", *RECOMPUTE_POLICIES):
+        raise PlanError(
+            f"search.recompute is {config.recompute!r}; valid are auto, "
+            f"{', '.join(RECOMPUTE_POLICIES)}.{did_you_mean(config.recompute, RECOMPUTE_POLICIES)}"
+        )
+    if config.zero != "auto" and config.zero not in range(4):
+        raise PlanError(f"search.zero is {config.zero!r}; valid are auto, 0, 1, 2, 3")
+    if not 0 < config.memory_fraction <= 1:
+        raise PlanError(
+            f"search.memory_fraction is {config.memory_fraction}; it lies above 0 and at most at "
+            "1, for example 0.9"
+        )
+    devices, most = cluster.n_devices, len(graph.cuts) + 1
+    if config.tensor != "auto" and not 1 <= config.tensor <= devices:
+        raise PlanError(
+            f"search.tensor is {config.tensor}; the cluster has {devices} devices: take 1 to "
+            f"{devices}"
+        )
+    if config.stages == "auto":
+        return
+    if not 1 <= config.stages <= most:
+        raise PlanError(
+            f"search.stages is {config.stages}, but the graph has {len(graph.cuts)} places to "
+            f"cut: take 1 to {most} stages"
+        )
+    replicas = 1 if config.replicas == "auto" else config.replicas
+    tensor = 1 if config.tensor == "auto" else config.tensor
+    if config.stages * replicas * tensor > devices:
+        raise PlanError(
+            f"search.stages {config.stages} × search.replicas {replicas} × search.tensor {tensor} "
+            f"need {config.stages * replicas * tensor} devices, the cluster has {devices}; lower "
+            "one of them"
+        )
 
 
 def splits(graph: OpGraph, cluster: Cluster, config: SearchConfig) -> Iterator[Split]:

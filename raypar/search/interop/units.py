@@ -46,12 +46,13 @@ class Units:
         return sum(1 for t in self.twin if t == unit)
 
 
-def find_units(graph: OpGraph, most: int = 128) -> Units:
+def find_units(graph: OpGraph, most: int = 128, least: int = 1) -> Units:
     """Cuts a model into units at layer borders, and inside layers where as little crosses.
 
     Args:
         graph: The captured model.
         most: Most units; neighbours are joined, equally in all repetitions, to stay below it.
+        least: Fewest units; where layers give fewer, the model may be cut anywhere it can be.
     """
     cuts = set(graph.cuts)
     crossing = crossing_bytes(graph)
@@ -67,8 +68,10 @@ def find_units(graph: OpGraph, most: int = 128) -> Units:
     step = 1
     while len(bounds[::step]) >= most:
         step += 1
-    chosen = [0, *bounds[::step], len(graph.ops)]
-    chosen = sorted(set(chosen))
+    bounds = bounds[::step]
+    if len(bounds) + 1 < least:
+        bounds = list(graph.cuts)
+    chosen = sorted({0, *bounds, len(graph.ops)})
     twin = _twins(graph, chosen)
     kept = sorted(set(twin))
     return Units(

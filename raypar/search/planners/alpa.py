@@ -26,6 +26,7 @@ from raypar.search.interop.space import (
     AXIS_NAMES,
     Split,
     alike,
+    check_options,
     line_of_devices,
     splits,
     stage_sizes,
@@ -85,7 +86,9 @@ class AlpaSearch:
         self.graph = graph
         self.cluster = cluster
         self.config = config
-        self.units: Units = find_units(graph)
+        check_options(graph, cluster, config)
+        least = 1 if config.stages == "auto" else config.stages
+        self.units: Units = find_units(graph, least=least)
         self.calibration = calibration or load_calibration(cluster)
         self.maker = WayMaker(graph, cluster, self.calibration, config, self.units)
         self.line = line_of_devices(cluster)
