@@ -12,7 +12,7 @@ from raypar.sharding.rules._local import cutting, local_bound
 from raypar.sharding.rules.base import Choice, LocalCall, OpView, localiser, rule
 from raypar.sharding.rules.indexing import own_rows
 from raypar.sharding.rules.labels import cut_choices
-from raypar.sharding.rules.norms import shifted_sum, sum_over
+from raypar.sharding.rules.norms import accumulate_in, shifted_sum, sum_over
 from raypar.sharding.spec import R, S, is_shard
 
 _NONE, _MEAN = 0, 1
@@ -67,7 +67,8 @@ def _over_classes(call: LocalCall, axes: list[int]) -> fx.Node:
     """
     b, emit, dim = local_bound(call), call.emit, _dim(call.op)
     target, weight = b["target"], b["weight"]
-    x = emit(aten.to.dtype, b["self"], call.op.results[0].dtype)
+    dtype = call.op.results[0].dtype
+    x = emit(aten.to.dtype, b["self"], accumulate_in(dtype))
     valid = emit(aten.ne.Scalar, target, b["ignore_index"])
     classes = call.op.shapes[0][dim]
     index, own = own_rows(call, target, call.strategy.inputs[0], dim, classes, False)
@@ -88,7 +89,9 @@ def _over_classes(call: LocalCall, axes: list[int]) -> fx.Node:
         )
         loss = emit(aten.add.Tensor, emit(aten.mul.Scalar, loss, 1 - smoothing), rest)
     loss = emit(aten.where.ScalarOther, valid, loss, 0.0)
-    return loss if b["reduction"] == _NONE else emit(aten.sum.default, loss)
+    total_loss = loss if b["reduction"] == _NONE else emit(aten.sum.default, loss)
+    same = total_loss.meta["val"].dtype == dtype
+    return total_loss if same else emit(aten.to.dtype, total_loss, dtype)
 
 
 def _pick(call: LocalCall, x: fx.Node, index: fx.Node, dim: int) -> fx.Node:

@@ -43,7 +43,7 @@ def local_softmax(call: LocalCall) -> fx.Node:
     if not axes:
         return call.same()
     emit, result = call.emit, call.op.results[0]
-    wide = _accumulate_in(result.dtype)
+    wide = accumulate_in(result.dtype)
     x = emit(aten.to.dtype, call.args[0], wide)
     below, total, _ = shifted_sum(call, x, dim, axes, RG)
     if "log" in call.op.name:
@@ -71,6 +71,7 @@ def shifted_sum(
     for axis in axes:
         name, size = call.axes[axis]
         top = emit(torch.ops.raypar.convert.default, top, ALL_MAX, NONE, "", "", name, size)
+        top.meta.pop("autocast", None)
     below = emit(aten.sub.Tensor, x, top)
     part = emit(aten.sum.dim_IntList, emit(aten.exp.default, below), [dim], True)
     return below, sum_over(call, part, axes, state), top
@@ -83,7 +84,8 @@ def sum_over(call: LocalCall, part: fx.Node, axes: Sequence[int], state: State) 
     return call.convert(part, source, ShardingSpec(state if a in axes else R for a in every))
 
 
-def _accumulate_in(dtype: torch.dtype) -> torch.dtype:
+def accumulate_in(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype sums of exponentials are taken: at least float32, as torch does."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
