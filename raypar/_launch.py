@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from raypar.compat import pytree
-from raypar.config import Config, resolve_target
+from raypar.config import IN_A_PLAN_FILE, Config, resolve_target
 from raypar.errors import ConfigError, DataError
 from raypar.graph.capture import capture
 from raypar.graph.opgraph import OpGraph
@@ -223,18 +224,44 @@ def train_config(config: Config) -> Result:
 
 
 def write_resolved(config: Config, made: Plan, folder: Path) -> None:
-    """Writes ``config.resolved.yaml`` into a run's folder, beside its ``plan.json``."""
+    """Writes ``config.resolved.yaml`` into a run's folder, beside its ``plan.json``.
+
+    What `uniform` makes is told in full by its keys. What a search found is not, and another
+    calibration may find something else: there the plan file itself is named.
+    """
     became: dict[str, Any] = {"run.name": folder.name}
     if config.mesh.num_workers == "auto":
         became["mesh.num_workers"] = len(made.devices)
-    if not isinstance(config.search.manual, str):
-        became["search.stages"] = len(made.stages)
-        became["search.replicas"] = made.replicas
-        became["train.microbatches"] = made.microbatches
-        became["train.schedule"] = made.schedule.name
+    if search_of(config).chosen_planner in ("uniform", "manual"):
+        if not isinstance(config.search.manual, str):
+            became |= _uniform_keys(config, made)
+    else:
+        for section, name in IN_A_PLAN_FILE:
+            fields = type(getattr(config, section)).model_fields
+            became[f"{section}.{name}"] = fields[name].default
+        became["search.planner"] = "manual"
+        became["search.manual"] = str(folder / "plan.json")
     (folder / "config.resolved.yaml").write_text(
         config.resolved(**became).to_yaml(), encoding="utf-8"
     )
+
+
+def _uniform_keys(config: Config, made: Plan) -> dict[str, Any]:
+    first = made.stages[0]
+    found: dict[str, Any] = {
+        "search.stages": len(made.stages),
+        "search.replicas": made.replicas,
+        "search.tensor": math.prod(size for _, size in first.mesh.inner),
+        "train.microbatches": made.microbatches,
+        "train.schedule": made.schedule.name,
+    }
+    if config.search.planner == "auto":
+        found["search.planner"] = "uniform"
+    if config.search.recompute == "auto":
+        found["search.recompute"] = first.memory.recompute
+    if config.search.zero == "auto":
+        found["search.zero"] = first.memory.zero
+    return found
 
 
 def _check_call(target: Callable[..., Any], section: str, *args: Any, **kwargs: Any) -> None:

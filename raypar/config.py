@@ -29,7 +29,7 @@ Target = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 Kwargs = dict[str, Any]
 
 
-_IN_A_PLAN_FILE = (
+IN_A_PLAN_FILE = (
     ("search", "stages"),
     ("search", "replicas"),
     ("search", "tensor"),
@@ -182,7 +182,7 @@ class Config(_Section):
                 "ignore it: set search.planner: manual, or search.manual: null"
             )
         if isinstance(search.manual, str):
-            for section, name in _IN_A_PLAN_FILE:
+            for section, name in IN_A_PLAN_FILE:
                 holder: BaseModel = getattr(self, section)
                 if getattr(holder, name) != type(holder).model_fields[name].default:
                     raise ValueError(

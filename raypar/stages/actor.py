@@ -54,6 +54,19 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class Built:
+    """What an actor answers once its rank is ready.
+
+    Attributes:
+        seconds: Seconds of each part of it.
+        note: What users should know of how the rank was built, or None.
+    """
+
+    seconds: dict[str, float]
+    note: str | None = None
+
+
+@dataclass(frozen=True)
 class Joining:
     """How an actor joins the world.
 
@@ -107,13 +120,11 @@ class StageActor:
         self._rendezvous = Rendezvous(ray.util.get_node_ip_address())
         return self._rendezvous.address
 
-    def setup(
-        self, joining: Joining, spec: Any, feed: Any, runner: Any
-    ) -> dict[str, float] | Failure:
+    def setup(self, joining: Joining, spec: Any, feed: Any, runner: Any) -> Built | Failure:
         """Joins the world and builds this rank's programs.
 
         Returns:
-            Seconds of each part, or what went wrong.
+            That it is built, or what went wrong.
         """
         began = time.perf_counter()
         try:
@@ -142,11 +153,12 @@ class StageActor:
             self._standing = ""
         except BaseException as error:
             return failure_of(error, spec.rank)
-        return {
+        seconds = {
             "import": imported - began,
             "join": joined - imported,
             "programs": time.perf_counter() - joined,
         }
+        return Built(seconds, self._worker.note)
 
     def run(self, first: int, count: int, until: int) -> Reply:
         """Runs steps ``first`` to ``first + count - 1``; see `RankWorker.run`."""

@@ -25,7 +25,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from raypar.errors import RayparError
-from raypar.stages.actor import ActorInfo, Joining, StageActor, actor_class
+from raypar.stages.actor import ActorInfo, Built, Joining, StageActor, actor_class
 from raypar.stages.faults import Failure, Positions, RankInfo, failure_of
 from raypar.stages.rescue import Calls, Replies, await_exit, lost_call, rescue
 from raypar.stages.seats import Seats, SeatSettings
@@ -67,10 +67,17 @@ class RunFailure:
 
 @dataclass(frozen=True)
 class Started:
-    """A run that is up: who is where, and seconds of each part of the start."""
+    """A run that is up.
+
+    Attributes:
+        infos: Who is where.
+        seconds: Seconds of each part of the start.
+        notes: What each rank has to tell of how it was built, or None, by rank.
+    """
 
     infos: tuple[RankInfo, ...]
     seconds: dict[str, float]
+    notes: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,13 +160,14 @@ class Driver:
         calls = Calls()
         for rank, actor in enumerate(self._actors):
             calls.add(actor.setup.remote(joining, specs[rank], feeds[rank], runners[rank]), rank)
-        parts, failure = self._await_setup(calls)
+        built, failure = self._await_setup(calls)
         if failure is not None:
             return failure
         clock.mark("ranks")
         for name in ("import", "join", "programs"):
-            clock.seconds[f"ranks.{name}"] = max(part[name] for part in parts)
-        return Started(tuple(self._infos), clock.seconds)
+            clock.seconds[f"ranks.{name}"] = max(b.seconds[name] for b in built.values())
+        notes = tuple(built[rank].note for rank in sorted(built))
+        return Started(tuple(self._infos), clock.seconds, notes)
 
     def _answers(self, refs: list[Any], what: str) -> list[Any]:
         try:
@@ -180,22 +188,22 @@ class Driver:
                     raise _RankLost(lost_call(error, rank, None)) from None
             raise
 
-    def _await_setup(self, calls: Calls) -> tuple[list[dict[str, float]], RunFailure | None]:
+    def _await_setup(self, calls: Calls) -> tuple[dict[int, Built], RunFailure | None]:
         deadline = time.monotonic() + self._settings.start_timeout_s
-        parts: list[dict[str, float]] = []
+        built: dict[int, Built] = {}
         failures: list[Failure] = []
         while calls and not failures:
             self._check_open()
-            for _, _, value in calls.ready():
+            for _, rank, value in calls.ready():
                 if isinstance(value, Failure):
                     failures.append(value)
                 else:
-                    parts.append(value)
+                    built[rank] = value
             if time.monotonic() > deadline:
                 failures.append(
                     Failure(None, None, "TrainingError", "the ranks did not start in time")
                 )
-        return parts, self._fail(calls, failures, {}) if failures else None
+        return built, self._fail(calls, failures, {}) if failures else None
 
     # ---- steps ----------------------------------------------------------------------------
 

@@ -409,6 +409,11 @@ class RankRunner:
         """Stage → predicted bytes that one microbatch holds between forward and backward."""
         return {i: s.program.saved_bytes for i, s in self._holdings.stages.items()}
 
+    @property
+    def note(self) -> str | None:
+        """Why the whole model had to be built here, or None."""
+        return self._holdings.note
+
     def positions(self) -> str:
         """The instruction it stands at; safe from any thread."""
         at = self._at

@@ -22,7 +22,14 @@ from raypar.stages.faults import (
     root_failure,
     to_exception,
 )
-from raypar.stages.run import OnReport, Run, StepResult, merge_reports, raise_if_not_finite
+from raypar.stages.run import (
+    OnReport,
+    Run,
+    StepResult,
+    merge_notes,
+    merge_reports,
+    raise_if_not_finite,
+)
 from raypar.stages.spec import RankSpec, StepReport
 from raypar.stages.worker import Chunk, FeedFactory, RankWorker, Runner, RunnerFactory, info_of
 
@@ -103,6 +110,9 @@ class LocalRun(Run):
                 failures.append(failure_of(value, rank))
                 self._abort(f"{self.infos[rank]} failed to start")
         self._raise(failures)
+        self.notes = merge_notes(
+            [seat.worker.note if seat.worker else None for seat in self._seats]
+        )
         return {"ranks": time.perf_counter() - began}
 
     def _build(self, seat: _Seat, group: Group) -> None:

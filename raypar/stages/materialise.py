@@ -96,7 +96,7 @@ def materialise(
         recorder.undo()
         bring_back()
         made = order.from_real(build_model(model_fn, on_meta=False))
-        made.note = f"the whole model was built on this rank: {why}"
+        made.note = f"the whole model was built in memory to cut this part out of it: {why}"
         return made
 
 

@@ -20,7 +20,14 @@ from raypar.plan import Plan
 from raypar.stages.actor import actor_class
 from raypar.stages.driver import Driver, DriverSettings, Ended, Rows, RunFailure
 from raypar.stages.faults import Failure, cause_of, to_exception
-from raypar.stages.run import OnReport, Run, StepResult, merge_reports, raise_if_not_finite
+from raypar.stages.run import (
+    OnReport,
+    Run,
+    StepResult,
+    merge_notes,
+    merge_reports,
+    raise_if_not_finite,
+)
 from raypar.stages.seats import SeatSettings
 from raypar.stages.spec import RankSpec, StepReport
 from raypar.stages.worker import FeedFactory, RunnerFactory, info_of
@@ -108,6 +115,7 @@ class RayRun(Run):
         if isinstance(started, RunFailure):
             self._raise(started)
         self.infos = list(started.infos)
+        self.notes = merge_notes(started.notes)
         driver = (
             time.perf_counter()
             - began

@@ -57,6 +57,18 @@ def merge_reports(reports: Sequence[StepReport]) -> StepResult:
     )
 
 
+def merge_notes(notes: Sequence[str | None]) -> list[str]:
+    """Every different note of the ranks once, with the ranks that it is of."""
+    ranks: dict[str, list[int]] = {}
+    for rank, note in enumerate(notes):
+        if note:
+            ranks.setdefault(note, []).append(rank)
+    return [
+        f"rank{'s' * (len(which) > 1)} {', '.join(map(str, which))}: {note}"
+        for note, which in ranks.items()
+    ]
+
+
 def raise_if_not_finite(result: StepResult) -> None:
     """Raises for a step that was not applied.
 
@@ -79,6 +91,7 @@ class Run(ABC):
     def __init__(self, specs: Sequence[RankSpec]) -> None:
         self._specs = tuple(specs)
         self.infos: list[RankInfo] = []
+        self.notes: list[str] = []  # filled by `start`: what users should know, each told once
 
     @abstractmethod
     def start(self) -> dict[str, float]:

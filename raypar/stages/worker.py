@@ -118,7 +118,8 @@ class _EmptyFeed:
 class RankWorker:
     """Holds one rank's runner and feed, and runs steps until told to stop.
 
-    ``completed`` is the number of the step after the last finished one.
+    ``completed`` is the number of the step after the last finished one; ``note`` is what users
+    should know of how the rank was built, or None.
 
     Args:
         spec: What to hold and do.
@@ -143,6 +144,8 @@ class RankWorker:
         self._standing = "building its programs"
         self._feed: Feed = _EmptyFeed() if feed is None else feed(spec, world)
         self._runner = (runner or default_runner)(spec, world)
+        # A runner without one (tests have some) has nothing to tell.
+        self.note: str | None = getattr(self._runner, "note", None)
         self._standing = "before its first step"
 
     def run(

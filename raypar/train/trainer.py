@@ -252,6 +252,9 @@ class Trainer:
         log = MetricsLog(path / "metrics.jsonl", form.spec.size, tokens_of(form), run.infos)
         display = Display(self._steps, self._run_config.log_every)
 
+        for note in run.notes:
+            display.say(note)
+
         def on_report(result: StepResult) -> None:
             if not log.steps:
                 clock.mark("first_step")

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 import raypar
 from raypar.cli import main
+from raypar.config import load_config
 from raypar.errors import TrainingError
 
 SMALL = """
@@ -55,11 +56,9 @@ def test_help_and_config_import_neither_torch_nor_ray() -> None:
 
 
 def test_config_prints_a_config_that_loads(tmp_path: Path) -> None:
-    from raypar.config import load_config
-
     path = tmp_path / "printed.yaml"
     path.write_text(run("config").stdout)
-    assert load_config(path).search.planner == "uniform"
+    assert load_config(path).search.planner == "auto"
 
 
 def test_a_config_error_is_one_block_and_exit_code_2(config_file: Path) -> None:
@@ -204,6 +203,23 @@ def test_train_in_one_process_leaves_a_run_that_can_be_repeated(
         raypar.Plan.load(tmp_path / "runs" / name / "plan.json") for name in ("small", "again")
     )
     assert first.diff(second) == []
+
+
+def test_what_a_search_found_is_repeated_from_the_plan_file(
+    config_file: Path, tmp_path: Path
+) -> None:
+    searched = ("--set", "search.stages=auto", "--set", "train.microbatches=auto")
+    done = run("train", config_file, "--num-workers", 0, *searched)
+    assert done.exit_code == 0, done.output
+    folder = tmp_path / "runs" / "small"
+    resolved = load_config(folder / "config.resolved.yaml")
+    assert resolved.search.planner == "manual"
+    assert resolved.search.manual == str(folder / "plan.json")
+    first = raypar.Plan.load(folder / "plan.json")
+    assert first.planner == "alpa"
+    again = run("train", folder / "config.resolved.yaml", "--set", "run.name=again")
+    assert again.exit_code == 0, again.output
+    assert raypar.Plan.load(tmp_path / "runs" / "again" / "plan.json") == first
 
 
 @pytest.mark.parametrize("once", [True, False], ids=["iterator", "list"])

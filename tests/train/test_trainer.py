@@ -224,3 +224,28 @@ def test_the_random_state_of_the_process_is_left_alone(fit: Callable[..., rp.Res
     before = torch.get_rng_state()
     fit(data=lambda: DataLoader(TensorDataset(*batches(1)[0]), batch_size=4, shuffle=True), steps=2)
     assert torch.equal(before, torch.get_rng_state())
+
+
+class Peeking(nn.Module):
+    """Looks at a random number while it is built, which cannot be put off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = model()
+        self.scale = float(torch.rand(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layers(x) * self.scale
+        return out
+
+
+def test_a_model_that_is_built_whole_on_every_rank_is_told_once(
+    fit: Callable[..., rp.Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = rp.RunConfig(name="run", storage_path=tmp_path, log_every=1)
+    fit(model_fn=Peeking, run_config=shown)
+    out = capsys.readouterr().out
+    assert out.count("the whole model was built in memory") == 1
+    assert "ranks 0, 1: " in out
+    fit(run_config=shown)
+    assert "the whole model" not in capsys.readouterr().out
