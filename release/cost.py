@@ -44,6 +44,7 @@ from raypar.schedules.instructions import Instruction
 from raypar.search.cost.analytic import AnalyticCost
 from raypar.search.cost.base import StageCost, stage_code
 from raypar.search.cost.machine import machine_of
+from raypar.search.cost.params import accumulation_s, param_cost
 from raypar.search.cost.profiled import profile
 from raypar.search.cost.quick import quick_costs
 from raypar.stages.compile import compile_plan
@@ -176,11 +177,12 @@ def priced(
         code = stage_code(lowered, plan, i)
         calls = [n for n in code.graph.nodes if n.op == "call_function"]
         quick = quick_costs(calls, machine).seconds.sum(axis=0)
+        adding = accumulation_s(param_cost(code), machine)
         run = profile(code)
         result.append(
             (
                 AnalyticCost().stage_cost(code, machine),
-                (float(quick[0]), float(quick[1] + quick[2])),
+                (float(quick[0]), float(quick[1] + quick[2]) + adding),
                 (run.forward, run.backward),
             )
         )

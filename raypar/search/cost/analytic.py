@@ -18,7 +18,7 @@ from raypar.search.cost.exact import (
     workspace_bytes,
 )
 from raypar.search.cost.machine import MeshMachine
-from raypar.search.cost.params import param_cost, timed
+from raypar.search.cost.params import accumulation_s, param_cost, timed
 
 # A GPU's driver and the buffers of a communicator; and what a caching allocator loses to blocks
 # that fit no request.
@@ -46,15 +46,16 @@ class AnalyticCost(CostModel):
             if pieces.splits:
                 first = piece_cost(pieces.parts.backward_input.nodes, machine)
                 second = piece_cost(pieces.parts.backward_weight.nodes, machine)
+        adding = accumulation_s(params, machine)
         forward_peak, backward_peak = _peaks(pieces)
         states = optimizer_states * params.state_bytes
         buffers = _buffer_bytes(stage)
         held = params.param_bytes + params.gradient_bytes + states + buffers
         return StageCost(
             forward_s=forward.seconds,
-            backward_s=backward.seconds,
-            backward_input_s=first.seconds,
-            backward_weight_s=second.seconds,
+            backward_s=backward.seconds + adding,
+            backward_input_s=first.seconds + (0.0 if pieces.splits else adding),
+            backward_weight_s=second.seconds + (adding if pieces.splits else 0.0),
             forward_comm=timed(forward.moves, machine),
             backward_comm=timed(backward.moves, machine),
             backward_input_comm=timed(first.moves, machine),

@@ -65,7 +65,8 @@ class StageCost:
 
     Attributes:
         forward_s: Compute of one forward pass, in seconds, without its collectives.
-        backward_s: The same for a whole backward pass (recomputation included).
+        backward_s: The same for a whole backward pass (recomputation, and adding its gradients to
+            those of earlier microbatches, included).
         backward_input_s: The same for the half that makes the gradients of received values.
         backward_weight_s: The same for the half that makes the gradients of parameters.
         forward_comm: Collectives inside a forward pass, in order.

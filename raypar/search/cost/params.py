@@ -103,6 +103,14 @@ def timed(found: Iterable[Move], machine: MeshMachine) -> tuple[Collective, ...]
     )
 
 
+def accumulation_s(params: ParamCost, machine: MeshMachine) -> float:
+    """Seconds to add one microbatch's gradients to those of the microbatches before."""
+    if not params.optimized:
+        return 0.0
+    traffic = 3.0 * params.gradient_bytes / params.optimized  # reads two, writes one
+    return params.optimized * machine.compute_s(0.0, traffic, matmul=False)
+
+
 def param_cost(stage: StageCode) -> ParamCost:
     """What the parameters of a stage take."""
     held = gradients = states = optimized = count = 0

@@ -95,6 +95,7 @@ def profile(stage: StageCode, wire: Wire | None = None) -> Seconds:
 
 def _measure(program: StageProgram, inputs: list[torch.Tensor], context: _Alone) -> Seconds:
     made: list[Any] = []
+    sums = _Sums()
     forward: list[float] = []
     backward: list[float] = []
     first: list[float] = []
@@ -124,16 +125,26 @@ def _measure(program: StageProgram, inputs: list[torch.Tensor], context: _Alone)
             results = timed(first, program.backward_input, given)
             later += results[program.n_inputs_grad :]
             del results, given
-            timed(second, program.backward_weight, later, _ignore)
+            timed(second, program.backward_weight, later, sums)
         given = box()
         made.clear()
-        timed(backward, program.backward, given, _ignore)
+        timed(backward, program.backward, given, sums)
     whole = _typical(backward)
     return Seconds(_typical(forward), whole, _typical(first) if first else whole, _typical(second))
 
 
-def _ignore(index: int, gradient: torch.Tensor) -> None:
-    """A sink for gradients that nobody wants."""
+class _Sums:
+    """A sink that adds gradients up, as a rank does over microbatches."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, torch.Tensor] = {}
+
+    def __call__(self, index: int, gradient: torch.Tensor) -> None:
+        known = self._sums.get(index)
+        if known is None:
+            self._sums[index] = gradient.clone()
+        else:
+            known.add_(gradient)
 
 
 def _typical(found: Sequence[float]) -> float:
