@@ -8,7 +8,8 @@ from functools import cache
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.nn import functional as F
 
 import raypar as rp
 from raypar.graph.opgraph import OpGraph
@@ -21,6 +22,7 @@ from raypar.sharding.spec import S, ShardingSpec
 from raypar.sharding.strategies import strategies, whole
 from raypar.testing import models
 from tests.sharding.lowering import run_lowered, run_whole
+from tests.sharding.one_op import real
 
 Wish = Callable[[fx.Node, Strategy], bool]
 
@@ -33,16 +35,23 @@ def _captured(name: str) -> OpGraph:
 
 def _values(name: str) -> dict[str, torch.Tensor]:
     case = models.case(name)
-    model = case.model_fn(seed=0)
+    return _values_of(case.model_fn(seed=0), models.tensors(case.batch(seed=0)))
+
+
+def _values_of(model: nn.Module, batch: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     values = {f"param:{n}": p.detach() for n, p in model.named_parameters()}
     values |= {f"buffer:{n}": b for n, b in model.named_buffers()}
-    values |= {f"in:{i}": t for i, t in enumerate(models.tensors(case.batch(seed=0)))}
+    values |= {f"in:{i}": t for i, t in enumerate(batch)}
     return values | {"rng": torch.tensor([7, 3, 0])}
 
 
 def _sharded(name: str, wish: Wish, size: int = 2) -> Lowered:
+    """Lowers a model of the zoo; see `_lowered`."""
+    return _lowered(_captured(name), _values(name), wish, size)
+
+
+def _lowered(graph: OpGraph, values: dict[str, torch.Tensor], wish: Wish, size: int = 2) -> Lowered:
     """Lowers a model with the first strategy of every op that is wished for, and checks it."""
-    graph = _captured(name)
     clean = graph.local(graph.global_batch).graph
     annotate_blocks(clean)
     chosen: dict[fx.Node, Strategy] = {}
@@ -56,7 +65,6 @@ def _sharded(name: str, wish: Wish, size: int = 2) -> Lowered:
         if key.startswith("param:")
     }
     axes = (("x", size),)
-    values = _values(name)
     wanted = run_whole(clean, values)
     found = run_lowered(clean, chosen, axes, values, held)
     torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-9, atol=1e-9)
@@ -127,3 +135,57 @@ def test_tables_of_a_recommender(wish: str, rows: int, columns: int) -> None:
     lowered = _sharded("dlrm", lambda node, s: str(s).startswith(wish) and "bag" in op_name(node))
     tables = sorted(shapes[0] for shapes in _local(lowered, "embedding_bag").values())
     assert tables == [(n // rows, 16 // columns) for n in (30, 50, 70)]
+
+
+class GroupedExperts(nn.Module):
+    """Experts that take turns over groups of tokens (GShard, Lepikhin et al. 2020, §3.2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        make = lambda *shape: nn.Parameter(real(*shape) * 0.3)  # noqa: E731
+        self.gate, self.w1, self.w2 = make(6, 4), make(4, 6, 8), make(4, 8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps tokens ``[groups, tokens, width]`` to a loss; every expert has 3 seats a group."""
+        weight, choice = F.softmax(x @ self.gate, dim=-1).max(dim=-1)
+        chosen = F.one_hot(choice, 4)
+        place = ((chosen.cumsum(dim=1) - chosen) * chosen).sum(dim=-1)
+        seat = F.one_hot(place.clamp(max=2), 3) * (place < 3).unsqueeze(-1)
+        dispatch = chosen.to(x.dtype).unsqueeze(-1) * seat.to(x.dtype).unsqueeze(-2)
+        inside = torch.einsum("gnec,gnd->egcd", dispatch, x)
+        hidden = F.gelu(torch.einsum("egcd,edh->egch", inside, self.w1))
+        outside = torch.einsum("egch,ehd->egcd", hidden, self.w2)
+        mixed = torch.einsum("gnec,egcd->gnd", dispatch * weight[..., None, None], outside)
+        return (mixed - x).square().mean()
+
+
+def _expert_parallel(node: fx.Node, s: Strategy) -> bool:
+    """Tokens are cut over groups; experts between the first and the last product over experts."""
+    result = (
+        node.meta["val"][0] if isinstance(node.meta["val"], (list, tuple)) else node.meta["val"]
+    )
+    by_expert = result.dim() == 4 and result.shape[0] == 4
+    if op_name(node) != "einsum":
+        return s.outputs[0] == ShardingSpec((S(0),))
+    if node.args[0] == "gnec,gnd->egcd":
+        return str(s) == "S0 S0 > S1"
+    return str(s) == ("S0 S0 > S0" if by_expert else "S0 S1 > S0")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_experts_are_held_in_parts_and_tokens_go_to_them(size: int) -> None:
+    model, x = GroupedExperts(), real(8, 5, 6)
+    graph = rp.capture(model, x)
+    lowered = _lowered(graph, _values_of(model, [x]), _expert_parallel, size)
+    inputs = [n for n in lowered.graph.nodes if n.op == "placeholder"]
+    shapes = {n.meta["id"]: tuple(n.meta["val"].shape) for n in inputs}
+    assert shapes["param:w1"] == (4 // size, 6, 8)
+    assert shapes["param:w2"] == (4 // size, 8, 6)
+    exchanged = [u for u in collectives_of(lowered.graph) if u.forward == "all_to_all"]
+    assert [u.backward for u in exchanged] == ["all_to_all"] * 2
+
+
+def test_experts_without_groups() -> None:
+    texts = {"S0 S0 > S0"}
+    lowered = _sharded("moe_dense", lambda node, s: op_name(node) == "bmm" and str(s) in texts, 4)
+    assert {shapes[1][0] for shapes in _local(lowered, "bmm").values()} == {1}
