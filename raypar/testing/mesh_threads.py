@@ -174,7 +174,7 @@ def _divide(
         return [value] * size
     if value.dtype == torch.bool:
         raise PlanError("a bool value cannot be a partial sum")
-    if value.is_floating_point():
+    if value.is_floating_point() or value.is_complex():
         terms = [
             torch.randn(value.shape, generator=generator, dtype=value.dtype)
             for _ in range(size - 1)
@@ -195,7 +195,7 @@ def _unite(values: list[torch.Tensor], state: State) -> torch.Tensor:
             raise PlanError("a bool value cannot be a partial sum")
         return torch.stack(values).sum(0, dtype=values[0].dtype)
     for other in values[1:]:
-        if values[0].is_floating_point():
+        if values[0].is_floating_point() or values[0].is_complex():
             same = torch.allclose(values[0], other, rtol=1e-8, atol=1e-10, equal_nan=True)
         else:
             same = torch.equal(values[0], other)

@@ -97,7 +97,10 @@ class OpCall:
 
     def leaves_of(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Copies of input tensors that gradients can be asked of."""
-        wanted = [t.is_floating_point() and i not in self.fixed for i, t in enumerate(tensors)]
+        wanted = [
+            (t.is_floating_point() or t.is_complex()) and i not in self.fixed
+            for i, t in enumerate(tensors)
+        ]
         return [t.detach().clone().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
 
     def run(self) -> list[torch.Tensor]:
@@ -284,10 +287,10 @@ def _compare(
             f"{what}: joined as {spec} it is {value.dtype} {list(value.shape)}, "
             f"not {expected.dtype} {list(expected.shape)}"
         )
-    if expected.is_floating_point():
+    if expected.is_floating_point() or expected.is_complex():
         same = torch.allclose(value, expected, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True)
     else:
         same = torch.equal(value, expected)
     if not same:
-        gap = (value.double() - expected.double()).abs().max().item()
+        gap = (value.to(torch.complex128) - expected).abs().max().item()
         raise AssertionError(f"{what}: joined as {spec} it is off by up to {gap:.3g}")

@@ -198,6 +198,17 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], list[str]]] = {
         {"fixed": [2]},
         ["S1 R S0 > R"],
     ),
+    "inner": (aten.inner.default, (x(4, 6), x(2, 6)), {}, ["S1 S1 > P", "Rg S0 > S1"]),
+    "diagonal": (aten.diagonal.default, (x(4, 6, 6), 0, 1, 2), {}, ["S0 > S0", "P > P"]),
+    "unfold": (aten.unfold.default, (x(4, 6), 1, 3, 1), {}, ["S0 > S0"]),
+    "complex": (aten.view_as_complex.default, (x(4, 6, 2),), {}, ["S1 > S1", "P > P"]),
+    "rotate": (
+        aten.mul.Tensor,
+        (torch.view_as_complex(x(4, 6, 2)), torch.view_as_complex(x(6, 2))),
+        {},
+        ["S0 Rg > S0", "P Rg > P"],
+    ),
+    "real": (aten.view_as_real.default, (torch.view_as_complex(x(4, 6, 2)),), {}, ["S1 > S1"]),
     "zeros": (aten.zeros.default, ([4, 6],), {"kwargs": {"dtype": torch.float64}}, [" > S1"]),
     "new_zeros": (aten.new_zeros.default, (x(2), [4, 6]), {}, ["R > S0"]),
 }
@@ -209,6 +220,21 @@ def test_every_strategy_is_the_op(name: str) -> None:
     checked = check_rule(target, args, meshes=MESHES, **options)
     missing = [text for text in expected if text not in checked]
     assert not missing, checked
+
+
+UNARY = """
+abs acos asin atan celu ceil cos cosh deg2rad digamma elu erf exp expm1 floor frac gelu hardsigmoid
+hardswish hardtanh isfinite leaky_relu lgamma log log1p log_sigmoid logit mish neg rad2deg
+reciprocal relu relu6 round rsqrt selu sgn sigmoid sign silu sin sinc sinh softplus softshrink
+sqrt square tan tanh trunc clone detach contiguous
+""".split()
+
+
+@pytest.mark.parametrize("name", UNARY)
+def test_functions_of_one_element(name: str) -> None:
+    checked = check_rule(getattr(aten, name).default, (x(4, 2).sigmoid(),), meshes=[(2,)])
+    linear = name in ("neg", "clone", "detach", "contiguous")
+    assert checked == ["R > R", "S0 > S0", "S1 > S1"] + ["P > P"] * linear
 
 
 def test_a_mean_over_a_count_is_not_cut() -> None:

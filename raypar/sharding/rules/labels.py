@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from torch import fx
 
 from raypar.sharding.rules.base import Choice, OpView
@@ -21,8 +22,11 @@ Labels = Sequence[object]
 
 def is_float(node: fx.Node) -> bool:
     """Whether a tensor may have a gradient."""
-    dtype = node.meta["val"].dtype
-    return bool(dtype.is_floating_point or dtype.is_complex)
+    return _has_gradient(node.meta["val"])
+
+
+def _has_gradient(value: torch.Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
 
 
 def whole(node: fx.Node) -> State:
@@ -79,7 +83,7 @@ def linear_choices(op: OpView, terms: Iterable[int]) -> Iterator[Choice]:
         terms: Positions among ``op.tensors``.
     """
     chosen = set(terms)
-    if not chosen or any(not r.is_floating_point() for r in op.results):
+    if not chosen or any(not _has_gradient(r) for r in op.results):
         return
     states = [P if i in chosen else whole(t) for i, t in enumerate(op.tensors)]
     if all(is_float(op.tensors[i]) for i in chosen):

@@ -64,6 +64,16 @@ def _product(
     return a, b, [*range(max(batch, 0)), *ends]
 
 
+@rule("inner", "vdot")
+def inner(op: OpView, size: int) -> Iterator[Choice]:
+    """Dims but the last of both, and the last, which they share (a partial sum)."""
+    if not op.shapes[0] or not op.shapes[1]:
+        return
+    left = [f"left{d}" for d in range(len(op.shapes[0]) - 1)]
+    right = [f"right{d}" for d in range(len(op.shapes[1]) - 1)]
+    yield from cut_choices(op, [[*left, _INNER], [*right, _INNER]], [[*left, *right]])
+
+
 @rule("einsum")
 def einsum(op: OpView, size: int) -> Iterator[Choice]:
     """Any letter of the equation: the letters are the labels."""

@@ -22,7 +22,14 @@ from raypar.sharding.rules.base import (
 from raypar.sharding.rules.labels import cut_choices, dims
 from raypar.sharding.spec import RG, P, R, S, ShardingSpec, State
 
-_SOFTMAXES = ("softmax", "_softmax", "log_softmax", "_log_softmax", "special_softmax")
+_SOFTMAXES = (
+    "softmax",
+    "_softmax",
+    "log_softmax",
+    "_log_softmax",
+    "special_softmax",
+    "special_log_softmax",
+)
 
 
 @rule(*_SOFTMAXES)

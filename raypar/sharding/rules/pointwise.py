@@ -24,10 +24,11 @@ masked_fill maximum minimum mish mvlgamma nan_to_num ne nextafter not_equal poly
 rad2deg reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc
 sinh softplus softshrink softsign special_expit special_expm1 special_erf special_log1p
 special_xlogy sqrt square tan tanh threshold trunc where xlogy isclose gcd lcm positive
+polar complex
 """.split()
 _ONE_LINEAR = """
 neg negative clone contiguous detach lift_fresh_copy lift_fresh to _to_copy type_as float double
-real imag conj
+real imag conj _conj conj_physical resolve_conj resolve_neg lift _to_cpu
 """.split()
 _LIKE = ("zeros_like", "ones_like", "full_like", "empty_like")
 

@@ -15,7 +15,8 @@ from raypar.sharding.spec import P, is_shard
 _LINEAR = ("sum", "nansum", "mean")
 _OTHERS = (
     "amax", "amin", "max", "min", "aminmax", "prod", "var", "std", "var_mean", "std_mean",
-    "logsumexp", "any", "all", "norm", "linalg_vector_norm", "count_nonzero", "nanmean",
+    "logsumexp", "special_logsumexp", "any", "all", "norm",
+    "linalg_vector_norm", "count_nonzero", "nanmean",
 )  # fmt: skip
 
 

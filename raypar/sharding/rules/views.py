@@ -23,7 +23,7 @@ from raypar.sharding.spec import P, R, S, cut_of, is_shard
 
 _RESHAPES = (
     "reshape", "view", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "squeeze",
-    "unsqueeze", "view_as", "reshape_as",
+    "unsqueeze", "view_as", "reshape_as", "ravel",
 )  # fmt: skip
 
 
@@ -226,3 +226,24 @@ def _order(op: OpView) -> list[int]:
     a, b = (int(op.bound[name]) % rank for name in names)
     order[a], order[b] = order[b], order[a]
     return order
+
+
+@rule("diagonal", "unfold")
+def along_one(op: OpView, size: int) -> Iterator[Choice]:
+    """Dims that stay as they are, to the left of what is made; partial sums."""
+    names = ("dim1", "dim2") if op.name == "diagonal" else ("dimension",)
+    rank = len(op.shapes[0])
+    taken = {int(op.bound[name]) % rank for name in names}
+    before: list[object] = [None if d in taken else d for d in range(rank)]
+    kept = [x for d, x in enumerate(before) if op.name == "unfold" or d not in taken]
+    yield from cut_choices(op, [before], [[*kept, None]])
+    yield from linear_choices(op, [0] if is_float(op.tensors[0]) else [])
+
+
+@rule("view_as_complex", "view_as_real")
+def complex_parts(op: OpView, size: int) -> Iterator[Choice]:
+    """Every dim but the pair of real and imaginary part; partial sums."""
+    labels = list(range(min(len(op.shapes[0]), len(op.out))))
+    ends = [[*labels, None] if len(s) > len(labels) else labels for s in (op.shapes[0], op.out)]
+    yield from cut_choices(op, ends[:1], ends[1:])
+    yield from linear_choices(op, [0])
