@@ -36,7 +36,6 @@ def parts_of(spec: ShardingSpec, dim: int, mesh: Sequence[int]) -> int:
     return math.prod(mesh[axis] for axis in cutting(spec, dim))
 
 
-def only_dim(spec: ShardingSpec, dim: int, to: int | None = None) -> ShardingSpec:
-    """The cut of `dim` (of dim `to` instead), and ``R`` on every other axis."""
-    at = dim if to is None else to
-    return ShardingSpec(S(at) if is_shard(s) and shard_dim(s) == dim else R for s in spec)
+def only_dim(spec: ShardingSpec, dim: int) -> ShardingSpec:
+    """The cut of `dim`, and ``R`` on every other axis."""
+    return ShardingSpec(S(dim) if is_shard(s) and shard_dim(s) == dim else R for s in spec)
