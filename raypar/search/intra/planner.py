@@ -132,6 +132,7 @@ class _Search:
         self.classes = tie(self.graph, self.options)
         twins = {op: members[0] for members in self.classes for op in members}
         self.prices = Prices(self.graph, machine, settings, twins)
+        self._tied: Built | None = None
         self.stats: dict[str, float] = {"nodes": len(self.graph.ops)}
         self.stats["enumerate_s"] = time.perf_counter() - began
         self.stats |= {"build_s": 0.0, "solve_s": 0.0, "refine_s": 0.0}
@@ -151,16 +152,22 @@ class _Search:
 
     def bound(self) -> float:
         """See `lower_bound_s`."""
-        return self._relax(self.settings.memory_bytes)[0].bound
+        return _Relaxation(self, self.settings.memory_bytes).answer.bound
 
-    def _relax(self, limit: float | None) -> tuple[Answer, Built, Problem]:
-        """The relaxation over free decisions."""
-        built = build(self.graph, self.prices, self.classes, self.options)
-        problem = reduce(built.problem, memory=limit is not None, tied=False)
-        answer = Program(problem, limit, tied=False).solve(max(self._left(), 1.0), relaxed=True)
-        return answer, built, problem
+    def built(
+        self,
+        classes: Sequence[Sequence[fx.Node]],
+        options: Mapping[fx.Node, Sequence[Strategy]] | None = None,
+    ) -> Built:
+        """The problem of some classes; that of the tied ones over all options is kept."""
+        if classes is not self.classes or options is not None:
+            return build(self.graph, self.prices, classes, options or self.options)
+        if self._tied is None:
+            self._tied = build(self.graph, self.prices, classes, self.options)
+        return self._tied
 
-    def _left(self) -> float:
+    def left(self) -> float:
+        """Seconds until time is out."""
         return self.deadline - time.perf_counter()
 
     def _solve(
@@ -179,7 +186,7 @@ class _Search:
             byte_s: Price of a byte; infinite where only bytes count.
         """
         began = time.perf_counter()
-        built = build(self.graph, self.prices, classes, options or self.options)
+        built = self.built(classes, options)
         problem = built.problem
         if byte_s is not None:
             only_bytes = byte_s == float("inf")
@@ -188,7 +195,7 @@ class _Search:
         program = Program(problem, limit)
         middle = time.perf_counter()
         gap = 1e-9 if limit is None else min(1e-4, self.settings.gap / 2)
-        answer = program.solve(max(self._left(), 1.0), gap=gap)
+        answer = program.solve(max(self.left(), 1.0), gap=gap)
         self.stats["build_s"] += middle - began
         self.stats["solve_s"] += time.perf_counter() - middle
         self.stats |= {
@@ -213,25 +220,31 @@ class _Search:
         many classes can be split), then among all.
         """
         began = time.perf_counter()
-        relaxed, built, problem = self._relax(limit)
-        if relaxed.status == "infeasible":
+        relaxation = _Relaxation(self, limit)
+        if relaxation.answer.status == "infeasible":
             raise self._too_large(limit)
-        some = _support(built, problem, relaxed)
-        best = self._candidates(limit, relaxed.byte_s, some)
+        some = relaxation.support()
+        best = self._candidates(limit, relaxation.answer.byte_s, some)
+        bound = relaxation.answer.bound
+        if _gap(best[1].seconds, bound) > self.settings.gap:
+            bound = max(bound, relaxation.tighten(self.left() / 4, self.settings.gap / 5))
+            for op, strategies_ in relaxation.support().items():
+                some[op] |= strategies_
         for options in (_only(self.options, some), None):
             for parts in range(1, _MOST_PARTS + 1):
-                if _gap(best[1].seconds, relaxed.bound) <= self.settings.gap or self._left() <= 0:
+                if _gap(best[1].seconds, bound) <= self.settings.gap or self.left() <= 0:
                     break
-                answer, found = self._solve(split(self.classes, parts), limit, options)
+                classes = split(self.classes, parts)
+                if parts > 1 and len(classes) == len(split(self.classes, parts - 1)):
+                    break
+                answer, found = self._solve(classes, limit, options)
                 if answer.choice and found[1].seconds < best[1].seconds:
                     best = found
                     self.stats["parts"] = parts
-                if parts >= max(len(c) for c in self.classes).bit_length() + 1:
-                    break
         self.stats["refine_s"] = time.perf_counter() - began
         if not best[0]:
             raise self._too_large(limit)
-        return best, relaxed.bound
+        return best, bound
 
     def _candidates(
         self, limit: float, byte_s: float, some: dict[fx.Node, set[Strategy]]
@@ -243,7 +256,7 @@ class _Search:
         """
         best = _NOTHING
         for factor in _PRICES:
-            if self._left() <= 0:
+            if self.left() <= 0:
                 break
             price = factor if factor == float("inf") else byte_s * factor
             _, found = self._solve(self.classes, byte_s=price)
@@ -286,6 +299,35 @@ class _Search:
         return f"Use {', or '.join([*fitting, rest])}."
 
 
+class _Relaxation:
+    """The linear relaxation over free decisions."""
+
+    def __init__(self, search: _Search, limit: float | None) -> None:
+        self.built = search.built(search.classes)
+        self.problem = reduce(self.built.problem, memory=limit is not None, tied=False)
+        self.program = Program(self.problem, limit, tied=False)
+        self.answer = self.program.solve(max(search.left(), 1.0), relaxed=True)
+
+    def tighten(self, time_limit_s: float, gap: float) -> float:
+        """A better bound: what is there only once takes one option."""
+        answer = self.program.solve(time_limit_s, relaxed=True, whole_singles=True, gap=gap)
+        if answer.shares:
+            self.answer = answer
+        return answer.bound
+
+    def support(self) -> dict[fx.Node, set[Strategy]]:
+        """The strategies of which it takes any share."""
+        found: dict[fx.Node, set[Strategy]] = {}
+        for at, shares in self.answer.shares.items():
+            taken = np.flatnonzero(shares > _ROUNDING)
+            for original, meant in self.problem.decisions[at].picks.items():
+                if original < len(self.built.classes):
+                    some = {self.built.options[original][int(k)] for k in meant[taken]}
+                    for op in self.built.classes[original]:
+                        found[op] = set(some)
+        return found
+
+
 def _options(
     graph: Graph, mesh: tuple[int, ...], settings: IntraSettings
 ) -> dict[fx.Node, Sequence[Strategy]]:
@@ -313,19 +355,6 @@ def _read(built: Built, problem: Problem, answer: Answer) -> dict[str, Strategy]
             if original < len(built.classes):
                 strategy = built.options[original][int(meant[option])]
                 found |= {str(op.meta["id"]): strategy for op in built.classes[original]}
-    return found
-
-
-def _support(built: Built, problem: Problem, answer: Answer) -> dict[fx.Node, set[Strategy]]:
-    """The strategies of which a relaxation takes any share."""
-    found: dict[fx.Node, set[Strategy]] = {}
-    for at, shares in answer.shares.items():
-        taken = np.flatnonzero(shares > _ROUNDING)
-        for original, meant in problem.decisions[at].picks.items():
-            if original < len(built.classes):
-                some = {built.options[original][int(k)] for k in meant[taken]}
-                for op in built.classes[original]:
-                    found[op] = set(some)
     return found
 
 
