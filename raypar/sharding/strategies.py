@@ -45,7 +45,7 @@ def strategies(node: fx.Node, mesh: Sequence[int]) -> list[Strategy]:
         node: The call (not a ``getitem``: pieces lie as the op that made them).
         mesh: Size of every mesh axis.
     """
-    key = _key(node)
+    key = call_key(node)
     if key is None:
         return _enumerate(OpView(node), tuple(mesh))
     known = _CACHE.get((key, tuple(mesh)))
@@ -117,7 +117,7 @@ def _results(op: OpView) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(r.shape) for r in op.results)
 
 
-def _key(node: fx.Node) -> object:
+def call_key(node: fx.Node) -> object:
     """What the choices of an op depend on; None where it cannot be told."""
     leaves = pytree.tree_leaves((node.args, node.kwargs))
     parts: list[object] = [node.target]
