@@ -92,4 +92,7 @@ def test_a_short_graph_stands_for_every_unit(name: str) -> None:
             if hasattr(n.meta["val"], "shape")
         ]
     assert sum(units.weight(u) for u in units.kept) == len(units)
+    assert len(units) <= 128
+    fewest = len(units) + 3
+    assert fewest <= len(find_units(graph, least=fewest)) <= len(graph.cuts) + 1
     short.lint()

@@ -60,8 +60,8 @@ def find_units(graph: OpGraph, most: int = 128, least: int = 1) -> Units:
     inner: list[int] = []
     limits = [0, *borders, len(graph.ops)]
     for first, last in itertools.pairwise(limits):
-        least = min((crossing[k] for k in (first, last) if 0 < k < len(graph.ops)), default=0)
-        inner += _thin([k for k in range(first + 1, last) if k in cuts and crossing[k] <= least])
+        lean = min((crossing[k] for k in (first, last) if 0 < k < len(graph.ops)), default=0)
+        inner += _thin([k for k in range(first + 1, last) if k in cuts and crossing[k] <= lean])
     bounds = sorted({*borders, *inner})
     if len(bounds) >= most:
         bounds = borders
