@@ -6,7 +6,7 @@ Simulators and stage actors both start here, so that what is judged is what is r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -19,6 +19,7 @@ from raypar.schedules.check import check_lists
 from raypar.schedules.compile import compile_schedule
 from raypar.schedules.instructions import Instruction
 from raypar.schedules.io import Edge, StageIO
+from raypar.sharding.blocks import annotate_blocks
 from raypar.sharding.layout import ParamLayout, layout_of
 from raypar.sharding.lower import (
     Gathered,
@@ -71,6 +72,7 @@ def lower_plan(graph: OpGraph, plan: Plan) -> LoweredPlan:
     """
     check_plan(plan, graph)
     clean = graph.local(plan.local_batch)
+    annotate_blocks(clean.graph)  # before cutting: a block's readers may be in another stage
     whole, values = slice_stages(
         clean, stage_ranges(plan, graph), graph.cloneable, graph.analysis.globals
     )
@@ -106,6 +108,22 @@ def lower_plan(graph: OpGraph, plan: Plan) -> LoweredPlan:
         for s, low in zip(whole, lowered, strict=True)
     ]
     return LoweredPlan(stages, whole, lowered, values, flow, io, lists, layouts, specs, chosen)
+
+
+def with_schedule(lowered: LoweredPlan, name: str, microbatches: int) -> LoweredPlan:
+    """The same stages with the lists of another schedule.
+
+    Args:
+        lowered: A lowered plan.
+        name: The schedule; it has to take the plan's placement.
+        microbatches: M of the plan.
+
+    Raises:
+        ScheduleError: The schedule does not take the placement, or its lists fail the checker.
+    """
+    lists = compile_schedule(name, lowered.io, microbatches)
+    check_lists(lists, lowered.io, microbatches)
+    return replace(lowered, lists=lists)
 
 
 def _layouts(

@@ -124,6 +124,8 @@ class Plan:
         schedule: Name and placement.
         stages: In graph order; together they cover every op once.
         predicted: Predicted figures of the whole step (``step_s``, ...), if known.
+        alternatives: What else the planner looked at closely: a plan in words → its predicted
+            step in seconds, fastest first.
         planner: Name of the planner that made it.
         format: Number of this JSON form.
     """
@@ -139,6 +141,7 @@ class Plan:
     schedule: ScheduleSpec
     stages: tuple[StagePlan, ...]
     predicted: dict[str, float] = field(default_factory=dict)
+    alternatives: dict[str, float] = field(default_factory=dict)
     planner: str = "manual"
     format: int = PLAN_FORMAT
 

@@ -43,6 +43,7 @@ def rebind(plan: Plan, graph: OpGraph) -> Plan:
         batch_dims=graph.batch_dims,
         stages=stages,
         predicted={},
+        alternatives={},
     )
 
 

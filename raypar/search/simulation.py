@@ -229,6 +229,11 @@ class Simulation:
                 )
         return sorted(found, key=lambda m: (m.sent, m.source, m.target))
 
+    @property
+    def setting(self) -> Setting:
+        """What was simulated: stages with their costs, meshes, cluster."""
+        return self._setting
+
     # -- inside -----------------------------------------------------------------------------
 
     def _list(self, lane: int) -> Sequence[Instruction]:

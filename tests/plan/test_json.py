@@ -59,6 +59,7 @@ any_plans = st.builds(
         max_size=3,
     ).map(tuple),
     predicted=st.dictionaries(texts, floats, max_size=2),
+    alternatives=st.dictionaries(texts, floats, max_size=2),
     planner=texts,
 )
 

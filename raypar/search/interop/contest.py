@@ -16,7 +16,7 @@ from raypar.lowered import lower_plan, with_schedule
 from raypar.mesh.calibration import Calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
-from raypar.search.cost.analytic import AnalyticCost
+from raypar.search.cost.base import total_s
 from raypar.search.simulate import simulate
 from raypar.search.simulation import Simulation
 
@@ -68,20 +68,53 @@ def contest(
         small = len(plan.stages) * plan.microbatches <= _MOST_SLOTS
         if found and not small:
             break
-        for one in _lowered(plan, graph, schedule, every=small):
-            tried, played = one(graph, cluster, calibration, optimizer_states)
+        lowered = lower_plan(graph, plan)
+        for name in _schedules(plan, schedule, small):
+            tried = replace(plan, schedule=replace(plan.schedule, name=name))
+            if name != plan.schedule.name:
+                try:
+                    lowered = with_schedule(lowered, name, plan.microbatches)
+                except ScheduleError:
+                    continue
+            played = simulate(
+                graph, tried, cluster, calibration=calibration, lowered=lowered,
+                optimizer_states=optimizer_states,
+            )  # fmt: skip
             found.append(_entry(tried, played, memory_fraction))
     return sorted(found, key=lambda e: (e.overfull > 1.0, e.step_s))
 
 
-@dataclass(frozen=True)
-class _Try:
-    """A plan with the lists of one schedule, ready to be played."""
+def _schedules(plan: Plan, schedule: str, every: bool) -> list[str]:
+    """The schedules to try, the plan's own first; they differ in pipelines only."""
+    own = plan.schedule.name
+    if schedule != "auto" or not every or len(plan.stages) == 1 or plan.microbatches == 1:
+        return [own]
+    return [own, *(name for name in SCHEDULES if name != own)]
 
-    plan: Plan
-    lowered: object
 
-    def __call__(self, *_: object) -> None: ...
+def _entry(plan: Plan, played: Simulation, memory_fraction: float) -> Entry:
+    """The plan with what its simulation says."""
+    setting = played.setting
+    peaks: dict[int, int] = {}
+    for lane, peak in zip(played.lanes, played.peak_bytes, strict=True):
+        for stage in lane.stages:
+            peaks[stage] = max(peaks.get(stage, 0), peak)
+    stages = []
+    for index, (one, cost) in enumerate(zip(plan.stages, setting.costs, strict=True)):
+        figures = {
+            "forward_s": cost.forward_s + total_s(cost.forward_comm),
+            "backward_s": cost.backward_s + total_s(cost.backward_comm),
+            "peak_bytes": float(peaks[index]),
+        }
+        stages.append(replace(one, predicted=figures))
+    figures = {
+        "step_s": played.step_s,
+        "bubble": played.bubble,
+        "peak_bytes": float(max(played.peak_bytes)),
+    }
+    limits = [memory_fraction * lane.memory_limit for lane in played.lanes]
+    overfull = max(p / m for p, m in zip(played.peak_bytes, limits, strict=True))
+    return Entry(replace(plan, stages=tuple(stages), predicted=figures), played.step_s, overfull)
 
 
 def winner(entries: Sequence[Entry]) -> Plan:
@@ -96,3 +129,25 @@ def winner(entries: Sequence[Entry]) -> Plan:
             named.setdefault(text, entry.step_s)
     kept = dict(sorted(named.items(), key=lambda item: item[1])[:_MOST_ALTERNATIVES])
     return replace(first.plan, alternatives=kept)
+
+
+def in_words(plan: Plan) -> str:
+    """What tells a plan from others of its model, in one line."""
+    stages, meshes = len(plan.stages), [s.mesh.inner for s in plan.stages]
+    shapes = ["×".join(str(n) for _, n in mesh) or "1" for mesh in meshes]
+    parts = [
+        f"{stages} stage{'s' * (stages > 1)} × {plan.replicas} "
+        f"replica{'s' * (plan.replicas > 1)} × {plan.microbatches} "
+        f"microbatch{'es' * (plan.microbatches > 1)}",
+        f"sharded over {_runs(shapes)}" if set(shapes) != {"1"} else "",
+        f"recompute {_runs([s.memory.recompute for s in plan.stages])}",
+        f"zero {_runs([str(s.memory.zero) for s in plan.stages])}",
+        plan.schedule.name if stages > 1 else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _runs(texts: Sequence[str]) -> str:
+    """Equal neighbours once: ``a a b`` → ``a, then b``."""
+    short = [t for i, t in enumerate(texts) if i == 0 or t != texts[i - 1]]
+    return " then ".join(short)

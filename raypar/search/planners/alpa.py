@@ -21,6 +21,7 @@ from raypar.mesh.calibration_files import load_calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import DATA, MemoryPolicy, MeshSlice, Plan, ScheduleSpec, StagePlan
 from raypar.search.config import SearchConfig
+from raypar.search.interop.contest import contest, winner
 from raypar.search.interop.pipeline import Pipeline, WayTable, best_pipeline
 from raypar.search.interop.space import (
     AXIS_NAMES,
@@ -37,7 +38,9 @@ from raypar.search.planners.base import Planner, register_planner
 from raypar.search.planners.uniform import TORCH_RANGE
 from raypar.sharding.strategies import fold_patterns
 
-_KEPT = 6  # pipelines that are looked at closely
+_KEPT = 8  # pipelines that are looked at closely
+_ATTEMPTS = 4  # searches with less and less memory
+_MARGIN = 0.98  # what the next of them may fill of what would have been enough for the last one
 _MIXED_SLOTS = 16  # up to so many slots, stages of unequal sizes are searched
 _MOST_STAGES = 128
 
@@ -98,17 +101,36 @@ class AlpaSearch:
         self._needs: list[float] = []
 
     def run(self) -> Plan:
-        """Searches.
+        """Searches, and plays what was found to choose by exact figures.
+
+        Where nothing fits by those, the search goes on with as much less memory.
 
         Raises:
             PlanError: The options leave nothing, or nothing fits the memory.
         """
-        self.search()
-        if not self.kept:
-            raise self._does_not_fit()
-        plan = self.build(self.kept[0])
-        check_plan(plan, self.graph, self.cluster)
-        return plan
+        fraction = self.config.memory_fraction
+        for _ in range(_ATTEMPTS):
+            self.kept = []
+            self.search()
+            if not self.kept:
+                raise self._does_not_fit()
+            entries = contest(
+                [self.build(candidate) for candidate in self.kept],
+                self.graph,
+                self.cluster,
+                self.calibration,
+                schedule=self.config.schedule,
+                optimizer_states=self.config.optimizer_states,
+                memory_fraction=self.config.memory_fraction,
+            )
+            if entries[0].overfull <= 1.0:
+                plan = winner(entries)
+                check_plan(plan, self.graph, self.cluster)
+                return plan
+            least = min(entry.overfull for entry in entries)
+            fraction *= _MARGIN / least
+            self.maker.config = replace(self.config, memory_fraction=fraction)
+        raise self._overfull(least)
 
     def search(self) -> list[Candidate]:
         """The best pipelines, fastest first."""
@@ -252,7 +274,13 @@ class AlpaSearch:
             "search.recompute: full, or raise search.memory_fraction"
         )
 
-
-def with_prediction(plan: Plan, step_s: float, extra: Mapping[str, float]) -> Plan:
-    """The plan with other predicted figures."""
-    return replace(plan, predicted={**plan.predicted, "step_s": step_s, **extra})
+    def _overfull(self, overfull: float) -> PlanError:
+        limit = self.config.memory_fraction
+        enough = limit * overfull
+        raised = f", or search.memory_fraction: {enough:.2f}" if enough < 1.0 else ""
+        return PlanError(
+            f"no plan fits: simulated, the leanest of {_ATTEMPTS} searches fills {overfull:.2f} "
+            f"times what search.memory_fraction {limit} leaves of a device's memory. Use more "
+            "devices, smaller microbatches (train.microbatches: auto), search.zero: 3, "
+            f"search.recompute: full{raised}"
+        )
