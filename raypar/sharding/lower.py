@@ -19,7 +19,6 @@ from torch import fx
 
 from raypar.compat import pytree
 from raypar.graph.passes.emit import Emitter
-from raypar.sharding.blocks import annotate_blocks
 from raypar.sharding.convert import NONE, Step, conversion
 from raypar.sharding.local_call import write_local
 from raypar.sharding.rules.base import OpView, Strategy, is_tensor
@@ -65,14 +64,13 @@ def assign(
     """The strategy of every op.
 
     Args:
-        graph: A stage's forward graph.
+        graph: A stage's forward graph; its blocks are annotated (`raypar.sharding.blocks`).
         sharding: Op id, or id pattern, → strategy text (`raypar.plan.StagePlan`).
         mesh: Size of every axis over which ops are sharded.
 
     Raises:
         PlanError: An op has no such strategy.
     """
-    annotate_blocks(graph)
     chosen: dict[fx.Node, Strategy] = {}
     for node in graph.nodes:
         if node.op != "call_function" or node.target is operator.getitem:

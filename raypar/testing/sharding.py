@@ -57,7 +57,7 @@ def random_sharding(
     for shape in shapes:
         taken = tuple(next(devices) for _ in range(plan.replicas * math.prod(shape)))
         slices.append(MeshSlice(taken, (plan.replicas, *shape), (DATA, *AXES[: len(shape)])))
-    clean = graph.at(plan.local_batch)
+    clean = graph.local(plan.local_batch)
     annotate_blocks(clean.graph)
     stages: list[StagePlan] = []
     for stage, (first, end), (group, _) in zip(
