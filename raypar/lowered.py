@@ -5,14 +5,18 @@ Simulators and stage actors both start here, so that what is judged is what is r
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx
 
+from raypar.comm.reshard import LinkCosts
 from raypar.fit import check_plan, stage_ranges
 from raypar.graph.opgraph import OpGraph
 from raypar.graph.replay import gradient_flow
+from raypar.mesh.devices import DEVICES
 from raypar.plan import Plan
 from raypar.programs.slicing import StageGraph, ValueEdge, slice_stages
 from raypar.schedules.check import check_lists
@@ -49,6 +53,8 @@ class LoweredPlan:
         layouts: Per rank group how its parameters lie.
         edge_specs: (edge id, rank group) → how the value lies there, over the inner axes.
         chosen: Per stage the strategy of every op.
+        costs: (sending, receiving) rank group → what messages between them cost, for values that
+            lie differently on both.
     """
 
     stages: list[StageGraph]
@@ -61,6 +67,7 @@ class LoweredPlan:
     layouts: list[dict[str, ParamLayout]]
     edge_specs: dict[tuple[str, int], ShardingSpec]
     chosen: list[dict[fx.Node, Strategy]] = field(default_factory=list)
+    costs: dict[tuple[int, int], LinkCosts] = field(default_factory=dict)
 
 
 def lower_plan(graph: OpGraph, plan: Plan) -> LoweredPlan:
@@ -107,7 +114,35 @@ def lower_plan(graph: OpGraph, plan: Plan) -> LoweredPlan:
         )
         for s, low in zip(whole, lowered, strict=True)
     ]
-    return LoweredPlan(stages, whole, lowered, values, flow, io, lists, layouts, specs, chosen)
+    return LoweredPlan(
+        stages, whole, lowered, values, flow, io, lists, layouts, specs, chosen, link_costs(plan)
+    )
+
+
+def link_costs(plan: Plan) -> dict[tuple[int, int], LinkCosts]:
+    """What messages between rank groups cost, by the device table.
+
+    It decides how values move that lie differently on both sides; every rank has to decide alike,
+    so that it follows from the plan alone.
+
+    Returns:
+        (sending, receiving) rank group → costs, for groups that are not on one node; between those
+        that are, all links are alike.
+    """
+    ends = list(itertools.accumulate(plan.cluster))
+    nodes = {
+        group: {bisect.bisect_right(ends, device) for device in stage.mesh.devices}
+        for (group, _), stage in zip(plan.schedule.placement, plan.stages, strict=True)
+    }
+    kinds = [DEVICES[name] for name in plan.device.split("+") if name in DEVICES]
+    if not kinds:
+        return {}
+    inside = min((kind.inside for kind in kinds), key=lambda link: link.bandwidth)
+    across = min((kind.across for kind in kinds), key=lambda link: link.bandwidth)
+    costs = LinkCosts(across.latency, 1 / across.bandwidth, inside.latency, 1 / inside.bandwidth)
+    return {
+        (a, b): costs for a, b in itertools.permutations(nodes, 2) if len(nodes[a] | nodes[b]) > 1
+    }
 
 
 def with_schedule(lowered: LoweredPlan, name: str, microbatches: int) -> LoweredPlan:

@@ -32,12 +32,12 @@ import torch
 from raypar import Cluster, SearchConfig, capture
 from raypar import plan as make_plan
 from raypar.comm.group import Group
+from raypar.lowered import lower_plan
 from raypar.plan import RECOMPUTE_POLICIES, Plan
 from raypar.schedules.check import check_lists
 from raypar.schedules.instructions import Instruction
 from raypar.schedules.registry import schedule_names
 from raypar.schedules.saved import peak_saved_per_stage
-from raypar.lowered import lower_plan
 from raypar.stages.compile import compile_plan
 from raypar.stages.interpreter import RankRunner
 from raypar.stages.local import LocalRun

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import fx
 
-from raypar.comm.reshard import Layout, ReshardPlan, reshard_plan
+from raypar.comm.reshard import ALIKE, Layout, ReshardPlan, reshard_plan
 from raypar.errors import PlanError
 from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
@@ -136,6 +136,7 @@ class _Moves:
     def __init__(self, lowered: LoweredPlan, meshes: tuple[MeshSlice, ...]) -> None:
         self._values: Mapping[str, ValueEdge] = {v.id: v for v in lowered.values}
         self._specs = lowered.edge_specs
+        self._costs = lowered.costs
         self._sizes = [tuple(n for _, n in mesh.inner) for mesh in meshes]
         self._home = {v.id: lowered.io.rank_of[v.source] for v in lowered.values}
         self._cached = lru_cache(maxsize=None)(self._find)
@@ -152,7 +153,8 @@ class _Moves:
             Layout(self._specs[edge, target].value(), self._sizes[target], first),
         )
         itemsize = max(1, value.nbytes // max(1, math.prod(value.shape)))
-        moved = reshard_plan(value.shape, itemsize, *ends)
+        costs = self._costs.get((source, target), ALIKE)
+        moved = reshard_plan(value.shape, itemsize, *ends, costs)
         tiles = tuple(
             (s, t - first, itemsize * sum(tile.numel for tile in parts))
             for (s, t), parts in moved.messages.items()

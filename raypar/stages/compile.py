@@ -104,6 +104,7 @@ def compile_plan(
                     bases=bases,
                     params=low.layouts[group],
                     edge_specs=low.edge_specs,
+                    link_costs=low.costs,
                     clip_norm=clip_norm,
                     seed=seed,
                     default_dtype=str(torch.get_default_dtype()).removeprefix("torch."),

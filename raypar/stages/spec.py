@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from raypar.comm.reshard import LinkCosts
 from raypar.graph.origins import Path
 from raypar.plan import DATA
 from raypar.schedules.instructions import Instruction
@@ -92,6 +93,7 @@ class RankSpec:
         params: Layout of every parameter that this rank group holds.
         edge_specs: (edge id, rank group) → how the value lies there, without the ``data`` axis: as
             sent on its source's rank group, as received on the others.
+        link_costs: (sending, receiving) rank group → what messages cost, where links differ.
         model_fn: Builds the model.
         loss_fn: Maps the model's output (and batch) to the loss, or None.
         optimizer: Builds the optimizer from the rank's own parameters.
@@ -132,6 +134,7 @@ class RankSpec:
     bases: tuple[int, ...] = ()
     params: dict[str, ParamLayout] = field(default_factory=dict)
     edge_specs: dict[tuple[str, int], ShardingSpec] = field(default_factory=dict)
+    link_costs: dict[tuple[int, int], LinkCosts] = field(default_factory=dict)
     clip_norm: float | None = None
     seed: int = 0
     default_dtype: str = "float32"

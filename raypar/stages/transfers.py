@@ -26,10 +26,11 @@ class Transfers:
     Args:
         spec: What the rank is.
         world: All ranks; every one of them makes its transfers at the same point.
-        costs: What messages cost, equal on all ranks: decides how values move.
+        costs: What messages cost, equal on all ranks: decides how values move. Default: what the
+            spec says.
     """
 
-    def __init__(self, spec: RankSpec, world: Group, costs: LinkCosts = ALIKE) -> None:
+    def __init__(self, spec: RankSpec, world: Group, costs: LinkCosts | None = None) -> None:
         self._spec = spec
         self._plan = spec.posts
         self._posted: dict[Instruction, list[Work]] = {}
@@ -71,7 +72,7 @@ class Transfers:
 
 
 def edge_plan(
-    spec: RankSpec, edge: str, sender: int, receiver: int, costs: LinkCosts = ALIKE
+    spec: RankSpec, edge: str, sender: int, receiver: int, costs: LinkCosts | None = None
 ) -> ReshardPlan:
     """How a value, or its gradient, goes from one rank group to another, on replica 0.
 
@@ -82,7 +83,7 @@ def edge_plan(
         edge: The value's id.
         sender: Rank group that sends.
         receiver: Rank group that receives.
-        costs: What messages cost.
+        costs: What messages cost; default: what the spec says.
 
     Raises:
         CommError: A sharding of `RankSpec.edge_specs` does not fit the value.
@@ -96,6 +97,7 @@ def edge_plan(
         )
         for group in (sender, receiver)
     ]
+    costs = costs or spec.link_costs.get((sender, receiver), ALIKE)
     return reshard_plan(shape, getattr(torch, dtype).itemsize, *ends, costs)
 
 
@@ -105,7 +107,7 @@ def inner_size(axes: Axes) -> int:
 
 
 def _routes(
-    spec: RankSpec, world: Group, costs: LinkCosts
+    spec: RankSpec, world: Group, costs: LinkCosts | None
 ) -> dict[tuple[str, int, int], Resharder]:
     """(value, sending rank group, receiving rank group) → this rank's share of it.
 
