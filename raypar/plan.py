@@ -222,10 +222,9 @@ class Plan:
             graph: The captured model: adds what keeps it from being split further. Given graph
                 and cluster, `raypar.explain` tells more.
         """
-        from raypar._plan_text import graph_notes, plan_columns, plan_lines, table
+        from raypar._plan_text import plan_text
 
-        notes = [] if graph is None else ["", *graph_notes(graph)]
-        return "\n".join([*plan_lines(self), "", *table(plan_columns(self)), *notes])
+        return plan_text(self, graph)
 
     def rebind(self, graph: OpGraph) -> Plan:
         """This plan for another capture of the model.

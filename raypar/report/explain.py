@@ -1,29 +1,68 @@
-"""`explain`: a plan in words and one table."""
+"""`explain`: what a plan does, what it costs, and why."""
 
 from __future__ import annotations
 
-from raypar._plan_text import Column, graph_notes, plan_columns, plan_lines, table
+import math
+from collections.abc import Sequence
+
+from raypar._plan_text import (
+    Column,
+    alternative_lines,
+    graph_notes,
+    joined,
+    plan_columns,
+    plan_lines,
+    size,
+    table,
+)
 from raypar.fit import check_plan, stage_ranges
 from raypar.graph.opgraph import OpGraph
 from raypar.lowered import LoweredPlan, lower_plan
+from raypar.mesh.calibration import Calibration
+from raypar.mesh.calibration_files import load_calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
+from raypar.report._ranks import rank_lines, step_lines
+from raypar.report._stages import stage_lines
+from raypar.report._words import paragraph
+from raypar.report.lists import instruction_lists
 from raypar.schedules.timing import Durations, ideal_timeline
+from raypar.search.cost.base import StageCost
+from raypar.search.simulate import Simulation, simulate
+from raypar.sharding.coverage import coverage
 
 _SHOWN = 5
+_MANY = 24  # stages: of more, the table shows the first and the last ones
 
 
-def explain(plan: Plan, graph: OpGraph | None = None, cluster: Cluster | None = None) -> str:
-    """Says what a plan does.
+def explain(
+    plan: Plan,
+    graph: OpGraph | None = None,
+    cluster: Cluster | None = None,
+    *,
+    calibration: Calibration | None = None,
+    cores: int | None = None,
+    optimizer_states: int = 2,
+    lists: bool = False,
+) -> str:
+    """Says what a plan does, what it costs, and why.
 
     Args:
         plan: The plan.
-        graph: The graph it is for: adds work, parameters and traffic of every stage, the idle time
-            that the schedule itself costs, and what keeps the model from being split further.
-        cluster: The cluster it is for.
+        graph: The graph it is for: adds work, parameters and traffic of every stage, how its ops
+            are sharded, the collectives of its programs, and what keeps the model from being split
+            further.
+        cluster: The cluster it is for: with the graph, a step is simulated on it, which tells its
+            time, the critical path, and what ranks do and hold.
+        calibration: What the cluster reaches; default: what was measured on it, else the device
+            table.
+        cores: As in `raypar.search.simulate.simulate`.
+        optimizer_states: Tensors that the optimizer keeps per parameter (Adam: 2).
+        lists: With every rank group's instruction list, and the collectives of its programs beside
+            them; needs the graph.
 
     Returns:
-        Several lines of text.
+        Lines of at most 100 columns.
 
     Raises:
         PlanError: The plan does not fit the graph or the cluster.
@@ -32,14 +71,48 @@ def explain(plan: Plan, graph: OpGraph | None = None, cluster: Cluster | None = 
     lines = plan_lines(plan)
     if cluster is not None:
         lines.append(f"cluster {cluster.name}: {cluster.describe()}")
-    columns = plan_columns(plan)
-    notes: list[str] = []
-    if graph is not None:
-        sliced = lower_plan(graph, plan)
-        columns += _columns(plan, graph, sliced)
-        lines.append(_idle(plan, graph, sliced))
-        notes = _notes(graph, sliced)
-    return "\n".join([*lines, "", *table(columns), *([""] if notes else []), *notes])
+    if graph is None:
+        return joined([lines, table(plan_columns(plan)), alternative_lines(plan)])
+    lowered = lower_plan(graph, plan)
+    played: Simulation | None = None
+    if cluster is not None:
+        played = simulate(
+            graph,
+            plan,
+            cluster,
+            calibration=calibration or load_calibration(cluster),
+            lowered=lowered,
+            cores=cores,
+            optimizer_states=optimizer_states,
+        )
+        lines += step_lines(played)
+    else:
+        lines += paragraph(_idle(plan, graph, lowered), [])
+    costs: Sequence[StageCost] | None = None if played is None else played.setting.costs
+    columns = [
+        (title, cells)
+        for title, cells in plan_columns(plan, predicted=False)
+        if title != "recompute" or set(cells) != {"none"}
+    ] + _columns(plan, graph, lowered)
+    sections = [
+        lines,
+        _ends(table(columns)),
+        [] if played is None else rank_lines(played),
+        ["what stages do:", *stage_lines(plan, graph, lowered, costs)],
+        _unsplit(plan, graph),
+        alternative_lines(plan),
+        _notes(graph, lowered),
+        instruction_lists(plan, lowered, costs).splitlines() if lists else [],
+    ]
+    return joined(sections)
+
+
+def _ends(rows: list[str]) -> list[str]:
+    """The rows of a long table without its middle."""
+    if len(rows) <= _MANY + 1:
+        return rows
+    half = _MANY // 2
+    return [*rows[: half + 1], f"... {len(rows) - 1 - 2 * half} more stages ...", *rows[-half:]]
 
 
 def _work(plan: Plan, graph: OpGraph) -> list[int]:
@@ -49,39 +122,52 @@ def _work(plan: Plan, graph: OpGraph) -> list[int]:
     ]
 
 
-def _columns(plan: Plan, graph: OpGraph, sliced: LoweredPlan) -> list[Column]:
+def _columns(plan: Plan, graph: OpGraph, lowered: LoweredPlan) -> list[Column]:
     work = _work(plan, graph)
     total = max(sum(work), 1)
-    held = [[p for p in s.keys("param:") if p in graph.params] for s in sliced.stages]
-    sizes = [sum(_elements(graph.params[p][0]) for p in names) for names in held]
-    sent = [sum(v.nbytes for v in sliced.values if v.source == s.index) for s in sliced.stages]
+    held = [[p for p in s.keys("param:") if p in graph.params] for s in lowered.whole]
+    counts = [sum(math.prod(graph.params[p][0]) for p in names) for names in held]
+    sent = [sum(v.nbytes for v in lowered.values if v.source == s.index) for s in lowered.whole]
     return [
-        ("forward work", [f"{100 * w / total:.0f} %" for w in work]),
-        ("parameters", [_short(size, 1000, ("", " k", " M", " G")) for size in sizes]),
-        ("sends per microbatch", [_short(n, 1024, (" B", " KiB", " MiB", " GiB")) for n in sent]),
+        ("work", [f"{100 * w / total:.0f} %" for w in work]),
+        ("parameters", [_count(count) for count in counts]),
+        ("sends", [size(n) for n in sent]),
     ]
 
 
-def _idle(plan: Plan, graph: OpGraph, sliced: LoweredPlan) -> str:
+def _unsplit(plan: Plan, graph: OpGraph) -> list[str]:
+    """Ops that no strategy splits, for every size of axis over which the plan shards."""
+    sizes = sorted({n for s in plan.stages for _, n in s.mesh.inner if n > 1})
+    local = graph.local(plan.local_batch)
+    lines = []
+    for n in sizes:
+        found = coverage(local, n)
+        lines += paragraph(f"ops over {n} ranks: {found}", [])
+        if found.without_rule:
+            lines += paragraph("  no rule for ", found.without_rule, ", ")
+    return lines
+
+
+def _idle(plan: Plan, graph: OpGraph, lowered: LoweredPlan) -> str:
     """Idle share of the schedule where time is work: forward F, input and weight halves F each."""
     forward = tuple(float(max(w, 1)) for w in _work(plan, graph))
     again = tuple(
         f * (2 if stage.memory.recompute == "full" else 1)
         for f, stage in zip(forward, plan.stages, strict=True)
     )
-    durations = Durations(forward, again, forward).fused(sliced.io.splits)
-    timeline = ideal_timeline(sliced.lists, durations)
-    idle = sum(timeline.bubble) / (timeline.makespan * len(sliced.lists))
+    durations = Durations(forward, again, forward).fused(lowered.io.splits)
+    timeline = ideal_timeline(lowered.lists, durations)
+    idle = sum(timeline.bubble) / (timeline.makespan * len(lowered.lists))
     return (
         f"idle {100 * idle:.0f} % of device time (if time went with work and transfers were free): "
         "pipeline fill and drain, and stages of unequal work"
     )
 
 
-def _notes(graph: OpGraph, sliced: LoweredPlan) -> list[str]:
+def _notes(graph: OpGraph, lowered: LoweredPlan) -> list[str]:
     notes = graph_notes(graph)
     holders: dict[str, list[int]] = {}
-    for stage in sliced.stages:
+    for stage in lowered.stages:
         for name in stage.keys("param:"):
             holders.setdefault(name, []).append(stage.index)
     for name, stages in holders.items():
@@ -90,7 +176,7 @@ def _notes(graph: OpGraph, sliced: LoweredPlan) -> list[str]:
                 f"{name} is used by stages {', '.join(map(str, stages))}: each holds a copy, "
                 "their gradients are summed"
             )
-    skips = [v for v in sliced.values if v.targets[-1] > v.source + 1]
+    skips = [v for v in lowered.values if v.targets[-1] > v.source + 1]
     for value in skips[:_SHOWN]:
         targets = ", ".join(map(str, value.targets))
         notes.append(f"{value.id} goes from stage {value.source} to {targets}")
@@ -99,16 +185,9 @@ def _notes(graph: OpGraph, sliced: LoweredPlan) -> list[str]:
     return notes
 
 
-def _elements(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
-
-
-def _short(number: float, base: int, units: tuple[str, ...]) -> str:
-    for unit in units[:-1]:
-        if number < base:
-            return f"{number:.3g}{unit}" if number < 1000 else f"{number:.0f}{unit}"
-        number /= base
-    return f"{number:.3g}{units[-1]}"
+def _count(number: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}".strip()
+        number /= 1000
+    return f"{number:.3g} T"

@@ -72,7 +72,7 @@ def test_a_trace_that_cannot_be_written_is_told(step: Simulation, tmp_path: Path
 
 def test_the_summary_tells_time_memory_and_what_it_rests_on(step: Simulation) -> None:
     text = summary(step)
-    assert "step 9000 ms" in text
+    assert "step 9 s" in text
     assert "device table" in text
     assert "67% backward" in text
     assert "rank group 1" in text

@@ -1,0 +1,176 @@
+"""What every stage of a plan does and why it talks: layers, shardings by name, collectives."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from torch import fx
+
+from raypar._plan_text import mesh_text, size, span
+from raypar.fit import stage_ranges
+from raypar.graph.costs import forward_flops, is_view
+from raypar.graph.layers import cluster_layers
+from raypar.graph.opgraph import OpGraph
+from raypar.graph.passes.emit import op_name
+from raypar.lowered import LoweredPlan
+from raypar.plan import DATA, Plan
+from raypar.report._forms import WHOLE, form_of
+from raypar.report._words import counted, paragraph
+from raypar.search.cost.base import Collective, StageCost
+from raypar.sharding.listing import collectives_of
+
+_SHOWN_LAYERS = 6
+_NUMBERED = re.compile(r"^(.*\.)?(\d+)$")
+
+
+def stage_lines(
+    plan: Plan, graph: OpGraph, lowered: LoweredPlan, costs: Sequence[StageCost] | None = None
+) -> list[str]:
+    """A few lines for every stage; stages that do the same share them.
+
+    Args:
+        plan: The plan.
+        graph: The graph it is for.
+        lowered: The lowered plan.
+        costs: Cost of every stage: tells its collectives exactly, with their seconds.
+    """
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for s in range(len(plan.stages)):
+        body = [*_shardings(plan, graph, lowered, s), *_parameters(plan, lowered, s)]
+        body += _collectives(lowered, s, None if costs is None else costs[s])
+        groups.setdefault(tuple(body), []).append(s)
+    ranges = stage_ranges(plan, graph)
+    lines = []
+    for body_lines, stages in groups.items():
+        for s in stages:
+            first, end = ranges[s]
+            mesh = plan.stages[s].mesh
+            lines += paragraph(
+                f"stage {s} on device{'s' * (len(mesh.devices) > 1)} {span(mesh.devices)} as "
+                f"{mesh_text(mesh)}: ",
+                [_layers(graph, first, end)],
+            )
+        lines += body_lines
+    return lines
+
+
+def _layers(graph: OpGraph, first: int, end: int) -> str:
+    """``tokens, blocks.0-5, norm``: numbered neighbours become a range."""
+    found: list[tuple[str, int, int]] = []  # (prefix, first number, last number); -1: not numbered
+    for layer in cluster_layers(graph.ops[first:end]):
+        match = _NUMBERED.match(layer.name)
+        prefix, number = (match[1] or "", int(match[2])) if match else (layer.name, -1)
+        if found and found[-1][0] == prefix and found[-1][2] in (number, number - 1):
+            found[-1] = (prefix, found[-1][1], number)
+        elif prefix or number >= 0:
+            found.append((prefix, number, number))
+    names = [
+        prefix if a < 0 else f"{prefix}{a}" if a == b else f"{prefix}{a}-{b}"
+        for prefix, a, b in found
+    ]
+    names = list(dict.fromkeys(names)) or ["ops outside of any module"]
+    if len(names) <= _SHOWN_LAYERS:
+        return ", ".join(names)
+    half = _SHOWN_LAYERS // 2
+    return f"{', '.join(names[:half])}, ... , {', '.join(names[-half:])} ({len(names)} layers)"
+
+
+def _shardings(plan: Plan, graph: OpGraph, lowered: LoweredPlan, s: int) -> list[str]:
+    """One paragraph for every mesh axis: what its ops are cut over, the most work first."""
+    mesh = plan.stages[s].mesh
+    lines = []
+    if mesh.replicas > 1:
+        samples = f"{plan.local_batch} sample{'s' * (plan.local_batch > 1)}"
+        lines.append(f"  over {DATA} ({mesh.replicas}): batch, {samples} of each microbatch")
+    for axis, (name, size_of_axis) in enumerate(mesh.inner):
+        if size_of_axis == 1:
+            continue
+        work: Counter[str] = Counter()
+        ops: dict[str, Counter[str]] = {}
+        for node, strategy in lowered.chosen[s].items():
+            if is_view(node) or node.target is operator.getitem:
+                continue
+            form = form_of(node, strategy, axis, graph.analysis.states)
+            work[form] += forward_flops(node)
+            ops.setdefault(form, Counter())[op_name(node)] += 1
+        total = max(sum(work.values()), 1)
+        ordered = sorted(ops, key=lambda form: (form == WHOLE, -work[form]))
+        parts = [
+            f"{form} {100 * work[form] / total:.0f} %: {counted(ops[form])}" for form in ordered
+        ]
+        lines += paragraph(f"  over {name} ({size_of_axis}): ", parts)
+    return lines
+
+
+def _parameters(plan: Plan, lowered: LoweredPlan, s: int) -> list[str]:
+    """How much of its parameters one rank takes, and how much of them its optimizer holds."""
+    mesh = plan.stages[s].mesh
+    group, _ = plan.schedule.placement[s]
+    sizes = [n for _, n in mesh.named]
+    whole = taken = stored = 0
+    for name in lowered.whole[s].keys("param:"):
+        layout = lowered.layouts[group].get(name)
+        if layout is None:
+            continue
+        count = _elements(layout.shape)
+        whole += count
+        taken += count // layout.held.value().parts(sizes)
+        stored += count // layout.stored.parts(sizes)
+    if not whole or stored == whole:
+        return []
+    text = f"  parameters: each rank computes with {taken / whole:.3g} of them"
+    level = plan.stages[s].memory.zero
+    if level:
+        what = ("optimizer state", "gradients and optimizer state", "all of their state")[level - 1]
+        text += f"; ZeRO-{level}: it holds {what} of {stored / whole:.3g}"
+    return paragraph(text, [])
+
+
+def _collectives(lowered: LoweredPlan, s: int, cost: StageCost | None) -> list[str]:
+    """Per program and per step: which collectives, how many, how large."""
+    if cost is None:
+        forward, backward = graph_collectives(lowered.stages[s].graph)
+        programs = [("forward", forward), ("backward", backward)]
+    else:
+        step = [*cost.gather, *cost.sync]
+        programs = [
+            ("forward", list(cost.forward_comm)),
+            ("backward", list(cost.backward_comm)),
+            ("once a step", step),
+        ]
+    lines = []
+    for title, uses in programs:
+        if uses:
+            lines += paragraph(f"  {title}: ", collective_words(uses), ", ")
+    return lines
+
+
+def graph_collectives(graph: fx.Graph) -> tuple[list[Collective], list[Collective]]:
+    """The collectives of a lowered graph, forward and backward, without their seconds."""
+    uses = list(collectives_of(graph))
+    forward = [Collective(u.axis, u.forward, u.nbytes, 0.0) for u in uses if u.forward]
+    backward = [Collective(u.axis, u.backward, u.nbytes, 0.0) for u in uses if u.backward]
+    return forward, backward
+
+
+def collective_words(uses: Iterable[Collective]) -> list[str]:
+    """``12 × all_reduce over x (1.2 MB)``: equal kinds together, bytes of all of them."""
+    count: Counter[tuple[str, str]] = Counter()
+    nbytes: Counter[tuple[str, str]] = Counter()
+    for use in uses:
+        count[use.kind, use.axis] += 1
+        nbytes[use.kind, use.axis] += use.nbytes
+    return [
+        f"{count[key]} × {key[0]} over {key[1]} ({size(nbytes[key])})"
+        for key in sorted(count, key=lambda k: (-nbytes[k], k))
+    ]
+
+
+def _elements(shape: Sequence[int]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count
