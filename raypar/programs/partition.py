@@ -16,6 +16,7 @@ from torch import fx
 
 from raypar.compat import storage_id
 from raypar.graph.costs import size_of
+from raypar.programs.fused import split_fused_backward
 from raypar.programs.joint import Joint, is_piece
 from raypar.programs.policy import Predicate
 
@@ -64,11 +65,14 @@ def partition(joint: Joint, recompute: Predicate, received: Collection[int]) -> 
     """Divides a joint graph.
 
     Args:
-        joint: The traced stage.
+        joint: The traced stage; where there are two halves, fused backward ops of its graph are
+            taken apart.
         recompute: True for forward values to compute again in backward.
         received: Positions of inputs that come from other stages: their gradients are the input
             half's.
     """
+    if received:
+        split_fused_backward(joint.graph)
     order = {node: i for i, node in enumerate(joint.graph.nodes)}
     forward_outputs = [o for o in joint.outputs if isinstance(o, fx.Node)]
     forward_set = _ancestors(forward_outputs) | set(joint.inputs)
