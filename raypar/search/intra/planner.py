@@ -8,9 +8,8 @@ a lower bound over free decisions, or time is out.
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from torch import fx
@@ -19,17 +18,18 @@ from raypar.errors import PlanError
 from raypar.graph.build import CleanGraph
 from raypar.programs.slicing import StageGraph
 from raypar.search.cost.machine import MeshMachine
+from raypar.search.intra.build import Built, build
 from raypar.search.intra.evaluate import Estimate, estimate
 from raypar.search.intra.prices import Prices
-from raypar.search.intra.problem import Built, Problem, build, priced
+from raypar.search.intra.problem import Problem, priced
 from raypar.search.intra.program import Answer, Program
 from raypar.search.intra.reduce import reduce
+from raypar.search.intra.result import IntraPlan
 from raypar.search.intra.settings import Graph, IntraSettings, read_graph
 from raypar.search.intra.ties import split, tie
 from raypar.sharding.blocks import annotate_blocks
 from raypar.sharding.rules.base import OpView, Strategy
-from raypar.sharding.spec import R
-from raypar.sharding.strategies import pattern_of, strategies
+from raypar.sharding.strategies import strategies
 
 Source = CleanGraph | StageGraph | fx.Graph
 _Found = tuple[dict[str, Strategy], Estimate]
@@ -38,53 +38,6 @@ _MOST_PARTS = 6
 _ROUNDING = 1e-9
 _PRICES = (0.9, 1.1, 2.0, float("inf"))
 """Prices of a byte at which tied programs are solved, relative to that of the relaxation."""
-
-
-@dataclass(frozen=True)
-class IntraPlan:
-    """How the ops of one graph are sharded.
-
-    Attributes:
-        choices: Op id → strategy, of every op (pieces aside).
-        objective_s: Predicted seconds of a step on this mesh: compute, conversions, gradient sync
-            and optimizer, all microbatches; pipeline bubbles and sending to other stages aside.
-        bound_s: No choice takes less; -inf where that was not worked out.
-        parts: Seconds by kind; see `raypar.search.intra.evaluate.Estimate`.
-        bytes: Bytes held by one device, by kind.
-        stats: ``nodes`` (ops), ``decisions`` (after ties and merges), ``variables``,
-            ``constraints``, ``enumerate_s``, ``build_s``, ``solve_s``, ``refine_s``, ``parts``
-            (into how many each class of tied ops is split), ``gap`` (to `bound_s`; 0 where the
-            tied program was solved and no limit binds).
-    """
-
-    choices: dict[str, Strategy]
-    objective_s: float
-    bound_s: float
-    parts: dict[str, float]
-    bytes: dict[str, float]
-    stats: dict[str, float]
-
-    def to_sharding(self) -> dict[str, str]:
-        """The texts for `raypar.plan.StagePlan.sharding`.
-
-        Ops that are whole on every rank are left out, and repeated layers are folded: a pattern
-        says what most of its ops do, and the others have entries of their own.
-        """
-        alike: dict[str, list[str]] = defaultdict(list)
-        for key in self.choices:
-            alike[pattern_of(key)].append(key)
-        found: dict[str, str] = {}
-        for pattern, keys in alike.items():
-            (common, _), *_ = Counter(self.choices[k] for k in keys).most_common(1)
-            left_out = _is_whole(common)
-            if len(keys) > 1 and not left_out:
-                found[pattern] = str(common)
-            for key in keys:
-                strategy = self.choices[key]
-                said = _is_whole(strategy) if left_out else len(keys) > 1 and strategy == common
-                if not said:
-                    found[key] = str(strategy)
-        return found
 
 
 def plan_intra(
@@ -141,6 +94,12 @@ class _Search:
         limit = self.settings.memory_bytes
         answer, found = self._solve(self.classes)
         self.stats |= {"parts": 1, "gap": 0.0}
+        if not found[0]:
+            raise PlanError(
+                f"no strategies were found for {len(self.graph.ops)} ops on a mesh of "
+                f"{list(self.prices.mesh)} in {self.settings.time_limit_s} s; give more, as "
+                f"time_limit_s={10 * self.settings.time_limit_s:g}, or fewer choices (`allowed`)"
+            )
         bound = answer.bound if len(self.classes) == len(self.graph.ops) else float("-inf")
         if limit is not None and found[1].nbytes > limit * (1 + _ROUNDING):
             found, bound = self._refine(limit)
@@ -226,10 +185,6 @@ class _Search:
         some = relaxation.support()
         best = self._candidates(limit, relaxation.answer.byte_s, some)
         bound = relaxation.answer.bound
-        if _gap(best[1].seconds, bound) > self.settings.gap:
-            bound = max(bound, relaxation.tighten(self.left() / 4, self.settings.gap / 5))
-            for op, strategies_ in relaxation.support().items():
-                some[op] |= strategies_
         for options in (_only(self.options, some), None):
             for parts in range(1, _MOST_PARTS + 1):
                 if _gap(best[1].seconds, bound) <= self.settings.gap or self.left() <= 0:
@@ -261,8 +216,7 @@ class _Search:
             price = factor if factor == float("inf") else byte_s * factor
             _, found = self._solve(self.classes, byte_s=price)
             for op in self.graph.ops:
-                if op in some:
-                    some[op].add(found[0][str(op.meta["id"])])
+                some[op].update(found[0][k] for k in (str(op.meta["id"]),) if k in found[0])
             if found[1].nbytes <= limit and found[1].seconds < best[1].seconds:
                 best = found
         return best
@@ -308,16 +262,9 @@ class _Relaxation:
         self.program = Program(self.problem, limit, tied=False)
         self.answer = self.program.solve(max(search.left(), 1.0), relaxed=True)
 
-    def tighten(self, time_limit_s: float, gap: float) -> float:
-        """A better bound: what is there only once takes one option."""
-        answer = self.program.solve(time_limit_s, relaxed=True, whole_singles=True, gap=gap)
-        if answer.shares:
-            self.answer = answer
-        return answer.bound
-
     def support(self) -> dict[fx.Node, set[Strategy]]:
-        """The strategies of which it takes any share."""
-        found: dict[fx.Node, set[Strategy]] = {}
+        """The strategies of which it takes any share; of other ops none."""
+        found: dict[fx.Node, set[Strategy]] = {op: set() for c in self.built.classes for op in c}
         for at, shares in self.answer.shares.items():
             taken = np.flatnonzero(shares > _ROUNDING)
             for original, meant in self.problem.decisions[at].picks.items():
@@ -361,17 +308,14 @@ def _read(built: Built, problem: Problem, answer: Answer) -> dict[str, Strategy]
 def _only(
     options: Mapping[fx.Node, Sequence[Strategy]], some: Mapping[fx.Node, set[Strategy]]
 ) -> dict[fx.Node, Sequence[Strategy]]:
-    return {op: [s for s in every if s in some[op]] for op, every in options.items()}
+    """The options among `some`; all of them for an op of which there are none."""
+    return {op: [s for s in every if s in some[op]] or every for op, every in options.items()}
 
 
 def _gap(seconds: float, bound: float) -> float:
     if bound == float("-inf"):
         return float("inf")
     return max(0.0, (seconds - bound) / seconds) if seconds > 0 else 0.0
-
-
-def _is_whole(strategy: Strategy) -> bool:
-    return all(s == R for spec in (*strategy.inputs, *strategy.outputs) for s in spec)
 
 
 def _mib(nbytes: float) -> str:

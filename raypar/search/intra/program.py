@@ -8,7 +8,6 @@ have the x at both ends as margins (the local polytope of pairwise models, Wainw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import highspy
@@ -197,21 +196,12 @@ class Program:
         x = self.x[reader.decision][reader.wants == want]
         self.rows.add(1 - ratio, np.inf, (kept, 1.0), (x, -ratio))
 
-    def solve(
-        self,
-        time_limit_s: float,
-        *,
-        relaxed: bool = False,
-        whole_singles: bool = False,
-        gap: float = 0.0,
-    ) -> Answer:
+    def solve(self, time_limit_s: float, *, relaxed: bool = False, gap: float = 0.0) -> Answer:
         """Runs the solver.
 
         Args:
             time_limit_s: Seconds.
             relaxed: Let x be any number from 0 to 1 (a lower bound).
-            whole_singles: Though relaxed, what stands for one op only takes one option: a better
-                bound, and an integer program with few integers.
             gap: Relative distance to the optimum at which to stop.
         """
         cost = self.all_bytes if self.by_bytes else self.all_seconds
@@ -230,21 +220,11 @@ class Program:
             ("dual_feasibility_tolerance", 1e-9),
         ):
             highs.setOptionValue(key, value)
-        whole = self._whole(relaxed, whole_singles)
-        highs.passModel(self._model(cost * scale, whole))
+        highs.passModel(self._model(cost * scale, relaxed))
         highs.run()
-        return self._answer(highs, scale, not whole)
+        return self._answer(highs, scale, relaxed)
 
-    def _whole(self, relaxed: bool, singles: bool) -> list[int]:
-        """The variables that are integers."""
-        if not relaxed:
-            return list(range(self.integers))
-        if not singles:
-            return []
-        decisions = self.problem.decisions
-        return [int(i) for d, x in self.x.items() if decisions[d].count == 1 for i in x]
-
-    def _model(self, cost: Floats, whole: Sequence[int]) -> highspy.HighsLp:
+    def _model(self, cost: Floats, relaxed: bool) -> highspy.HighsLp:
         rows = self.rows
         lp = highspy.HighsLp()
         lp.num_col_, lp.num_row_ = self.size, len(rows.lower)
@@ -261,14 +241,13 @@ class Program:
         lp.a_matrix_.start_ = np.searchsorted(row[order], np.arange(lp.num_row_ + 1))
         lp.a_matrix_.index_ = np.concatenate(rows.column)[order]
         lp.a_matrix_.value_ = np.concatenate(rows.value)[order]
-        if whole:
-            kinds = [highspy.HighsVarType.kContinuous] * self.size
-            for i in whole:
-                kinds[i] = highspy.HighsVarType.kInteger
+        if not relaxed:
+            kinds = [highspy.HighsVarType.kInteger] * self.integers
+            kinds += [highspy.HighsVarType.kContinuous] * (self.size - self.integers)
             lp.integrality_ = kinds
         return lp
 
-    def _answer(self, highs: highspy.Highs, scale: float, continuous: bool) -> Answer:
+    def _answer(self, highs: highspy.Highs, scale: float, relaxed: bool) -> Answer:
         statuses = highspy.HighsModelStatus
         status = highs.getModelStatus()
         info = highs.getInfo()
@@ -283,7 +262,7 @@ class Program:
         values = np.array(highs.getSolution().col_value)
         shares = {d: values[x] for d, x in self.x.items()}
         byte_s = 0.0
-        if not continuous:
+        if not relaxed:
             bound = info.mip_dual_bound / scale
         else:
             bound = info.objective_function_value / scale if done else -np.inf

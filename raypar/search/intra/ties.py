@@ -69,7 +69,10 @@ def _own_colours(
     number: dict[tuple[object, ...], int] = {}
     found: dict[fx.Node, Hashable] = {}
     for op in graph.ops:
-        lists: list[Hashable] = [op.target, pattern_of(str(op.meta["id"])).partition("/")[0]]
+        pattern = pattern_of(str(op.meta["id"]))
+        # Which of several like it an op is counts from the start of its module: of a numbered one.
+        path = pattern if "*" in pattern else pattern.partition("/")[0]
+        lists: list[Hashable] = [op.target, path]
         lists.append(tuple(options[op]) if len(options[op]) < 2 else id(options[op]))
         for leaf in pytree.tree_leaves((op.args, op.kwargs)):
             lists.append(None if isinstance(leaf, fx.Node) else str(leaf))
