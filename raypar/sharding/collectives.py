@@ -110,6 +110,7 @@ def _convert(
             memory_format=torch.contiguous_format
         )
     if forward == PAD:
+        x = x.contiguous()
         zero = torch.zeros_like(x)
         at = mesh.coordinate(axis)
         return join([x if i == at else zero for i in range(size)], cut)
@@ -121,6 +122,10 @@ def _convert(
 def _convert_fake(
     x: torch.Tensor, forward: str, backward: str, cut: str, to: str, axis: str, size: int
 ) -> torch.Tensor:
+    if forward == NONE:  # left out of programs: what follows sees the strides of `x` itself
+        return x.new_empty_strided(x.size(), x.stride())
+    if forward == MASK:
+        return torch.empty_like(x)
     return x.new_empty(local_shape(x.shape, forward, cut, to, size))
 
 

@@ -110,7 +110,7 @@ class _RankContext:
     ) -> torch.Tensor:
         mesh = self.mesh
         at = mesh.names.index(axis)
-        mesh.slots[self.rank] = x.detach()
+        mesh.slots[self.rank] = x.detach().contiguous()
         mesh.barrier.wait()
         values = [mesh.slots[r] for r in mesh.line(self.rank, at)]
         result = _combine(

@@ -176,6 +176,11 @@ LOSSES: dict[str, tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = {
 }
 
 
+def test_a_loss_of_one_sample_is_not_counted_twice() -> None:
+    found = check_op(aten.mse_loss.default, real(1, 4), real(1, 4, seed=1), 1)
+    assert [t for t in found if t.endswith("> P")] == ["S1 S1 > P"]
+
+
 @pytest.mark.parametrize("reduction", [0, 1, 2], ids=["none", "mean", "sum"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(name: str, reduction: int) -> None:

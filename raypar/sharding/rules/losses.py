@@ -29,6 +29,8 @@ def elements(op: OpView, size: int) -> Iterator[Choice]:
     full = tuple(torch.broadcast_shapes(*op.shapes))
     reduced = op.bound["reduction"] != _NONE
     for d, n in enumerate(full):
+        if n == 1:
+            continue
         states = tuple(_aligned(shape, full, d, n) for shape in op.shapes)
         yield Choice(states, (P if reduced else S(d),))
 
@@ -36,7 +38,7 @@ def elements(op: OpView, size: int) -> Iterator[Choice]:
 def _aligned(shape: tuple[int, ...], full: tuple[int, ...], dim: int, size: int) -> State:
     """How a tensor lies that is broadcast to `full`, where `dim` is cut."""
     at = dim - (len(full) - len(shape))
-    return S(at) if at >= 0 and shape[at] == size and size > 1 else RG
+    return S(at) if at >= 0 and shape[at] == size else RG
 
 
 @rule(*_ROWS)
