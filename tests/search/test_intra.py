@@ -257,16 +257,16 @@ def test_sharding_texts_are_what_was_chosen() -> None:
 
 
 def test_ties_are_split_until_near_the_bound() -> None:
-    graph = small_gpt(8, batch=8, width=256)
-    on = machine((2, 2), link=SLOW)
+    graph = small_gpt(8, batch=16, width=512, seq_len=128)
+    on = machine((2, 2))
     free = plan_intra(graph, on)
-    limit = 0.75 * sum(free.bytes.values())
-    asked = IntraSettings(memory_bytes=limit, time_limit_s=30, gap=0.01)
+    limit = 0.9 * sum(free.bytes.values())
+    asked = IntraSettings(memory_bytes=limit, time_limit_s=60, gap=0.005)
     plan = plan_intra(graph, on, asked)
     assert sum(plan.bytes.values()) <= limit < sum(free.bytes.values())
     assert plan.bound_s <= plan.objective_s
     assert free.objective_s <= plan.objective_s
-    assert plan.stats["gap"] <= 0.01
+    assert plan.stats["gap"] <= 0.005
 
 
 def test_batch_and_tensor_modes() -> None:

@@ -1,0 +1,120 @@
+"""How long planning takes.
+
+    python release/planning.py [--sections intra] [--layers 12,24,48,96] [--json FILE]
+
+Section ``intra``: the intra-op program of a GPT (width 2048, 16 heads, 1024 tokens, vocabulary
+51,200, 8 sequences; captured on the meta device) on a mesh of 2 × 4: seconds to enumerate the
+strategies, to build and reduce the program, and to solve it; its variables; how far the tied plan
+is from the lower bound over free decisions; and the same under a memory limit of 90 % of what the
+free plan holds. The strategies of ops are enumerated anew for every model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # started by path: the project's root holds `release`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from examples.models import gpt
+from raypar import Cluster, capture
+from raypar.graph.build import CleanGraph
+from raypar.plan import MeshSlice
+from raypar.search.cost.machine import machine_of
+from raypar.search.intra.planner import lower_bound_s, plan_intra
+from raypar.search.intra.settings import IntraSettings
+
+WIDTH, HEADS, TOKENS, VOCAB, BATCH = 2048, 16, 1024, 51200, 8
+MESH = (2, 4)
+REPEATS = 5
+
+
+def captured(layers: int) -> CleanGraph:
+    tokens = torch.empty(BATCH, TOKENS, dtype=torch.long, device="meta")
+    return capture(lambda: gpt(layers, WIDTH, HEADS, TOKENS, VOCAB), (tokens, tokens)).at(BATCH)
+
+
+def intra(layers: int) -> dict[str, Any]:
+    """Seconds (medians) and sizes for one depth."""
+    graph = captured(layers)
+    n = MESH[0] * MESH[1]
+    machine = machine_of(
+        Cluster.virtual(1, n, "V100"), MeshSlice(tuple(range(n)), MESH, ("x", "y"))
+    )
+    seconds, cpu, plans = [], [], []
+    for _ in range(REPEATS):
+        start, worked = time.perf_counter(), time.process_time()
+        plans.append(plan_intra(graph, machine, IntraSettings(microbatches=4)))
+        seconds.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - worked)
+    plan = plans[-1]
+    bound = lower_bound_s(graph, machine, IntraSettings(microbatches=4))
+    limit = 0.9 * sum(plan.bytes.values())
+    start = time.perf_counter()
+    tight = plan_intra(
+        graph, machine, IntraSettings(microbatches=4, memory_bytes=limit, time_limit_s=60)
+    )
+    return {
+        "layers": layers,
+        "ops": int(plan.stats["nodes"]),
+        "variables": int(plan.stats["variables"]),
+        "constraints": int(plan.stats["constraints"]),
+        "first_s": seconds[0],
+        "seconds": statistics.median(seconds),
+        "first_cpu_s": cpu[0],
+        "enumerate_s": plan.stats["enumerate_s"],
+        "build_s": plan.stats["build_s"],
+        "solve_s": plan.stats["solve_s"],
+        "gap": 1 - bound / plan.objective_s,
+        "memory_seconds": time.perf_counter() - start,
+        "memory_gap": tight.stats["gap"],
+        "memory_parts": int(tight.stats["parts"]),
+    }
+
+
+def intra_table(depths: list[int]) -> dict[str, Any]:
+    print(f"intra-op, GPT on {MESH[0]} x {MESH[1]}: seconds (first run, median of {REPEATS})")
+    print(
+        "layers   ops  variables    first  (cpu)  median  enumerate  build  solve     gap  limit: s, gap"
+    )
+    rows = []
+    for layers in depths:
+        row = intra(layers)
+        rows.append(row)
+        print(
+            f"{layers:6} {row['ops']:5} {row['variables']:10} {row['first_s']:8.2f}"
+            f" {row['first_cpu_s']:6.2f} {row['seconds']:7.2f} {row['enumerate_s']:10.2f} {row['build_s']:6.2f}"
+            f" {row['solve_s']:6.2f} {row['gap']:7.3%}"
+            f"   {row['memory_seconds']:5.1f}  {row['memory_gap']:.2%}",
+            flush=True,
+        )
+    deep = next((r for r in rows if r["layers"] == 48), rows[-1])
+    return {"rows": rows, "seconds_48": deep["first_s"], "memory_gap_48": deep["memory_gap"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sections", default="intra", help="comma-separated: intra")
+    parser.add_argument("--layers", default="12,24,48,96")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    figures: dict[str, Any] = {}
+    for section in asked.sections.split(","):
+        if section != "intra":
+            parser.error(f"no section {section!r}; there is intra")
+        figures[section] = intra_table([int(n) for n in asked.layers.split(",")])
+    if asked.json:
+        asked.json.write_text(json.dumps({"figures": figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
