@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from raypar.compat import pytree
 from raypar.config import IN_A_PLAN_FILE, Config, resolve_target
-from raypar.errors import ConfigError, DataError
+from raypar.errors import ConfigError, DataError, OptimizerError
 from raypar.graph.capture import capture
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
@@ -146,6 +147,7 @@ def search_of(config: Config) -> SearchConfig:
         recompute=config.search.recompute,
         zero=config.search.zero,
         memory_fraction=config.search.memory_fraction,
+        optimizer_states=optimizer_states(optimizer_of(config)),
         manual=config.search.manual,
     )
 
@@ -169,12 +171,72 @@ def capture_of(config: Config) -> OpGraph:
 
 
 def plan_of(
-    config: Config, cluster_file: str | Path | None = None
+    config: Config, cluster_file: str | Path | None = None, plan_file: str | Path | None = None
 ) -> tuple[Plan, OpGraph, Cluster]:
-    """Captures and plans, without training and without Ray."""
-    graph = capture_of(config)
+    """Captures and plans, or reads the plan, without training and without Ray."""
+    given = None if plan_file is None else Plan.load(plan_file)
     cluster = cluster_of(config, cluster_file)
-    return make_plan(graph, cluster, search_of(config)), graph, cluster
+    graph = capture_of(config)
+    return given or make_plan(graph, cluster, search_of(config)), graph, cluster
+
+
+def shared_cores(cluster: Cluster, *, virtual: bool = False) -> int | None:
+    """Cores that the ranks of this machine share, where it has fewer cores than ranks.
+
+    Args:
+        cluster: The cluster that is planned for.
+        virtual: Whether it was given as a file, and is not this machine.
+    """
+    own = os.cpu_count() or 1
+    return own if not virtual and len(cluster.nodes) == 1 and cluster.n_devices > own else None
+
+
+def optimizer_states(build: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]) -> int:
+    """How many tensors an optimizer keeps per parameter: found by one step on a small one.
+
+    Raises:
+        OptimizerError: The optimizer cannot be built, or its step raises.
+    """
+    param = torch.nn.Parameter(torch.zeros(2, 2))
+    param.grad = torch.zeros_like(param)
+    try:
+        optimizer = build([param])
+        optimizer.step()
+    except Exception as error:
+        raise OptimizerError(
+            f"the optimizer failed on a parameter of shape (2, 2): {type(error).__name__}: {error}"
+        ) from error
+    kept = optimizer.state[param].values()
+    return sum(isinstance(t, torch.Tensor) and t.shape == param.shape for t in kept)
+
+
+def explained(
+    config: Config,
+    made: Plan,
+    graph: OpGraph,
+    cluster: Cluster,
+    *,
+    virtual: bool = False,
+    lists: bool = False,
+) -> str:
+    """`raypar.explain` with what the configuration and this machine say.
+
+    Args:
+        config: The run.
+        made: Its plan.
+        graph: Its model.
+        cluster: The cluster of the plan.
+        virtual: Whether the cluster was given as a file, and is not this machine.
+        lists: As in `raypar.explain`.
+    """
+    return explain(
+        made,
+        graph,
+        cluster,
+        cores=shared_cores(cluster, virtual=virtual),
+        optimizer_states=optimizer_states(optimizer_of(config)),
+        lists=lists,
+    )
 
 
 def scaling_of(config: Config) -> ScalingConfig:
@@ -204,7 +266,7 @@ def train_config(config: Config) -> Result:
     def on_plan(made: Plan, graph: OpGraph, cluster: Cluster) -> None:
         write_resolved(config, made, folder)
         if config.run.log_every:
-            print(explain(made, graph, cluster), flush=True)
+            print(explained(config, made, graph, cluster), flush=True)
 
     trainer = Trainer(
         model_of(config),

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-
-from raypar._launch import capture_of, cluster_of, optimizer_of, plan_of
+from raypar._launch import optimizer_of, optimizer_states, plan_of, shared_cores
 from raypar.config import Config
-from raypar.errors import OptimizerError
 from raypar.mesh.calibration_files import load_calibration
-from raypar.plan import Plan
 from raypar.search.simulate import Simulation, simulate
 
 
@@ -38,14 +32,9 @@ def simulate_config(
         ConfigError: A key is wrong, or there is no such cost model.
         PlanError: The plan cannot be read, or does not fit the model or the cluster.
     """
-    if plan_file is None:
-        plan, graph, cluster = plan_of(config, cluster_file)
-    else:
-        plan = Plan.load(plan_file)
-        graph, cluster = capture_of(config), cluster_of(config, cluster_file)
-    own = os.cpu_count() or 1
-    if cores is None and cluster_file is None and cluster.n_devices > own:
-        cores = own
+    plan, graph, cluster = plan_of(config, cluster_file, plan_file)
+    if cores is None:
+        cores = shared_cores(cluster, virtual=cluster_file is not None)
     states = optimizer_states(optimizer_of(config))
     return simulate(
         graph,
@@ -56,24 +45,3 @@ def simulate_config(
         cores=cores,
         optimizer_states=states,
     )
-
-
-def optimizer_states(
-    build: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer],
-) -> int:
-    """How many tensors an optimizer keeps per parameter: found by one step on a small one.
-
-    Raises:
-        OptimizerError: The optimizer cannot be built, or its step raises.
-    """
-    param = torch.nn.Parameter(torch.zeros(2, 2))
-    param.grad = torch.zeros_like(param)
-    try:
-        optimizer = build([param])
-        optimizer.step()
-    except Exception as error:
-        raise OptimizerError(
-            f"the optimizer failed on a parameter of shape (2, 2): {type(error).__name__}: {error}"
-        ) from error
-    kept = optimizer.state[param].values()
-    return sum(isinstance(t, torch.Tensor) and t.shape == param.shape for t in kept)

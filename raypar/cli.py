@@ -80,11 +80,10 @@ def plan(
 ) -> None:
     """Plan what CONFIG says, without training; write the plan and explain it."""
     config = load_config(config_file, overrides)
-    from raypar._launch import plan_of
-    from raypar.report.explain import explain as explain_plan
+    from raypar._launch import explained, plan_of
 
     made, graph, cluster = plan_of(config, cluster_file)
-    click.echo(explain_plan(made, graph, cluster))
+    click.echo(explained(config, made, graph, cluster, virtual=cluster_file is not None))
     try:
         made.save(output)
     except OSError as error:
@@ -94,14 +93,30 @@ def plan(
 
 @main.command()
 @click.argument("file", metavar="PLAN.JSON|CONFIG")
+@click.option("--plan", "plan_file", metavar="FILE", help="Explain this plan (JSON) of CONFIG.")
+@click.option("--lists", is_flag=True, help="Also print every rank's instructions.")
 @_set_option
 @_cluster_option
-def explain(file: str, overrides: tuple[str, ...], cluster_file: str | None) -> None:
-    """Explain a plan file, or the plan that a config would get."""
+def explain(
+    file: str,
+    plan_file: str | None,
+    lists: bool,
+    overrides: tuple[str, ...],
+    cluster_file: str | None,
+) -> None:
+    """Explain a plan file, or the plan that a config would get or is given.
+
+    A plan file alone tells what it holds; with its CONFIG, time, memory and shardings are told too.
+    """
     if Path(file).suffix == ".json":
         if overrides or cluster_file:
             raise ConfigError(
                 f"{file} is a plan and holds its own choices: --set and --cluster go with a config"
+            )
+        if lists or plan_file:
+            raise ConfigError(
+                f"{file} is a plan; --lists and --plan need its model: "
+                f"raypar explain CONFIG --plan {file} --lists"
             )
         from raypar.plan import Plan
         from raypar.report.explain import explain as explain_plan
@@ -109,10 +124,10 @@ def explain(file: str, overrides: tuple[str, ...], cluster_file: str | None) -> 
         click.echo(explain_plan(Plan.load(file)))
         return
     config: Config = load_config(file, overrides)
-    from raypar._launch import plan_of
-    from raypar.report.explain import explain as explain_plan
+    from raypar._launch import explained, plan_of
 
-    click.echo(explain_plan(*plan_of(config, cluster_file)))
+    found = plan_of(config, cluster_file, plan_file)
+    click.echo(explained(config, *found, virtual=cluster_file is not None, lists=lists))
 
 
 @main.command()

@@ -107,9 +107,11 @@ def _product(seen: Seen) -> str | None:
     at = seen.parameter
     if at is None or not is_shard(seen.inputs[at]):
         return None
-    if len(seen.op.shapes[at]) > 2 and shard_dim(seen.inputs[at]) == 0:
-        return "experts"
-    return "row-parallel" if seen.out == P else "column-parallel"
+    if seen.out == P:
+        return "row-parallel"
+    # Whoever has a weight of its own for each of them, and whose inputs are cut alike: an expert.
+    own = len(seen.op.shapes[at]) > 2 and shard_dim(seen.inputs[at]) == 0
+    return "experts" if own and sum(map(is_shard, seen.inputs)) > 1 else "column-parallel"
 
 
 def _convolution(seen: Seen) -> str | None:

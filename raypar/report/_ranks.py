@@ -38,7 +38,8 @@ def rank_lines(simulation: Simulation) -> list[str]:
         if key in chosen:
             more = f" and {len(lanes) - 1} more alike" if len(lanes) > 1 else ""
             first = lanes[0]
-            lines.append(f"  {first.label} (devices {span(first.devices)}){more}: {key[0]}")
+            devices = f"device{'s' * (len(first.devices) > 1)} {span(first.devices)}"
+            lines.append(f"  {first.label} ({devices}){more}: {key[0]}")
             lines += key[1:]
     if len(groups) > _SHOWN:
         lines.append(f"  and {len(groups) - _SHOWN} more that fill less of their memory")

@@ -18,11 +18,12 @@ from raypar.graph.passes.emit import op_name
 from raypar.lowered import LoweredPlan
 from raypar.plan import DATA, Plan
 from raypar.report._forms import WHOLE, form_of
-from raypar.report._words import counted, paragraph
+from raypar.report._words import counted, paragraph, percent
 from raypar.search.cost.base import Collective, StageCost
 from raypar.sharding.listing import collectives_of
 
 _SHOWN_LAYERS = 6
+_NEARLY_ALL = 0.95
 _NUMBERED = re.compile(r"^(.*\.)?(\d+)$")
 
 
@@ -98,9 +99,7 @@ def _shardings(plan: Plan, graph: OpGraph, lowered: LoweredPlan, s: int) -> list
             ops.setdefault(form, Counter())[op_name(node)] += 1
         total = max(sum(work.values()), 1)
         ordered = sorted(ops, key=lambda form: (form == WHOLE, -work[form]))
-        parts = [
-            f"{form} {100 * work[form] / total:.0f} %: {counted(ops[form])}" for form in ordered
-        ]
+        parts = [f"{form} {percent(work[form] / total)}: {counted(ops[form])}" for form in ordered]
         lines += paragraph(f"  over {name} ({size_of_axis}): ", parts)
     return lines
 
@@ -119,13 +118,13 @@ def _parameters(plan: Plan, lowered: LoweredPlan, s: int) -> list[str]:
         whole += count
         taken += count // layout.held.value().parts(sizes)
         stored += count // layout.stored.parts(sizes)
-    if not whole or stored == whole:
+    if stored >= _NEARLY_ALL * whole:
         return []
     text = f"  parameters: each rank computes with {taken / whole:.3g} of them"
     level = plan.stages[s].memory.zero
     if level:
-        what = ("optimizer state", "gradients and optimizer state", "all of their state")[level - 1]
-        text += f"; ZeRO-{level}: it holds {what} of {stored / whole:.3g}"
+        kept = ("optimizer state", "gradients and optimizer state", "all of it")[level - 1]
+        text += f"; ZeRO-{level} keeps {kept} for {stored / whole:.3g} of them on each"
     return paragraph(text, [])
 
 

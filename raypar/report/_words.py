@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from raypar._plan_text import WIDTH
 
-__all__ = ["WIDTH", "bar", "counted", "paragraph"]
+__all__ = ["WIDTH", "bar", "counted", "paragraph", "percent"]
 
 
 def bar(share: float, cells: int = 20) -> str:
@@ -16,6 +16,11 @@ def bar(share: float, cells: int = 20) -> str:
     if share > 1.0:
         return f"[{'#' * (cells - 1)}!]"
     return f"[{'#' * filled}{'.' * (cells - filled)}]"
+
+
+def percent(share: float) -> str:
+    """``12 %``; what would round to nothing is ``< 1 %``."""
+    return "< 1 %" if share < 0.005 else f"{100 * share:.0f} %"
 
 
 def counted(counts: dict[str, int], shown: int = 4) -> str:

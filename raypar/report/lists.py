@@ -32,11 +32,10 @@ def instruction_lists(
         uses = _by_graph(lowered) if costs is None else _by_cost(lowered, costs, own)
         devices = span(plan.stages[own[0]].mesh.devices)
         lines = [f"rank group {group}, devices {devices}, stages {span(own)}:"]
-        width = max(len(str(now)) for now in program)
+        width = max((len(str(now)) for now in program if uses(now)), default=0)
         for now in program:
-            lines += paragraph(
-                f"  {str(now).ljust(width)}  ", collective_words(uses(now)), ", "
-            ) or [f"  {now}"]
+            found = collective_words(uses(now))
+            lines += paragraph(f"  {str(now).ljust(width)}  ", found, ", ")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 

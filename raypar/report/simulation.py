@@ -57,7 +57,7 @@ def over_limit(simulation: Simulation) -> list[str]:
 def path_words(simulation: Simulation) -> list[str]:
     """``55% backward``, ``31% forward``, ...: what the critical path is made of."""
     shares = simulation.path_shares()
-    return [f"{share:.0%} {_KINDS.get(k, k)}" for k, share in shares.items() if share]
+    return [f"{share:.0%} {_KINDS.get(k, k)}" for k, share in shares.items() if share >= 0.005]
 
 
 def _lanes(simulation: Simulation) -> list[str]:

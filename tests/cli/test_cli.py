@@ -208,7 +208,7 @@ def test_train_in_one_process_leaves_a_run_that_can_be_repeated(
 def test_what_a_search_found_is_repeated_from_the_plan_file(
     config_file: Path, tmp_path: Path
 ) -> None:
-    searched = ("--set", "search.stages=auto", "--set", "train.microbatches=auto")
+    searched = ("--set", "search.planner=alpa", "--set", "model.kwargs.layers=1")
     done = run("train", config_file, "--num-workers", 0, *searched)
     assert done.exit_code == 0, done.output
     folder = tmp_path / "runs" / "small"
