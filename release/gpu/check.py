@@ -32,6 +32,7 @@ from raypar.search.config import SearchConfig
 from raypar.search.plan import plan
 from raypar.stages.batch import shard_batch
 from raypar.stages.compile import compile_plan
+from raypar.stages.consolidate import assemble
 from raypar.stages.interpreter import RankRunner
 from raypar.stages.spec import RankSpec
 from raypar.testing import models
@@ -51,6 +52,9 @@ PLANS: tuple[dict[str, Any], ...] = (
     {"stages": 2, "replicas": 1, "microbatches": 4, "schedule": "zero_bubble_h1"},
     {"stages": 4, "replicas": 1, "microbatches": 4, "schedule": "interleaved_1f1b", "chunks": 2},
     {"stages": 2, "replicas": 2, "microbatches": 2, "schedule": "gpipe", "recompute": "selective"},
+    {"stages": 1, "replicas": 1, "tensor": 2, "microbatches": 2, "zero": 0},
+    {"stages": 2, "replicas": 1, "tensor": 2, "microbatches": 2, "zero": 2},
+    {"stages": 1, "replicas": 2, "tensor": 2, "microbatches": 2, "zero": 3},
 )
 
 
@@ -87,15 +91,18 @@ def run(specs: list[RankSpec], tensors: list[Any]) -> tuple[RunRecord, float]:
         process.start()
     record = RunRecord([0.0] * STEPS, [{} for _ in range(STEPS)], {})
     slowest = 0.0
+    states: list[dict[str, torch.Tensor]] = [{} for _ in ranks]
+    parts: list[list[dict[str, torch.Tensor]]] = [[{} for _ in ranks] for _ in range(STEPS)]
     for _ in ranks:
-        _, losses, gradients, state, seconds = box.get(timeout=180)
+        rank, losses, gradients, state, seconds = box.get(timeout=180)
         slowest = max(slowest, seconds)
+        states[rank] = {k: torch.from_numpy(v) for k, v in state.items()}
         for step in range(STEPS):
             record.losses[step] += losses[step] or 0.0
-            record.gradients[step].update(
-                {k: torch.from_numpy(v) for k, v in gradients[step].items()}
-            )
-        record.state_dict.update({k: torch.from_numpy(v) for k, v in state.items()})
+            found = {k: torch.from_numpy(v) for k, v in gradients[step].items()}
+            parts[step][rank] = found
+    record.gradients = [assemble(specs, step) for step in parts]
+    record.state_dict = assemble(specs, states)
     for process in ranks:
         process.join(30)
     meeting.close()
