@@ -35,7 +35,7 @@ class Attention(nn.Module):
 
         q, k, v = split(self.q(x)), split(self.k(source)), split(self.v(source))
         if self.explicit:
-            scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5)
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
             if self.causal:
                 mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
                 scores = scores.masked_fill(~mask.tril(), -1e4)
@@ -114,7 +114,7 @@ class GPT(nn.Module):
 
     def __init__(
         self, layers: int, width: int, heads: int, vocabulary: int, sequence: int,
-        explicit: bool = False, experts: int = 0,
+        explicit: bool = False, experts: int = 0, tied: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(sequence, width)
@@ -122,6 +122,8 @@ class GPT(nn.Module):
             Block(width, heads, explicit=explicit, experts=experts) for i in range(layers)
         )
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
@@ -219,6 +221,8 @@ class Workload:
         sequence: Tokens per sample, or pixels per side.
         vocabulary: Tokens (or classes).
         half: Parameters in float16.
+        explicit: Attention written out, as kernels of 2021 did (GPT and MoE).
+        tied: The last layer's weights are the embedding's (GPT).
     """
 
     name: str
@@ -229,12 +233,13 @@ class Workload:
     vocabulary: int = 51200
     half: bool = True
     explicit: bool = False
+    tied: bool = False
 
     def model(self) -> nn.Module:
         """Builds it."""
         extra = (self.vocabulary, self.sequence)
         if self.kind == "gpt":
-            made: nn.Module = GPT(*self.sizes, *extra, explicit=self.explicit)
+            made: nn.Module = GPT(*self.sizes, *extra, explicit=self.explicit, tied=self.tied)
         elif self.kind == "moe":
             layers, width, heads, experts = self.sizes
             made = GPT(layers, width, heads, *extra, explicit=self.explicit, experts=experts)
