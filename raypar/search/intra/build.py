@@ -99,12 +99,11 @@ class _Builder:
             leaves[value].add(departs)
         alike: dict[object, list[Value]] = defaultdict(list)
         for value in dict.fromkeys((*uses, *leaves)):
-            tensor = value.tensor
             maker: object = self.class_of.get(value.node)
             if maker is None:
                 kind = value.id.partition(":")[0]
                 maker = value.id if kind == "edge" else kind
-            form = (value.index, tuple(tensor.shape), tensor.dtype, value in self.graph.flow)
+            form = (value.index, value.form, value in self.graph.flow)
             alike[maker, form, frozenset(uses[value]), frozenset(leaves.get(value, ()))].append(
                 value
             )

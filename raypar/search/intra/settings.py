@@ -74,6 +74,12 @@ class Value:
         return str(self.node.meta["id"])
 
     @property
+    def form(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Its shape (-1 for a size that depends on the data) and dtype."""
+        sizes = tuple(n if isinstance(n, int) else -1 for n in self.tensor.shape)
+        return sizes, self.tensor.dtype
+
+    @property
     def floats(self) -> bool:
         """Whether it is of floating point (or complex)."""
         return self.tensor.is_floating_point() or self.tensor.is_complex()

@@ -77,9 +77,8 @@ def _own_colours(
         for leaf in pytree.tree_leaves((op.args, op.kwargs)):
             lists.append(None if isinstance(leaf, fx.Node) else str(leaf))
         for value in graph.reads[op]:
-            tensor = value.tensor
             kind = value.id.partition(":")[0] if value.node.op == "placeholder" else "op"
-            lists.append((kind, tuple(tensor.shape), tensor.dtype, value in graph.flow))
+            lists.append((kind, value.form, value in graph.flow))
         lists.append(any(v in graph.flow for v in graph.makes[op]))
         key = tuple(lists)
         found[op] = number.setdefault(key, len(number))
