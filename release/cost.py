@@ -19,7 +19,6 @@ import json
 import os
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -48,6 +47,7 @@ from raypar.search.cost.params import accumulation_s, param_cost
 from raypar.search.cost.profiled import profile
 from raypar.search.cost.quick import quick_costs
 from raypar.stages.compile import compile_plan
+from raypar.stages.holdings import Workshop
 from raypar.stages.interpreter import RankRunner
 from raypar.stages.local import LocalRun
 from raypar.stages.spec import RankSpec
@@ -81,10 +81,10 @@ CASES: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[int], Batch]]] =
 class Timed(RankRunner):
     """Notes how long every forward and backward takes."""
 
-    def __init__(self, spec: RankSpec, world: Group, lock: threading.Lock) -> None:
+    def __init__(self, spec: RankSpec, world: Group, workshop: Workshop) -> None:
         self.forwards: dict[int, list[float]] = {}
         self.backwards: dict[int, list[float]] = {}
-        super().__init__(spec, world, trace_lock=lock)
+        super().__init__(spec, world, workshop=workshop)
 
     def _forward(self, now: Instruction) -> None:
         self._note(self.forwards, super()._forward, now)
@@ -150,10 +150,10 @@ def planned(name: str, stages: int, microbatches: int) -> tuple[OpGraph, Plan, B
 def measure(graph: OpGraph, plan: Plan, batch: Batch) -> list[tuple[float, float]]:
     """(forward, backward) seconds of every stage of real steps."""
     specs = compile_plan(graph, plan, optimizer=default_optimizer)
-    lock, runners = threading.Lock(), []
+    workshop, runners = Workshop(), []
 
     def runner(spec: RankSpec, world: Group) -> Timed:
-        runners.append(Timed(spec, world, lock))
+        runners.append(Timed(spec, world, workshop))
         return runners[-1]
 
     with LocalRun(specs, feed=partial(RepeatFeed, tensors=list(batch)), runner=runner) as run:

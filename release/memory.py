@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -39,6 +38,7 @@ from raypar.schedules.instructions import Instruction
 from raypar.schedules.registry import schedule_names
 from raypar.schedules.saved import peak_saved_per_stage
 from raypar.stages.compile import compile_plan
+from raypar.stages.holdings import Workshop
 from raypar.stages.interpreter import RankRunner
 from raypar.stages.local import LocalRun
 from raypar.stages.run import StepResult
@@ -55,9 +55,9 @@ GLOBAL_BATCH = 16
 class Watched(RankRunner):
     """Looks at what is really held after every forward and backward."""
 
-    def __init__(self, spec: RankSpec, world: Group, lock: threading.Lock) -> None:
+    def __init__(self, spec: RankSpec, world: Group, workshop: Workshop) -> None:
         self.held: dict[int, int] = {}
-        super().__init__(spec, world, trace_lock=lock)
+        super().__init__(spec, world, workshop=workshop)
 
     def _forward(self, now: Instruction) -> None:
         super()._forward(now)
@@ -142,10 +142,10 @@ def check(name: str, schedule: str, recompute: str, stages: int) -> Line:
     sliced = lower_plan(graph, plan)
     walk = check_lists(sliced.lists, sliced.io, plan.microbatches)
     specs = compile_plan(graph, plan, optimizer=default_optimizer)
-    lock, runners = threading.Lock(), []
+    workshop, runners = Workshop(), []
 
     def runner(spec: RankSpec, world: Group) -> Watched:
-        runners.append(Watched(spec, world, lock))
+        runners.append(Watched(spec, world, workshop))
         return runners[-1]
 
     feed = partial(RepeatFeed, tensors=models.tensors(batch))

@@ -23,7 +23,6 @@ import json
 import os
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -47,6 +46,7 @@ from raypar.plan import Plan
 from raypar.schedules.instructions import Instruction
 from raypar.search.simulate import Simulation, simulate
 from raypar.stages.compile import compile_plan
+from raypar.stages.holdings import Workshop
 from raypar.stages.interpreter import RankRunner
 from raypar.stages.local import LocalRun
 from raypar.stages.spec import RankSpec
@@ -151,8 +151,8 @@ def measured_step(name: str, plan: Plan) -> list[float]:
 class Watched(RankRunner):
     """Adds up what a rank holds after every instruction."""
 
-    def __init__(self, spec: RankSpec, world: Group, lock: threading.Lock) -> None:
-        super().__init__(spec, world, trace_lock=lock)
+    def __init__(self, spec: RankSpec, world: Group, workshop: Workshop) -> None:
+        super().__init__(spec, world, workshop=workshop)
         self.most = 0
         for kind, handler in list(self._handlers.items()):
             self._handlers[kind] = functools.partial(self._watched, handler)
@@ -180,10 +180,10 @@ def measured_memory(name: str, plan: Plan) -> tuple[list[int], dict[int, int]]:
     """Per rank the most bytes held, and per stage the most saved for backward."""
     _, batch = MODELS[name]
     specs = compile_plan(captured(name), plan, optimizer=adamw)
-    lock, runners = threading.Lock(), []
+    workshop, runners = Workshop(), []
 
     def runner(spec: RankSpec, world: Group) -> Watched:
-        runners.append(Watched(spec, world, lock))
+        runners.append(Watched(spec, world, workshop))
         return runners[-1]
 
     results: list[Any] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from raypar.stages.layouts import Way, is_view, taken_ranges, way_of
 from raypar.stages.materialise import Part, materialise
 from raypar.stages.spec import RankSpec, StageSpec
 
-_MAIN_LOCK = threading.Lock()
+_TURN = threading.Lock()
 
 
 @dataclass
@@ -32,6 +32,30 @@ class HeldStage:
     spec: StageSpec
     program: StageProgram
     globals_program: torch.fx.Graph | None
+
+
+class Workshop:
+    """Where the ranks of one run that live in one process are built: every stage is compiled once.
+
+    The ranks of a mesh run the same programs, which hold no state of a rank: those that are given
+    the same `StageSpec` share them.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[int, HeldStage] = {}
+
+    @contextlib.contextmanager
+    def turn(self, default_dtype: str) -> Iterator[None]:
+        """The own turn, under a default dtype: tracing and seeding use process-wide state."""
+        with _TURN, _default_dtype(default_dtype):
+            yield
+
+    def stage(self, stage: StageSpec, device: torch.device) -> HeldStage:
+        """A stage, compiled; call it in turn."""
+        known = self._made.get(id(stage))  # the spec cannot go: what is held has it
+        if known is None:
+            known = self._made[id(stage)] = _compile(stage, device)
+        return replace(known, program=replace(known.program))
 
 
 class Holdings:
@@ -50,12 +74,12 @@ class Holdings:
     """
 
     def __init__(
-        self, spec: RankSpec, device: torch.device, lock: threading.Lock | None = None
+        self, spec: RankSpec, device: torch.device, workshop: Workshop | None = None
     ) -> None:
         self.device = device
-        # Tracing and seeding use process-wide state, so threads of one process take turns.
-        with lock or _MAIN_LOCK, _default_dtype(spec.default_dtype):
-            self.stages = {s.index: _compile(spec, s, device) for s in spec.stages}
+        workshop = workshop or Workshop()
+        with workshop.turn(spec.default_dtype):
+            self.stages = {s.index: workshop.stage(s, device) for s in spec.stages}
             self._build(spec, device)
 
     def _build(self, spec: RankSpec, device: torch.device) -> None:
@@ -122,7 +146,7 @@ def _default_dtype(name: str) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _compile(spec: RankSpec, stage: StageSpec, device: torch.device) -> HeldStage:
+def _compile(stage: StageSpec, device: torch.device) -> HeldStage:
     program = compile_stage(
         stage.nodes["graph"],
         name=f"stage {stage.index}",

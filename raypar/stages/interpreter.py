@@ -5,7 +5,6 @@ The same code runs in a stage actor and in a thread of the in-process backend.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping
 from math import isfinite
@@ -23,7 +22,7 @@ from raypar.sharding.collectives import set_context
 from raypar.stages.accounts import measured_memory
 from raypar.stages.batch import first_sample, microbatch_rows
 from raypar.stages.gradients import GradientStore
-from raypar.stages.holdings import HeldStage, Holdings
+from raypar.stages.holdings import HeldStage, Holdings, Workshop
 from raypar.stages.layouts import reported_names
 from raypar.stages.meters import FiniteWatch, SavedMeter
 from raypar.stages.optimizers import check_cut
@@ -39,20 +38,18 @@ class RankRunner:
     Args:
         spec: What the rank is.
         world: All ranks of the run; subgroups are made here, by all ranks in the same order.
-        trace_lock: Shared by the ranks of one process.
+        workshop: Shared by the ranks of one process.
 
     Raises:
         PlanError: The plan's graph does not fit the model that `model_fn` builds.
         OptimizerError: The optimizer cannot be built on this rank's parameters.
     """
 
-    def __init__(
-        self, spec: RankSpec, world: Group, *, trace_lock: threading.Lock | None = None
-    ) -> None:
+    def __init__(self, spec: RankSpec, world: Group, *, workshop: Workshop | None = None) -> None:
         self.spec = spec
         self._world = world
         self._device = _device_of(spec)
-        self._holdings = Holdings(spec, self._device, trace_lock)
+        self._holdings = Holdings(spec, self._device, workshop)
         self._mesh = MeshGroups(world, spec.meshes, spec.bases, spec.group)
         self._replicas = self._mesh.along((DATA,))
         self._gradients = GradientStore(spec, self._holdings, world, self._mesh)

@@ -31,7 +31,7 @@ from raypar.stages.run import (
     raise_if_not_finite,
 )
 from raypar.stages.spec import RankSpec, StepReport
-from raypar.stages.worker import Chunk, FeedFactory, RankWorker, Runner, RunnerFactory, info_of
+from raypar.stages.worker import Chunk, FeedFactory, RankWorker, RunnerFactory, info_of
 
 _GRACE_S = 1.0
 _JOIN_S = 5.0
@@ -87,8 +87,7 @@ class LocalRun(Run):
         super().__init__(specs)
         self.infos: list[RankInfo] = [info_of(spec) for spec in specs]
         self._feed = feed
-        lock = threading.Lock()
-        self._runner = runner or (lambda spec, world: _interpreter(spec, world, lock))
+        self._runner = runner or _interpreters()
         self._timeout_s = timeout_s
         self._replies: queue.SimpleQueue[tuple[int, str, Any]] = queue.SimpleQueue()
         self._seats: list[_Seat] = []
@@ -247,7 +246,9 @@ def _failures(chunks: Sequence[Chunk]) -> list[Failure]:
     return [c.failure for c in chunks if c.failure is not None]
 
 
-def _interpreter(spec: RankSpec, world: Group, lock: threading.Lock) -> Runner:
+def _interpreters() -> RunnerFactory:
+    """Interpreters that share a workshop."""
+    from raypar.stages.holdings import Workshop
     from raypar.stages.interpreter import RankRunner
 
-    return RankRunner(spec, world, trace_lock=lock)
+    return partial(RankRunner, workshop=Workshop())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -28,6 +27,7 @@ from raypar.stages.accounts import measured_memory, predicted_memory
 from raypar.stages.compile import compile_plan
 from raypar.stages.consolidate import assemble
 from raypar.stages.gradients import GradientStore
+from raypar.stages.holdings import Workshop
 from raypar.stages.interpreter import RankRunner
 from raypar.stages.layouts import is_view, reports, stored_piece, taken_ranges, way_of
 from raypar.stages.local import LocalRun
@@ -214,10 +214,10 @@ def _train(
     """Runs a plan on threads and hands out the ranks."""
     specs = compile_plan(graph, plan, optimizer=optimizer)
     runners: dict[int, RankRunner] = {}
-    lock = threading.Lock()
+    workshop = Workshop()
 
     def make(spec: RankSpec, world: Group) -> RankRunner:
-        runners[spec.rank] = RankRunner(spec, world, trace_lock=lock)
+        runners[spec.rank] = RankRunner(spec, world, workshop=workshop)
         return runners[spec.rank]
 
     feed = partial(RepeatFeed, tensors=list(batch))
