@@ -33,11 +33,11 @@ def plan_lines(plan: Plan) -> list[str]:
     groups = len({group for group, _ in plan.schedule.placement})
     per_node = " + ".join(map(str, plan.cluster))
     lines = [
-        f"plan by {plan.planner}: {_count(len(plan.stages), 'stage')} on "
-        f"{_count(groups, 'rank group')} × {_count(plan.replicas, 'replica')} = "
-        f"{_count(len(plan.devices), 'device')} of {per_node} ({plan.device})",
-        f"batch {plan.global_batch} = {_count(plan.microbatches, 'microbatch')} × "
-        f"{_count(plan.replicas, 'replica')} × {_count(plan.local_batch, 'sample')}",
+        f"plan by {plan.planner}: {count_of(len(plan.stages), 'stage')} on "
+        f"{count_of(groups, 'rank group')} × {count_of(plan.replicas, 'replica')} = "
+        f"{count_of(len(plan.devices), 'device')} of {per_node} ({plan.device})",
+        f"batch {plan.global_batch} = {count_of(plan.microbatches, 'microbatch')} × "
+        f"{count_of(plan.replicas, 'replica')} × {count_of(plan.local_batch, 'sample')}",
         f"schedule {plan.schedule.name}, torch {plan.torch}, "
         f"graph {plan.graph_hash[:12]}, parameters {plan.params_hash[:12]}",
     ]
@@ -182,6 +182,7 @@ def _shortened(text: str, width: int) -> str:
     return f"{text[:front]}…{text[len(text) - (width - 1 - front) :]}"
 
 
-def _count(count: int, noun: str) -> str:
+def count_of(count: int, noun: str) -> str:
+    """``1 stage``, ``2 replicas``, ``4 microbatches``."""
     plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
     return f"{count} {noun if count == 1 else plural}"

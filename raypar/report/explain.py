@@ -28,6 +28,7 @@ from raypar.report._words import paragraph
 from raypar.report.lists import instruction_lists
 from raypar.schedules.timing import Durations, ideal_timeline
 from raypar.search.cost.base import StageCost
+from raypar.search.need import need_of
 from raypar.search.simulate import Simulation, simulate
 from raypar.sharding.coverage import coverage
 
@@ -97,7 +98,7 @@ def explain(
     sections = [
         lines,
         _ends(table(columns)),
-        [] if played is None else rank_lines(played),
+        [] if played is None else [*rank_lines(played), *_overfull(plan, lowered, played)],
         ["what stages do:", *stage_lines(plan, graph, lowered, costs)],
         _unsplit(plan, graph),
         alternative_lines(plan),
@@ -105,6 +106,15 @@ def explain(
         instruction_lists(plan, lowered, costs).splitlines() if lists else [],
     ]
     return joined(sections)
+
+
+def _overfull(plan: Plan, lowered: LoweredPlan, played: Simulation) -> list[str]:
+    """What binds where a rank needs more memory than there is."""
+    need = need_of(plan, lowered, played)
+    if need.nbytes <= need.limit:
+        return []
+    words = [f"what binds is {need.binding}", "see search.zero, search.recompute, search.stages"]
+    return paragraph("  this plan does not fit: ", words)
 
 
 def _ends(rows: list[str]) -> list[str]:

@@ -1,0 +1,95 @@
+"""A model that does not fit: what it needs, what binds, and what to change."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+import raypar as rp
+from raypar.errors import PlanError
+from raypar.lowered import lower_plan
+from raypar.mesh.calibration import table_calibration
+from raypar.search.need import does_not_fit, leanest, need_of
+from raypar.search.simulate import simulate
+
+
+class Tower(nn.Module):
+    """Three layers, the second of which is by far the widest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide, self.last = (
+            nn.Linear(64, 64),
+            nn.Linear(64, 4096),
+            nn.Linear(4096, 8),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.wide(torch.relu(self.narrow(x))))).square().mean()
+
+
+@cache
+def _graph() -> rp.OpGraph:
+    return rp.capture(Tower, torch.randn(8, 64))
+
+
+def _cluster(devices: int, bytes_each: int) -> rp.Cluster:
+    (node,) = rp.Cluster.local(devices).nodes
+    return rp.Cluster((dataclasses.replace(node, host_memory=devices * bytes_each),), "small")
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_search_says_what_it_needs_what_binds_and_what_would_do(devices: int) -> None:
+    with pytest.raises(PlanError) as caught:
+        rp.plan(_graph(), _cluster(devices, 200_000), rp.SearchConfig())
+    message = str(caught.value)
+    assert "the smallest memory that was found for it is" in message
+    assert "leaves 180 kB of their 200 kB" in message
+    assert re.search(r"What binds is stage \d .*the largest [a-z]+ there is wide.weight", message)
+    match = re.search(r"about (\d+) of this kind", message)
+    assert match is not None
+    assert int(match[1]) > devices
+    assert "\n" not in message
+
+
+def test_the_leanest_plan_is_leaner_than_what_uniform_makes() -> None:
+    cluster = _cluster(2, 10**9)
+    calibration = table_calibration(cluster)
+    lean = leanest(_graph(), cluster, rp.SearchConfig(), calibration)
+    assert lean is not None
+    plan = rp.plan(_graph(), cluster, rp.SearchConfig(planner="uniform", stages=1, replicas=1))
+    lowered = lower_plan(_graph(), plan)
+    usual = need_of(plan, lowered, simulate(_graph(), plan, cluster, lowered=lowered))
+    assert lean.nbytes < 0.8 * usual.nbytes
+    assert lean.limit == usual.limit == 10**9
+
+
+def test_where_only_the_options_forbid_it_the_plan_that_fits_is_named() -> None:
+    cluster = _cluster(2, 10**9)
+    error = does_not_fit(_graph(), cluster, rp.SearchConfig(), table_calibration(cluster))
+    found = re.search(
+        r"search.stages: (\d+), search.replicas: (\d+), train.microbatches: (\d+)", str(error)
+    )
+    assert found is not None
+    stages, replicas, microbatches = map(int, found.groups())
+    options = rp.SearchConfig(
+        planner="uniform", stages=stages, replicas=replicas, microbatches=microbatches,
+        recompute="full", zero=3,
+    )  # fmt: skip
+    assert len(rp.plan(_graph(), cluster, options).stages) == stages
+
+
+def test_explain_tells_a_plan_that_does_not_fit() -> None:
+    cluster = _cluster(2, 200_000)
+    plan = rp.plan(_graph(), cluster, rp.SearchConfig(stages=2))
+    text = rp.explain(plan, _graph(), cluster)
+    assert "MORE THAN THERE IS" in text
+    assert "this plan does not fit: what binds is stage" in text
+    assert "wide.weight" in text
+    enough = rp.explain(plan, _graph(), _cluster(2, 10**9))
+    assert "does not fit" not in enough
