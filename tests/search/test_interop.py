@@ -53,7 +53,7 @@ def test_the_pipeline_is_the_best_of_all(unequal: bool, memory: float) -> None:
         slots = 4
         tables = {
             size: [
-                WayTable([_way(rng, 5, size, memory)] * 2, slots, microbatches)
+                WayTable([_way(rng, 5, size, memory)] * 2, microbatches)
                 for _ in range(slots if unequal else 1)
             ]
             for size in (1, 2, 4)
@@ -66,7 +66,7 @@ def test_the_pipeline_is_the_best_of_all(unequal: bool, memory: float) -> None:
 
 
 def test_without_memory_there_is_no_pipeline() -> None:
-    table = WayTable([_way(random.Random(0), 4, 1, 0.5)], 4, 4)
+    table = WayTable([_way(random.Random(0), 4, 1, 0.5)], 4)
     assert not best_pipeline({1: [table]}, 4, 4, most_stages=4).stages
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from raypar.compat import storage_id
+from raypar.compat import FakeTensor, storage_id
 from raypar.graph.costs import size_of
 from raypar.graph.passes.emit import is_op, op_name
+from raypar.graph.replay import replay
 from raypar.programs.joint import Joint, trace_joint
 from raypar.programs.partition import Parts, Piece, partition, saved_bytes
 from raypar.programs.policy import recomputable
@@ -61,6 +63,7 @@ def stage_pieces(stage: StageCode) -> StagePieces:
     params = [i for i, k in enumerate(keys) if k[:6] == "param:" and k[6:] in stage.trainable]
     edges = [i for i, k in enumerate(keys) if k[:5] == "edge:" and k[5:] in stage.differentiable]
     if not params and not edges:
+        _fill_in(graph, holders)
         nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
         outputs = next(n for n in graph.nodes if n.op == "output").all_input_nodes
         return StagePieces(None, None, Piece(holders, nodes, list(outputs)), keys)
@@ -87,6 +90,18 @@ def stage_pieces(stage: StageCode) -> StagePieces:
         saved_bytes([*later, *parts.between], free) if edges else 0,
         splits=bool(edges),
     )
+
+
+def _fill_in(graph: fx.Graph, holders: Sequence[fx.Node]) -> None:
+    """Gives the ops of a shipped graph, which runs as it is, their fake values again."""
+
+    def note(node: fx.Node, value: object) -> None:
+        node.meta["val"] = value
+
+    values = {node: node.meta["val"] for node in holders}
+    mode = next((v.fake_mode for v in values.values() if isinstance(v, FakeTensor)), None)
+    with contextlib.nullcontext() if mode is None else mode, torch.no_grad():
+        replay(graph, values, note)
 
 
 class PieceCost(NamedTuple):

@@ -91,11 +91,10 @@ class WayTable:
 
     Args:
         ways: Ways to run on a mesh of one size.
-        most_stages: Largest number of stages that are asked for.
         microbatches: M.
     """
 
-    def __init__(self, ways: Sequence[Way], most_stages: int, microbatches: int) -> None:
+    def __init__(self, ways: Sequence[Way], microbatches: int) -> None:
         self.ways = list(ways)
         self.microbatches = microbatches
         self.n_units = len(ways[0].seconds)
@@ -105,10 +104,9 @@ class WayTable:
         self._saved = np.stack([_spans(w.saved) + w.held[:, None] for w in ways])
         self._memory = np.array([w.memory for w in ways])[:, None, None]
         self._tables: dict[int, tuple[Array, npt.NDArray[np.intp]]] = {}
-        self.most_stages = most_stages
 
     def least_bytes(self) -> float:
-        """Least memory in which the whole model could run as the last of `most_stages` stages."""
+        """Least memory in which the whole model could run as one stage."""
         need = self._fixed + self._saved
         return float(need[:, 0, -1].min())
 
@@ -226,8 +224,6 @@ def _least_sum(
         pick = np.zeros((slots + 1, n + 1, 2), dtype=np.int32)
         times: dict[int, Array] = {}
         for d in range(1, slots + 1):
-            after[d] = after[d - 1]  # the first of these slots stays idle: size 0
-            pick[d, :, 0] = np.arange(n + 1)
             for size, places in tables.items():
                 width = size // unit
                 table = places[slots - d] if len(places) > 1 else places[0]
@@ -242,6 +238,9 @@ def _least_sum(
                 better = value < after[d, :n]
                 after[d, :n][better] = value[better]
                 pick[d, :n][better] = np.stack([end[better] + 1, np.full(better.sum(), size)], 1)
+            idle = after[d - 1] < after[d]  # the first of these slots stays idle: size 0
+            after[d][idle] = after[d - 1][idle]
+            pick[d][idle] = np.stack([np.arange(n + 1)[idle], np.zeros(idle.sum(), int)], 1)
         picks.append(pick)
         least = after
         if after[slots, 0] < answer[0] and exactly in (None, s):

@@ -57,25 +57,29 @@ def check_options(graph: OpGraph, cluster: Cluster, config: SearchConfig) -> Non
             f"search.memory_fraction is {config.memory_fraction}; it lies above 0 and at most at "
             "1, for example 0.9"
         )
+    if config.chunks != 1:
+        raise PlanError(
+            f"search.chunks is {config.chunks}, but planner alpa gives every device one stage: "
+            "leave it at 1, or set search.planner: uniform"
+        )
     devices, most = cluster.n_devices, len(graph.cuts) + 1
     if config.tensor != "auto" and not 1 <= config.tensor <= devices:
         raise PlanError(
             f"search.tensor is {config.tensor}; the cluster has {devices} devices: take 1 to "
             f"{devices}"
         )
-    if config.stages == "auto":
-        return
-    if not 1 <= config.stages <= most:
+    stages = 1 if config.stages == "auto" else config.stages
+    if not 1 <= stages <= most:
         raise PlanError(
-            f"search.stages is {config.stages}, but the graph has {len(graph.cuts)} places to "
+            f"search.stages is {stages}, but the graph has {len(graph.cuts)} places to "
             f"cut: take 1 to {most} stages"
         )
     replicas = 1 if config.replicas == "auto" else config.replicas
     tensor = 1 if config.tensor == "auto" else config.tensor
-    if config.stages * replicas * tensor > devices:
+    if stages * replicas * tensor > devices:
         raise PlanError(
-            f"search.stages {config.stages} × search.replicas {replicas} × search.tensor {tensor} "
-            f"need {config.stages * replicas * tensor} devices, the cluster has {devices}; lower "
+            f"search.stages {stages} × search.replicas {replicas} × search.tensor {tensor} "
+            f"need {stages * replicas * tensor} devices, the cluster has {devices}; lower "
             "one of them"
         )
 

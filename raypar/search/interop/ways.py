@@ -140,7 +140,7 @@ class WayMaker:
     def _shapes(self, size: int) -> list[tuple[int, ...]]:
         per_node = max(node.devices for node in self.cluster.nodes)
         if self.config.tensor != "auto":
-            return [(size,)] if size == self.config.tensor > 1 else [()] if size == 1 else []
+            return [(size,)] if size > 1 else [()]
         return mesh_shapes(size, per_node)
 
     def _zeros(self, devices: int) -> tuple[int, ...]:

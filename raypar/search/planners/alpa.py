@@ -97,6 +97,7 @@ class AlpaSearch:
         self.line = line_of_devices(cluster)
         self.alike = alike(cluster)
         self.per_node = max(node.devices for node in cluster.nodes)
+        self.most_stages = max(_MOST_STAGES, least)
         self.kept: list[Candidate] = []
         self._needs: list[float] = []
 
@@ -152,7 +153,10 @@ class AlpaSearch:
         return self.kept[0].step_s if self.kept else float("inf")
 
     def _try(self, split: Split) -> None:
-        sizes = stage_sizes(split.devices, self.per_node)
+        tensor = self.config.tensor
+        sizes = stage_sizes(split.devices, self.per_node) if tensor == "auto" else [tensor]
+        if sizes[0] > split.devices:
+            return
         tables: dict[int, list[WayTable]] = {}
         for size in sizes:
             if size > self.per_node and self.kept:
@@ -163,7 +167,7 @@ class AlpaSearch:
         if not tables:
             return
         for chosen in self._families(tables, split):
-            most = min(_MOST_STAGES, split.devices // min(chosen), len(self.units))
+            most = min(self.most_stages, split.devices // min(chosen), len(self.units))
             pipeline = best_pipeline(
                 chosen,
                 split.devices,
@@ -179,10 +183,11 @@ class AlpaSearch:
         self, tables: Mapping[int, Sequence[WayTable]], split: Split
     ) -> list[dict[int, Sequence[WayTable]]]:
         """Sizes that are tried together: each alone, and all of them where that is affordable."""
-        alone: list[dict[int, Sequence[WayTable]]] = [{n: t} for n, t in tables.items()]
-        if len(tables) > 1 and split.devices // min(tables) <= _MIXED_SLOTS:
+        unit = min(tables)
+        if len(tables) > 1 and split.devices // unit <= _MIXED_SLOTS:
             return [dict(tables)]
-        return alone
+        # Places are counted in the smallest size that is tried.
+        return [{n: t[:: n // unit]} for n, t in tables.items()]
 
     def _tables(self, split: Split, size: int, sizes: Sequence[int]) -> list[WayTable]:
         """One table, or on a cluster of unequal nodes one for every place."""
@@ -193,10 +198,10 @@ class AlpaSearch:
         found: list[WayTable] = []
         for place in places:
             devices = self.line[place * split.replicas :][:width]
-            key = tuple(self._kind_of(d) for d in devices)
+            key = self._kinds_of(devices)
             if key not in made:
                 ways = self.maker.ways(split, size, devices)
-                made[key] = WayTable(ways, _MOST_STAGES, split.microbatches) if ways else None
+                made[key] = WayTable(ways, split.microbatches) if ways else None
             table = made[key]
             if table is None:
                 return []
@@ -207,9 +212,16 @@ class AlpaSearch:
             found += [found[-1]] * (split.devices // unit - len(found))
         return found
 
-    def _kind_of(self, device: int) -> object:
-        node = self.cluster.node_of(device)
-        return node.device.name, node.inside, node.across, node.device_memory
+    def _kinds_of(self, devices: Sequence[int]) -> object:
+        """What the costs of a mesh depend on: its devices' kinds, and which share a node."""
+        numbers: dict[int, int] = {}
+        found: list[object] = []
+        for device in devices:
+            at, _ = self.cluster.device(device)
+            node = self.cluster.nodes[at]
+            alike = numbers.setdefault(at, len(numbers))
+            found.append((alike, node.device.name, node.inside, node.across, node.device_memory))
+        return tuple(found)
 
     def _keep(self, candidate: Candidate) -> None:
         self.kept.append(candidate)

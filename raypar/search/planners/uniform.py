@@ -164,6 +164,8 @@ def _most_replicas(graph: OpGraph, devices: int) -> int:
 
 def _microbatches(graph: OpGraph, config: SearchConfig, groups: int, replicas: int) -> int:
     if config.microbatches != "auto":
+        if config.microbatches < 1:
+            raise PlanError(f"train.microbatches is {config.microbatches}; it is at least 1")
         return config.microbatches
     if graph.feels_microbatches:
         return 1  # M belongs to such a model's training recipe: only the user raises it

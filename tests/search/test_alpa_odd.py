@@ -1,0 +1,116 @@
+"""Planner alpa where clusters, options and models are odd: unequal nodes, spare devices, frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import cache
+from typing import Any
+
+import pytest
+
+import raypar as rp
+from raypar.errors import PlanError
+from raypar.graph.opgraph import OpGraph
+from raypar.mesh.cluster import Cluster, Node
+from raypar.mesh.devices import DeviceKind, Link, device_kind
+from raypar.search.planners.alpa import AlpaSearch
+from raypar.search.simulate import simulate
+from raypar.testing import models, random_plan
+
+NEAR, FAR = Link(1e13, 1e-9), Link(1e5, 1e-2)
+
+
+def slow(name: str, rate: float = 1e6, memory: int = 16 << 30, across: Link = NEAR) -> DeviceKind:
+    """A device so slow that even small models are worth spreading."""
+    base = device_kind("A100-40GB")
+    return dataclasses.replace(
+        base,
+        name=name,
+        flops=dict.fromkeys(base.flops, rate),
+        bandwidth=rate,
+        memory=memory,
+        inside=NEAR,
+        host=NEAR,
+        across=across,
+    )
+
+
+def nodes(*kinds: tuple[DeviceKind, int]) -> Cluster:
+    """A cluster with a node for every (kind, devices)."""
+    return Cluster(tuple(Node.of(k, n, name=f"node{i}") for i, (k, n) in enumerate(kinds)))
+
+
+@cache
+def captured(name: str, samples: int = 8) -> OpGraph:
+    """A model of the zoo."""
+    case = models.case(name)
+    return rp.capture(case.model_fn, case.batch(0, samples), case.loss_fn, case.batch_dims)
+
+
+def alpa(cluster: Cluster, samples: int = 8, **options: Any) -> rp.Plan:
+    """The plan that alpa finds."""
+    config = rp.SearchConfig(planner="alpa", zero=0, recompute="none", **options)
+    return rp.plan(captured("mlp", samples), cluster, config)
+
+
+def test_a_stage_stays_inside_a_node_where_nodes_are_far_apart() -> None:
+    far = slow("far", across=FAR)
+    for cluster, node in ((nodes((far, 4), (far, 1)), 0), (nodes((far, 1), (far, 4)), 1)):
+        plan = alpa(cluster, replicas=1, microbatches=2)
+        wide = [s.mesh.devices for s in plan.stages if len(s.mesh.devices) > 1]
+        assert wide
+        for devices in wide:
+            assert {cluster.device(d)[0] for d in devices} == {node}
+
+
+def test_spare_devices_are_the_last_ones() -> None:
+    plan = alpa(nodes((slow("one"), 3)), samples=1)
+    assert plan.devices == tuple(range(len(plan.devices)))
+
+
+@pytest.mark.parametrize("tensor", [1, 3])
+def test_every_stage_has_as_many_devices_as_tensor_says(tensor: int) -> None:
+    plan = alpa(nodes((slow("one"), 6)), tensor=tensor, microbatches=2)
+    assert {math.prod(n for _, n in s.mesh.inner) for s in plan.stages} == {tensor}
+
+
+def test_ways_are_those_of_the_devices_that_a_stage_gets() -> None:
+    small, large = slow("small", memory=8 << 30), slow("large", memory=16 << 30)
+    cluster = nodes((small, 9), (large, 9))
+    config = rp.SearchConfig(
+        planner="alpa", replicas=1, microbatches=2, zero=0, recompute="none", memory_fraction=1.0
+    )
+    search = AlpaSearch(captured("mlp"), cluster, config)
+    sizes = set()
+    for kept in search.search():
+        for stage in kept.pipeline.stages:
+            own = search.line[stage.place : stage.place + stage.devices]
+            limit = min(cluster.memory(d) for d in own)
+            assert limit / 2 < stage.way.memory <= limit
+            sizes.add(stage.devices)
+    assert max(sizes) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"chunks": 2}, "search.planner: uniform"),
+        ({"replicas": 2, "tensor": 4}, "need 8 devices, the cluster has 6"),
+        ({"microbatches": 0}, "at least 1"),
+        ({"planner": "uniform", "microbatches": 0, "tensor": 2}, "at least 1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], words: str) -> None:
+    config = rp.SearchConfig(**{"planner": "alpa", **options})
+    with pytest.raises(PlanError, match=words):
+        rp.plan(captured("mlp"), nodes((slow("one"), 6)), config)
+
+
+def test_a_stage_of_frozen_parameters_alone_can_be_simulated() -> None:
+    graph = captured("partly_frozen")
+    plan = random_plan(graph, Cluster.local(3), seed=0, stages=3, replicas=1, microbatches=2)
+    first = simulate(graph, plan, Cluster.local(3)).setting.costs[0]
+    assert first.forward_s > 0
+    assert first.backward_s == 0
+    assert first.forward_peak_bytes > 0
