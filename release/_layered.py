@@ -21,11 +21,12 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import DATA
 from raypar.search.cost.base import StageCode, stage_code
 from raypar.search.cost.exact import move_of, peak_bytes, stage_pieces
-from raypar.search.cost.machine import MeshMachine, machine_of
+from raypar.search.cost.machine import MeshMachine
 from raypar.search.cost.params import BUCKET_BYTES, Move, param_cost
 from raypar.search.cost.work import node_work
 from raypar.sharding.convert import ALL_GATHER, ALL_REDUCE
 from release._megatron import TENSOR_AXIS, Shape, megatron_plan, mesh_slice
+from release._rings import ring_machine
 from release.workloads import gpt
 
 _LAYERS = (1, 1, 2, 1)
@@ -173,7 +174,7 @@ class Job:
 def step_seconds(job: Job, cluster: Cluster, calibration: Calibration) -> float:
     """Seconds of a step."""
     shape, parts = job.shape, job.layers.parts
-    machine = machine_of(cluster, mesh_slice(0, shape), calibration)
+    machine = ring_machine(cluster, mesh_slice(0, shape), calibration)
     first, one, two, last = (part_seconds(p, job.size, machine) for p in parts)
     more, extra = two - one, job.per_stage - 1
     once = max(_once(job, machine, nbytes) for nbytes in _params(job))
@@ -214,7 +215,7 @@ def handing_seconds(job: Job, cluster: Cluster, calibration: Calibration) -> flo
     share = nbytes / job.shape.tensor
     seconds = rates.latency + share / (link.bandwidth * rates.efficiency)
     if job.shape.tensor > 1:
-        machine = machine_of(cluster, mesh_slice(0, job.shape), calibration)
+        machine = ring_machine(cluster, mesh_slice(0, job.shape), calibration)
         seconds += machine.collective_s(TENSOR_AXIS, ALL_GATHER, nbytes)
     return seconds
 

@@ -1,6 +1,7 @@
-"""Cost model `analytic_once`: the analytic one, asked once for stages that are alike.
+"""Cost models `analytic_once` and `analytic_rings`: the analytic one, for deep models.
 
 Deep models have many stages with the same ops on meshes of the same form: one of them is traced.
+The second has collectives over several nodes go in rings (`_rings.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from raypar.compat import pytree
 from raypar.search.cost.analytic import AnalyticCost
 from raypar.search.cost.base import StageCode, StageCost, register_cost_model
 from raypar.search.cost.machine import MeshMachine
+from release._rings import rings
 
 _PIECES: dict[object, StageCode] = {}
 
@@ -31,6 +33,19 @@ class AnalyticOnce(AnalyticCost):
         # A stage that is alike stands in: its trace is in the analytic model's cache.
         stand_in = _PIECES.setdefault(_look(stage), stage)
         return super().stage_cost(stand_in, machine, optimizer_states=optimizer_states)
+
+
+@register_cost_model
+class AnalyticRings(AnalyticOnce):
+    """The same, with rings."""
+
+    name = "analytic_rings"
+
+    def stage_cost(
+        self, stage: StageCode, machine: MeshMachine, *, optimizer_states: int = 2
+    ) -> StageCost:
+        """What `stage` costs; see `CostModel`."""
+        return super().stage_cost(stage, rings(machine), optimizer_states=optimizer_states)
 
 
 def _look(stage: StageCode) -> object:

@@ -7,8 +7,8 @@ Every row's GPT is captured with attention written out, in half precision, all a
 recomputed; split as the row says (data × tensor × pipeline, `_megatron.py`), heads, interleaving
 and microbatch size that the row does not give being the fastest that fit the memory; lowered;
 and its instruction lists are simulated. What Megatron-LM does otherwise than raypar is simulated as
-Megatron-LM does it: gradients are summed over replicas after the last backward, not during it, and
-stages wait while values are handed on.
+Megatron-LM does it: gradients are summed over replicas after the last backward, not during it,
+stages wait while values are handed on, and collectives over nodes go in rings.
 
 Devices and links reach what `release/calibrations/` says. ``--fit`` fits its six constants per
 device and fabric anew (`_published_fit.py`) and writes them there; then every row is also predicted
@@ -32,7 +32,6 @@ if __name__ == "__main__":  # started by path: the project's root holds `release
 
 import torch
 
-import release._once
 from raypar.graph.opgraph import OpGraph
 from raypar.lowered import LoweredPlan, lower_plan
 from raypar.mesh.calibration import Calibration, table_calibration
@@ -43,6 +42,7 @@ from raypar.search._sim_setting import setting_of
 from raypar.search.simulate import Setting, simulate_lists
 from release._layered import Job, handing_seconds, step_seconds
 from release._megatron import equal_stages, megatron_plan
+from release._once import AnalyticRings
 from release._published_fit import Case, calibration_of, candidates, fit, left_out
 from release._published_rows import Row, cluster_of, device_name, read_rows
 from release.workloads import gpt
@@ -67,7 +67,7 @@ class Prepared:
         """Seconds of a step."""
         setting = setting_of(
             self.graph, self.plan, self.lowered, self.case.cluster, calibration,
-            release._once.AnalyticOnce.name, None, 2,
+            AnalyticRings.name, None, 2,
         )  # fmt: skip
         setting = as_megatron(setting, self.job, self.case.cluster, calibration)
         return simulate_lists(self.lowered.lists, setting).step_s

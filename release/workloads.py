@@ -21,11 +21,14 @@ from raypar.graph.opgraph import OpGraph
 class Attention(nn.Module):
     """Self- or cross-attention; `explicit` writes out the scores, as kernels of 2021 did."""
 
-    def __init__(self, width: int, heads: int, causal: bool, explicit: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, causal: bool, explicit: bool, head_size: int | None = None
+    ) -> None:
         super().__init__()
         self.heads, self.causal, self.explicit = heads, causal, explicit
-        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
-        self.out = nn.Linear(width, width)
+        inner = heads * (head_size or width // heads)
+        self.q, self.k, self.v = (nn.Linear(width, inner) for _ in range(3))
+        self.out = nn.Linear(inner, width)
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
         source = x if memory is None else memory
@@ -42,7 +45,7 @@ class Attention(nn.Module):
             mixed = F.softmax(scores, -1) @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(mixed.transpose(1, 2).reshape(x.shape))
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -93,13 +96,15 @@ class Block(nn.Module):
     def __init__(
         self, width: int, heads: int, *, inner: int | None = None, causal: bool = True,
         cross: bool = False, explicit: bool = False, experts: int = 0,
+        head_size: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         inner = inner or 4 * width
-        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads, causal, explicit)
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads, causal, explicit, head_size)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = Experts(width, inner, experts) if experts else FeedForward(width, inner)
-        self.cross = Attention(width, heads, False, explicit) if cross else None
+        self.cross = Attention(width, heads, False, explicit, head_size) if cross else None
         self.norm3 = nn.LayerNorm(width) if cross else None
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
@@ -136,15 +141,17 @@ class T5(nn.Module):
     """An encoder and a decoder that attends to it."""
 
     def __init__(
-        self, layers: int, width: int, heads: int, inner: int, vocabulary: int, sequence: int
-    ) -> None:
+        self, layers: int, width: int, heads: int, inner: int, head_size: int, vocabulary: int,
+        sequence: int,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(sequence, width)
         self.encoder = nn.ModuleList(
-            Block(width, heads, inner=inner, causal=False) for _ in range(layers)
+            Block(width, heads, inner=inner, head_size=head_size, causal=False)
+            for _ in range(layers)
         )
         self.decoder = nn.ModuleList(
-            Block(width, heads, inner=inner, cross=True) for _ in range(layers)
+            Block(width, heads, inner=inner, head_size=head_size, cross=True) for _ in range(layers)
         )
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
 
@@ -162,14 +169,18 @@ class T5(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A residual block of three convolutions (He et al. 2016, "Deep Residual Learning")."""
+    """A residual block of three convolutions (He et al. 2016, "Deep Residual Learning").
 
-    def __init__(self, before: int, inner: int, after: int, stride: int) -> None:
+    The middle one makes `widen` times as many channels as it takes.
+    """
+
+    def __init__(self, before: int, inner: int, after: int, stride: int, widen: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(before, inner, 1, bias=False)
-        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, bias=False)
-        self.conv3 = nn.Conv2d(inner, after, 1, bias=False)
-        self.norm1, self.norm2, self.norm3 = (nn.BatchNorm2d(n) for n in (inner, inner, after))
+        self.conv2 = nn.Conv2d(inner, inner * widen, 3, stride, 1, bias=False)
+        self.conv3 = nn.Conv2d(inner * widen, after, 1, bias=False)
+        channels = (inner, inner * widen, after)
+        self.norm1, self.norm2, self.norm3 = (nn.BatchNorm2d(n) for n in channels)
         same = before == after and stride == 1
         self.short = nn.Identity() if same else nn.Conv2d(before, after, 1, stride, bias=False)
 
@@ -180,7 +191,10 @@ class Bottleneck(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """ResNet-50 or -101 with all widths multiplied (Zagoruyko and Komodakis 2016)."""
+    """ResNet-50 or -101 with wide blocks (Zagoruyko and Komodakis 2016).
+
+    Widened so that the parameters are those of table 6 of Zheng et al. 2022.
+    """
 
     def __init__(self, layers: int, base: int, widen: int, classes: int = 1024) -> None:
         super().__init__()
@@ -189,10 +203,10 @@ class WideResNet(nn.Module):
         blocks: list[nn.Module] = []
         before = base
         for level, depth in enumerate(depths):
-            inner = base * 2**level * widen
+            inner = base * 2**level
             after = 4 * base * 2**level
             for i in range(depth):
-                blocks.append(Bottleneck(before, inner, after, 2 if level and not i else 1))
+                blocks.append(Bottleneck(before, inner, after, 2 if level and not i else 1, widen))
                 before = after
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(before, classes)
@@ -298,4 +312,4 @@ ALPA_WIDE_RESNET = {
 }  # fmt: skip
 GPT_175B = gpt(96, 12288, 96, 1536, "GPT-175B", sequence=2048)
 GPT_1T = gpt(128, 25600, 160, 3072, "GPT-1T", sequence=2048)
-T5_11B = Workload("T5-11B", "t5", 512, (24, 1024, 128, 65536), 512, 32128)
+T5_11B = Workload("T5-11B", "t5", 512, (24, 1024, 128, 65536, 128), 512, 32128)
