@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import subprocess
@@ -20,6 +21,9 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112 (Ray's own spelling)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
+# What somebody measured on this machine is nobody else's test.
+os.environ["RAYPAR_CACHE_DIR"] = tempfile.mkdtemp(prefix="raypar-tests-")
+atexit.register(shutil.rmtree, os.environ["RAYPAR_CACHE_DIR"], ignore_errors=True)
 
 settings.register_profile(
     "raypar",
