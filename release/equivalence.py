@@ -11,8 +11,10 @@ its batch is cut (batch norm, expert capacity) is compared with eager training o
 microbatches. The bound on max|Δ| per tensor is 1e-9·max(1, max|ref|), or 1e-6 where float32 ops
 occur.
 
-With `--meshes` every rank group of every plan gets a mesh drawn from the given shapes (16 devices
-for at most 2 rank groups), every op a random strategy on it, and every stage a random ZeRO level.
+With `--meshes` every rank group of every plan gets a mesh drawn from the given shapes (16 devices,
+or 8 on Ray, for at most 2 rank groups), every op a random strategy on it, and every stage a random
+ZeRO level. Lines are merged into a JSON file of the same backend, seeds and meshes, model by model,
+so that a run can be cut in slices.
 
 Then the masks of dropout themselves, and a masked mean over M in {1, 2, 4, 8}. Prints a line per
 model and exits with 1 on any difference. `--backend ray` runs on stage actors of a private Ray, by
@@ -31,6 +33,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +53,7 @@ from raypar.testing.equivalence import RunRecord, default_optimizer, gaps, run_g
 STEPS = 3
 SEED = 0
 GLOBAL_BATCH = 8
-MESH_DEVICES = 16
+MESH_DEVICES = {"local": 16, "ray": 8}
 RAY_MODELS = ("gpt", "cnn", "t5", "moe_sparse")
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -74,6 +77,7 @@ class Row:
     schedules: set[str] = field(default_factory=set)
     recompute: set[str] = field(default_factory=set)
     meshes: set[str] = field(default_factory=set)
+    unlike: set[str] = field(default_factory=set)
     zero: set[int] = field(default_factory=set)
     sharded_ops: int = 0
     seconds: float = 0.0
@@ -87,7 +91,9 @@ class Row:
         self.microbatches.add(plan.microbatches)
         self.schedules.add(plan.schedule.name)
         self.recompute |= {s.memory.recompute for s in plan.stages}
-        self.meshes |= {"x".join(str(n) for _, n in s.mesh.inner) or "1" for s in plan.stages}
+        forms = ["x".join(str(n) for _, n in s.mesh.inner) or "1" for s in plan.stages]
+        self.meshes |= set(forms)
+        self.unlike |= {f"{a}→{b}" for a, b in pairwise(forms) if a != b}
         self.zero |= {s.memory.zero for s in plan.stages}
         self.sharded_ops += sum(len(s.sharding) for s in plan.stages)
 
@@ -149,7 +155,7 @@ def check_model(
         for seed in seeds:
             plan = random_plan(graph, cluster, seed=seed)
             if meshes:
-                wide = Cluster.local(MESH_DEVICES)
+                wide = Cluster.local(MESH_DEVICES[backend])
                 plan = random_sharding(graph, plan, wide, seed=seed, meshes=meshes)
             _check_plan(row, case, graph, batch, plan, seed, backend, optimizer, references)
     except Exception as error:
@@ -280,6 +286,20 @@ def check_masked_mean(cluster: Cluster, backend: str) -> Row:
     return row
 
 
+def write_merged(path: Path, body: dict[str, Any]) -> None:
+    """Writes the lines of this run, and those of other models that a run like it left there."""
+    lines = {line["model"]: line for line in body["models"]}
+    if path.exists():
+        before = json.loads(path.read_text())
+        if all(before.get(key) == body[key] for key in ("backend", "seeds", "meshes")):
+            lines = {**{line["model"]: line for line in before["models"]}, **lines}
+    body["models"] = list(lines.values())
+    body["equal"] = not any(line["wrong"] for line in lines.values())
+    body["plans"] = sum(line["plans"] for line in lines.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(body, indent=1) + "\n")
+
+
 def main() -> int:
     """Runs what the command line asks for; 1 on any difference."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -326,18 +346,16 @@ def main() -> int:
         + (f"DIFFERENCES in {', '.join(failed)}" if failed else "all equal")
     )
     if args.json:
-        body = {
+        body: dict[str, Any] = {
             "backend": args.backend,
             "seeds": [seeds.start, seeds.stop],
-            "equal": not failed,
-            "plans": total,
+            "meshes": args.meshes,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, one torch thread",
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "date": time.strftime("%Y-%m-%d"),
             "models": [row.as_json() for row in rows],
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(body, indent=1) + "\n")
+        write_merged(args.json, body)
     return 1 if failed else 0
 
 
