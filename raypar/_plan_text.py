@@ -24,8 +24,21 @@ def plan_text(plan: Plan, graph: OpGraph | None = None) -> str:
 
 
 def joined(sections: Sequence[Sequence[str]]) -> str:
-    """Sections of lines with an empty line between them; empty ones are left out."""
-    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+    """Sections of lines with an empty line between them; empty ones are left out, long lines cut.
+
+    A line of more than `WIDTH` columns goes on below, indented further.
+    """
+    kept = (lines for lines in sections if lines)
+    return "\n\n".join("\n".join(p for line in lines for p in _pieces(line)) for lines in kept)
+
+
+def _pieces(line: str) -> list[str]:
+    if len(line) <= WIDTH:
+        return [line]
+    indent = line[: len(line) - len(line.lstrip(" "))]
+    return textwrap.wrap(
+        line.lstrip(" "), WIDTH, initial_indent=indent, subsequent_indent=f"{indent}    "
+    )
 
 
 def plan_lines(plan: Plan) -> list[str]:
