@@ -1,17 +1,19 @@
 """The simulator against raypar itself: random plans, predicted and then run.
 
     python release/simulator.py [--models gpt,cnn,t5,mlp] [--plans 0:40] [--cost analytic|profiled]
-                                [--calibration FILE] [--predict] [--json FILE]
+                                [--calibration FILE] [--measure time,memory] [--json FILE]
 
 Every plan is drawn by `raypar.testing.random_plan` for 1 to 4 CPU devices on this machine, which
-may have fewer cores than that: then ranks share them. Its step time is measured on stage actors of
-a private Ray (median over rounds; the machine must be quiet), its memory in this process: after
-every instruction of a step, the distinct storages that each rank holds. Predicted with the
+may have fewer cores than that: then ranks share them. In every third one, ops are sharded at random
+(`raypar.testing.random_sharding`). Its step time is measured on stage actors of a private Ray, in
+steps that no other program disturbs (`release.undisturbed`; on a busy machine there may be none,
+and the figure is marked as corrected), its memory in this process: after every instruction of a
+step, the distinct storages that each rank holds. Predicted with the
 calibration that `raypar probe` keeps for this machine (or `--calibration`): fitted to single
 operators, not to these models.
 
 Results are merged into the JSON file plan by plan, so that a run can be cut in slices and taken up
-again; `--predict` measures nothing and predicts anew for what was measured. Prints a line per plan
+again; `--measure ""` predicts anew for what was measured. Prints a line per plan
 and the figures per model; exits with 1 if a target is missed.
 """
 
@@ -45,19 +47,24 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.schedules.instructions import Instruction
 from raypar.search.simulate import Simulation, simulate
+from raypar.search.simulation import MOVING
 from raypar.stages.compile import compile_plan
 from raypar.stages.holdings import Workshop
 from raypar.stages.interpreter import RankRunner
 from raypar.stages.local import LocalRun
 from raypar.stages.spec import RankSpec
-from raypar.testing import random_plan
+from raypar.testing import random_plan, random_sharding
 from raypar.testing.backends import RepeatFeed
 from release.cost_models import CNN, GPT, MLP, T5
-from release.ours import RayparRun, raypar_cluster
+from release.ours import raypar_cluster
+from release.undisturbed import CountedRun, figure_of, load
 
 RESULTS = Path(__file__).parent / "results" / "simulator.json"
 TARGETS = {"mape": 0.15, "spearman": 0.9, "memory": 0.10, "saved": 0.05}
-ROUNDS, STEPS, WARM_UP = 7, 3, 3
+WARM_UP, STEPS, MOST_S = 3, 12, 12.0
+PAGE = 4096
+SHARDED, MESHES, SHARE = 3, ((), (2,), (4,), (2, 2)), 0.4
+"""Every so many plans are sharded, on such meshes, in such a share of the ops that can be."""
 BATCH, LENGTH, VOCAB = 16, 48, 512
 Row = dict[str, Any]
 
@@ -127,25 +134,40 @@ def drawn(name: str, seed: int) -> tuple[Plan, Cluster]:
     """Plan `seed` of a model, on 1 to 4 devices."""
     cluster = Cluster.local(1 + seed % 4)
     most = 8  # more microbatches measure overheads, not work
+    sharded = seed % SHARDED == SHARDED - 1 and cluster.n_devices > 1
+    drawn_for = Cluster.local(cluster.n_devices // 2) if sharded else cluster
     for attempt in range(100):
-        plan = random_plan(captured(name), cluster, seed=seed + 1000 * attempt)
-        if plan.microbatches <= most:
-            return plan, cluster
+        draw = seed + 1000 * attempt
+        plan = random_plan(captured(name), drawn_for, seed=draw)
+        if plan.microbatches > most:
+            continue
+        if sharded:
+            plan = random_sharding(
+                captured(name), plan, cluster, seed=draw, meshes=MESHES, share=SHARE
+            )
+        return plan, cluster
     raise RuntimeError(f"no plan of {name} with at most {most} microbatches in 100 draws")
 
 
 # -- measured -------------------------------------------------------------------------------
 
 
-def measured_step(name: str, plan: Plan) -> list[float]:
-    """Seconds per step, round by round, on stage actors."""
-    model_fn, batch = MODELS[name]
-    run = RayparRun(model_fn, batch(), plan, name=name, optimizer=adamw)
+def measured_step(name: str, plan: Plan) -> Row:
+    """Seconds per step on stage actors, and what they rest on."""
+    run = CountedRun(captured(name), MODELS[name][1](), plan, adamw, name)
     try:
-        run.steps(WARM_UP)
-        return [run.steps(STEPS).seconds for _ in range(ROUNDS)]
+        steps = run.until_quiet(WARM_UP, STEPS, MOST_S)
     finally:
         run.close()
+    found = figure_of(steps)
+    return {
+        "measured_s": found.seconds,
+        "cpu_s": found.cpu,
+        "steps": len(steps),
+        "quiet": found.quiet,
+        "disturbed": found.disturbed,
+        "load": load(),
+    }
 
 
 class Watched(RankRunner):
@@ -217,7 +239,8 @@ def prediction_row(found: Simulation) -> Row:
     memory: list[int] = []
     saved: dict[int, int] = {}
     for lane, timeline in zip(found.lanes, found.memory, strict=True):
-        between = timeline.moving[:2].sum(axis=0).max()  # what `Watched` sees: saved and edges
+        seen = [MOVING.index(what) for what in ("saved", "edges", "gradients")]
+        between = timeline.moving[seen].sum(axis=0).max()  # what `Watched` sees
         held = int(between) + sum(timeline.resident.values())
         memory += [held] * len(lane.devices)
         saved.update(timeline.saved_peak)
@@ -254,10 +277,11 @@ def figures(rows: Sequence[Row]) -> Row:
     """MAPE and rank correlation of step times, largest and mean errors of bytes."""
     done = [r for r in rows if "measured_s" in r and "predicted_s" in r]
     errors = [r["predicted_s"] / r["measured_s"] - 1 for r in done]
-    memory = [abs(p / m - 1) for r in done for p, m in _pairs(r, "bytes")]
-    saved = [abs(p / m - 1) for r in done for p, m in _pairs(r, "saved") if m]
+    memory = [abs(e) for r in rows for e in _errors(r, "bytes")]
+    saved = [abs(e) for r in rows for e in _errors(r, "saved")]
     return {
         "plans": len(done),
+        "quiet": sum(bool(r["quiet"]) for r in done),
         "mape": statistics.mean(map(abs, errors)) if errors else 0.0,
         "bias": statistics.mean(errors) if errors else 0.0,
         "worst": max(map(abs, errors), default=0.0),
@@ -266,6 +290,11 @@ def figures(rows: Sequence[Row]) -> Row:
         "memory_worst": max(memory, default=0.0),
         "saved_worst": max(saved, default=0.0),
     }
+
+
+def _errors(row: Row, what: str) -> list[float]:
+    """Relative errors of bytes; a rank that holds less than a page counts as holding one."""
+    return [(p - m) / max(m, PAGE) for p, m in _pairs(row, what)]
 
 
 def _pairs(row: Row, what: str) -> list[tuple[float, float]]:
@@ -323,14 +352,24 @@ class Book:
 
 def line(key: str, row: Row) -> str:
     """One plan in words."""
-    text = f"{key:<8} {row.get('what', ''):<44}"
+    text = f"{key:<8} {row.get('what', ''):<60}"
     if "predicted_s" in row:
         text += f" predicted {row['predicted_s'] * 1e3:7.1f} ms"
     if "measured_s" in row:
         text += f" measured {row['measured_s'] * 1e3:7.1f} ms"
         if "predicted_s" in row:
             text += f" {row['predicted_s'] / row['measured_s'] - 1:+6.1%}"
+        text += f" (quiet {row['quiet']}/{row['steps']}, disturbed {row['disturbed']:.0%})"
+    for what in ("bytes", "saved"):
+        off = _errors(row, what)
+        if off:
+            text += f" {what} {max(off, key=abs):+.1%}"
     return text
+
+
+def _meshes(plan: Plan) -> str:
+    shapes = ["x".join(str(n) for _, n in s.mesh.inner) or "1" for s in plan.stages]
+    return "" if set(shapes) == {"1"} else ", sharded " + " ".join(shapes)
 
 
 def one(book: Book, name: str, seed: int, args: argparse.Namespace, use: Calibration) -> None:
@@ -339,19 +378,17 @@ def one(book: Book, name: str, seed: int, args: argparse.Namespace, use: Calibra
     plan, cluster = drawn(name, seed)
     what = (
         f"{cluster.n_devices} devices, {len(plan.stages)} stages, D={plan.replicas}, "
-        f"M={plan.microbatches}, {plan.schedule.name}"
+        f"M={plan.microbatches}, {plan.schedule.name}{_meshes(plan)}"
     )
     book.put(key, what=what)
-    if not args.predict and "measured_s" not in book.rows[key]:
-        seconds = measured_step(name, plan)
+    if "time" in args.measure and not book.rows[key].get("quiet"):
+        book.put(key, **measured_step(name, plan))
+    if "memory" in args.measure:
         most, saved = measured_memory(name, plan)
         book.put(
             key,
-            measured_s=statistics.median(seconds),
-            rounds_s=seconds,
             measured_bytes=most,
             measured_saved={str(s): n for s, n in sorted(saved.items())},
-            load=os.getloadavg()[0],
         )
     book.put(key, **prediction_row(predicted(name, seed, use, args.cost)))
     print(line(key, book.rows[key]), flush=True)
@@ -364,7 +401,9 @@ def main() -> int:
     parser.add_argument("--plans", default="0:40", help="first:last of the seeds")
     parser.add_argument("--cost", default="analytic")
     parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--predict", action="store_true", help="measure nothing")
+    parser.add_argument(
+        "--measure", default="time,memory", help="what to measure; nothing: predict anew"
+    )
     parser.add_argument("--json", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -375,7 +414,7 @@ def main() -> int:
     source = use.note
     book = Book(args.json)
     with ExitStack() as stack:
-        if not args.predict:
+        if "time" in args.measure:
             stack.enter_context(raypar_cluster())
         for seed in range(first, last):
             for name in names:

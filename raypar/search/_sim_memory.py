@@ -13,9 +13,9 @@ from raypar.search._sim_build import Built
 from raypar.search._sim_input import Setting
 from raypar.search._sim_run import Played
 
-RESIDENT = ("parameters", "gradients", "optimizer", "buffers", "overhead")
-MOVING = ("saved", "edges", "transit", "transient")
-_SAVED, _EDGES, _TRANSIT, _TRANSIENT = range(4)
+RESIDENT = ("parameters", "optimizer", "buffers", "overhead")
+MOVING = ("saved", "edges", "gradients", "transit", "transient")
+_SAVED, _EDGES, _GRADIENTS, _TRANSIT, _TRANSIENT = range(5)
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,19 @@ class MemoryTimeline:
     """Bytes that each rank of a lane holds over time.
 
     Attributes:
-        resident: Held all the time: ``parameters``, ``gradients``, ``optimizer``, ``buffers`` and
-            ``overhead`` (fragmentation, libraries), in bytes.
+        resident: Held all the time: ``parameters``, ``optimizer``, ``buffers`` and ``overhead``
+            (fragmentation, libraries), in bytes.
         peak_bytes: The most held at once.
         peak_s: When, in seconds from the beginning of the step.
         peak_parts: What was held then, by name; adds up to `peak_bytes`.
         saved_peak: Stage → most bytes held for its backward at once.
         times: When what is held changes, in seconds.
-        moving: One row for each of `MOVING`: ``saved`` activations, ``edges`` (values that cross
-            stages and their gradients), ``transit`` (what has arrived and was not yet asked for,
-            or is done with and not yet gone) and ``transient`` (within one program): bytes from
-            each time on.
+        moving: One row for each of `MOVING`: ``saved`` activations (less what is held as an edge
+            or for another stage as well: one tensor counts once), ``edges`` (values that cross
+            stages and their gradients), ``gradients`` of parameters (from the first backward of
+            their stage to the optimizer, which begins the next step), ``transit`` (what has
+            arrived and was not yet asked for, or is done with and not yet gone) and ``transient``
+            (within one program): bytes from each time on.
     """
 
     resident: dict[str, int]
@@ -93,7 +95,12 @@ class _Walk:
         self.leaves: dict[tuple[str, int], float] = {}
         self.counts = dict.fromkeys(self.stages, (0, 0))
         self.saved_peak = dict.fromkeys(self.stages, 0)
+        self.holders: dict[tuple[str, int], int] = {}  # (edge, microbatch) → who holds its tensor
+        self.without = {s for s in self.stages if self.costs[s].gradient_bytes}
+        """Stages whose gradients do not exist yet."""
         self.changes: list[tuple[float, int, int]] = []  # (time, which of MOVING, bytes)
+        total = sum(c.gradient_bytes for c in self.costs.values())
+        self.changes += [(0.0, _GRADIENTS, total), (self.ends[0], _GRADIENTS, -total)]
 
     def step(self, position: int, now: Instruction) -> None:
         """What one instruction changes."""
@@ -105,6 +112,7 @@ class _Walk:
         if kind in COMPUTE:
             before = self.last[position - 1] if position else 0
             self._compute(kind, stage, mb, self.ends[before], end)
+            self._gradients(kind, stage, self.ends[before], end)
         elif kind in RECV:
             assert now.value is not None
             name = now.value if kind is Kind.RECV_FORWARD else GRAD + now.value
@@ -123,6 +131,7 @@ class _Walk:
                 self.held.remove(key)
                 size = self.sizes[now.value.removeprefix(GRAD)]
                 self.changes.append((end, _EDGES, -size))
+                self._drop(key, end)
                 gone = self.leaves.pop(key, 0.0)
                 if gone > end:
                     self.changes += [(end, _TRANSIT, size), (gone, _TRANSIT, -size)]
@@ -130,27 +139,60 @@ class _Walk:
     def _take(self, name: str, mb: int, time: float) -> None:
         if (name, mb) not in self.held:
             self.held.add((name, mb))
+            self._share((name, mb), time)
             self.changes.append((time, _EDGES, self.sizes[name.removeprefix(GRAD)]))
 
     def _compute(self, kind: Kind, stage: int, mb: int, start: float, end: float) -> None:
         cost = self.costs[stage]
         peak = cost.forward_peak_bytes if kind is Kind.FORWARD else cost.backward_peak_bytes
+        halves = self.setting.io.splits[stage]
         if peak:
             self.changes.append((start, _TRANSIENT, peak))
             self.changes.append((end, _TRANSIENT, -peak))
-        halves = self.setting.io.splits[stage]
         if kind is Kind.FORWARD:
             self._keep(stage, end, 1, 0)
+            for name in cost.saved_edges:
+                self._share((name, mb), end)
             for name in self.made[stage]:
                 self._take(name, mb, end)
             return
         if kind is Kind.BACKWARD_WEIGHT:
             if halves:
                 self._keep(stage, end, 0, -1)
+                for name in cost.half_edges:
+                    self._drop((name, mb), end)
             return
-        self._keep(stage, end, -1, int(kind is Kind.BACKWARD_INPUT and halves))
+        later = kind is Kind.BACKWARD_INPUT and halves
+        self._keep(stage, end, -1, int(later))
+        for name in cost.half_edges if later else ():
+            self._share((name, mb), end)
+        for name in cost.saved_edges:
+            self._drop((name, mb), end)
         for name in self.read[stage]:
             self._take(GRAD + name, mb, end)
+
+    def _gradients(self, kind: Kind, stage: int, start: float, end: float) -> None:
+        """The first gradients of a stage come to be while a backward runs, and stay."""
+        last = Kind.BACKWARD_WEIGHT if self.setting.io.splits[stage] else Kind.BACKWARD_INPUT
+        if kind not in (Kind.BACKWARD, last) or stage not in self.without:
+            return
+        self.without.remove(stage)
+        size = self.costs[stage].gradient_bytes
+        self.changes += [(start, _TRANSIENT, size), (end, _TRANSIENT, -size)]
+        self.changes.append((end, _GRADIENTS, size))
+
+    def _share(self, key: tuple[str, int], time: float) -> None:
+        """One more holds this value; all after the first hold the same tensor."""
+        self.holders[key] = known = self.holders.get(key, 0) + 1
+        size = self.sizes.get(key[0])  # None of a gradient: it is nobody's but the edge's
+        if known > 1 and size:
+            self.changes.append((time, _SAVED, -size))
+
+    def _drop(self, key: tuple[str, int], time: float) -> None:
+        self.holders[key] = known = self.holders[key] - 1
+        size = self.sizes.get(key[0])
+        if known > 0 and size:
+            self.changes.append((time, _SAVED, size))
 
     def _keep(self, stage: int, time: float, whole: int, half: int) -> None:
         cost = self.costs[stage]
@@ -190,7 +232,6 @@ class _Walk:
         costs = self.costs.values()
         sizes = (
             sum(c.param_bytes for c in costs),
-            sum(c.gradient_bytes for c in costs),
             sum(c.optimizer_bytes for c in costs),
             sum(c.buffer_bytes for c in costs),
             sum(c.overhead_bytes for c in costs),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import fx
 from raypar.graph.costs import size_of
 from raypar.search.cost.base import CostModel, StageCode, StageCost, register_cost_model
 from raypar.search.cost.exact import (
+    Port,
     StagePieces,
     peak_bytes,
     piece_cost,
@@ -69,10 +71,19 @@ class AnalyticCost(CostModel):
             buffer_bytes=buffers,
             saved_bytes=pieces.saved_bytes,
             half_bytes=pieces.half_bytes,
+            saved_edges=_edges(pieces.saved_ports, pieces, stage),
+            half_edges=_edges(pieces.half_ports, pieces, stage),
             forward_peak_bytes=forward_peak,
             backward_peak_bytes=backward_peak,
             overhead_bytes=_overhead_bytes(machine, held + forward_peak + pieces.saved_bytes),
         )
+
+
+def _edges(ports: Iterable[Port], pieces: StagePieces, stage: StageCode) -> frozenset[str]:
+    """Ids of values that enter or leave a stage."""
+    found = [pieces.keys[i].removeprefix("edge:") for way, i in ports if way == "in"]
+    out = stage.edges_out
+    return frozenset([*found, *(out[i] for way, i in ports if way == "out" and i < len(out))])
 
 
 def _overhead_bytes(machine: MeshMachine, used: int) -> int:

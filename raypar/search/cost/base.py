@@ -47,6 +47,7 @@ class StageCode:
         changing: Names of the buffers that forward replaces.
         layouts: Parameter → how it lies; a missing one is whole and belongs to this device alone.
         axes: (name, size) of every axis of the mesh.
+        edges_out: Ids of the values that leave, in the order of the outputs.
     """
 
     graph: fx.Graph
@@ -57,6 +58,7 @@ class StageCode:
     changing: tuple[str, ...] = ()
     layouts: Mapping[str, ParamLayout] = field(default_factory=dict)
     axes: tuple[tuple[str, int], ...] = ()
+    edges_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class StageCost:
         buffer_bytes: Buffers and constants.
         saved_bytes: Held from a forward to its backward, per microbatch.
         half_bytes: Held from a backward's input half to its weight half, per microbatch.
+        saved_edges: Ids of the values that enter or leave the stage and that `saved_bytes` counts.
+        half_edges: The same for `half_bytes`.
         forward_peak_bytes: Most that one forward pass holds at once besides its inputs and what is
             held anyway; what it saves and returns is included.
         backward_peak_bytes: The same for a backward pass, its new gradients included, without
@@ -110,6 +114,8 @@ class StageCost:
     forward_peak_bytes: int = 0
     backward_peak_bytes: int = 0
     overhead_bytes: int = 0
+    saved_edges: frozenset[str] = frozenset()
+    half_edges: frozenset[str] = frozenset()
 
     @property
     def resident_bytes(self) -> int:
@@ -223,4 +229,5 @@ def stage_code(lowered: LoweredPlan, plan: Plan, index: int) -> StageCode:
         changing=stage.updates,
         layouts=lowered.layouts[lowered.io.rank_of[index]],
         axes=plan.stages[index].mesh.named,
+        edges_out=tuple(stage.edges_out),
     )

@@ -27,6 +27,9 @@ from raypar.sharding.convert import COLLECTIVES, REDUCE_SCATTER
 
 _CPU = torch.device("cpu")
 
+Port = tuple[str, int]
+"""A value that enters or leaves a stage: ``in`` or ``out``, and its position."""
+
 
 @dataclass(frozen=True)
 class StagePieces:
@@ -40,6 +43,9 @@ class StagePieces:
         held: Values that are held from forward to backward and freed by it.
         saved_bytes: Their bytes.
         half_bytes: Bytes held between the halves of backward.
+        saved_ports: Received values and results that `saved_bytes` counts, which are held as such
+            as well: ("in", position of the input) or ("out", position of the output).
+        half_ports: The same for `half_bytes`.
         splits: Whether backward is run in halves where a schedule asks for it; a stage without
             received values that want gradients does all of it in its input half.
     """
@@ -51,6 +57,8 @@ class StagePieces:
     held: frozenset[fx.Node] = frozenset()
     saved_bytes: int = 0
     half_bytes: int = 0
+    saved_ports: frozenset[Port] = frozenset()
+    half_ports: frozenset[Port] = frozenset()
     splits: bool = False
 
 
@@ -80,6 +88,7 @@ def stage_pieces(stage: StageCode) -> StagePieces:
     held = [*parts.saved, *(n for n in parts.kept if n in own)]
     inputs = set(joint.inputs)
     later = [n for n in parts.weight_inputs if n not in inputs or n in own]
+    halves = [*later, *parts.between] if edges else []
     return StagePieces(
         joint,
         parts,
@@ -87,9 +96,29 @@ def stage_pieces(stage: StageCode) -> StagePieces:
         keys,
         frozenset(held),
         saved_bytes(held, free),
-        saved_bytes([*later, *parts.between], free) if edges else 0,
+        saved_bytes(halves, free),
+        _ports(joint, keys, held),
+        _ports(joint, keys, halves),
         splits=bool(edges),
     )
+
+
+def _ports(joint: Joint, keys: Sequence[str], held: Iterable[fx.Node]) -> frozenset[Port]:
+    """Which values that enter or leave share their memory with what is held."""
+    known = {storage for node in held for storage in _storages(node)}
+
+    def shares(node: object) -> bool:
+        return isinstance(node, fx.Node) and not known.isdisjoint(_storages(node))
+
+    arrived = [i for i, k in enumerate(keys) if k[:5] == "edge:" and shares(joint.inputs[i])]
+    # The interpreter sends values contiguously: others leave as copies.
+    gone = [i for i, n in enumerate(joint.outputs) if shares(n) and _contiguous(n)]
+    return frozenset([*(("in", i) for i in arrived), *(("out", i) for i in gone)])
+
+
+def _contiguous(node: fx.Node | None) -> bool:
+    value = None if node is None else node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_contiguous()
 
 
 def _fill_in(graph: fx.Graph, holders: Sequence[fx.Node]) -> None:

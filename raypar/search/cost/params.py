@@ -10,7 +10,7 @@ import torch
 
 from raypar.search.cost.base import Collective, StageCode
 from raypar.search.cost.machine import MeshMachine
-from raypar.sharding.convert import COLLECTIVES, conversion
+from raypar.sharding.convert import COLLECTIVES, REDUCE_SCATTER, conversion
 from raypar.sharding.layout import Axes, ParamLayout
 from raypar.sharding.spec import R, ShardingSpec, is_shard, shard_dim
 
@@ -124,7 +124,7 @@ def param_cost(stage: StageCode) -> ParamCost:
         name, trainable = key[6:], key[6:] in stage.trainable
         layout = stage.layouts.get(name)
         own = value.numel() * value.element_size()
-        part = own
+        part = summed = own
         if layout is not None:
             part = _stored_bytes(layout, value.element_size(), stage.axes)
             if not layout.in_program:
@@ -136,11 +136,14 @@ def param_cost(stage: StageCode) -> ParamCost:
                     stage.axes,
                 )
                 gather += moves(*arguments)
+                back = moves(*arguments, backward=True)
                 if trainable:
-                    sync += moves(*arguments, backward=True)
+                    sync += back
+                if all(move.kind != REDUCE_SCATTER for move in back):
+                    summed = part  # each rank's own part of the gradient needs no other's
         held += own + (part if _has_copy(layout) else 0)
         if trainable:
-            gradients += part if layout is not None and layout.zero >= 2 else own
+            gradients += part if layout is not None and layout.zero >= 2 else summed
             states += part
             optimized += part
             count += 1

@@ -23,7 +23,10 @@ from raypar.search.simulation import Simulation
 SCHEDULES = ("1f1b", "zero_bubble_h1", "gpipe")
 """Schedules that every pipeline is tried with where the options leave it open."""
 _MOST_SLOTS = 4096
-"""Up to so many stages × microbatches, all plans are played; beyond, only the first one."""
+"""Up to so many stages × microbatches, every schedule is played; beyond, only the plan's own."""
+_MOST_OPS = 2000
+"""Plans are played as long as they have so many ops together; the first one always is. Pricing all
+ops of a plan exactly takes milliseconds each, so that a large model's plan takes seconds."""
 _MOST_ALTERNATIVES = 8
 
 
@@ -64,10 +67,8 @@ def contest(
         memory_fraction: Share of a device's memory that may be filled.
     """
     found: list[Entry] = []
-    for plan in plans:
+    for plan in plans[: max(1, _MOST_OPS // len(graph.ops))]:
         small = len(plan.stages) * plan.microbatches <= _MOST_SLOTS
-        if found and not small:
-            break
         lowered = lower_plan(graph, plan)
         for name in _schedules(plan, schedule, small):
             tried = replace(plan, schedule=replace(plan.schedule, name=name))
