@@ -230,7 +230,8 @@ class Plan:
         """This plan for another capture of the model.
 
         Ops are mapped by canonical id. Where an end of a stage is gone, or the graph cannot be cut
-        there any more, the cuts are balanced again and everything else is kept.
+        there any more, the cuts are balanced again and everything else is kept. Ops keep their
+        strategies, also where they change stages, as far as the new shapes divide.
 
         Raises:
             PlanError: The number of stages, microbatches or replicas does not fit that graph.

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+
+from torch import fx
 
 from raypar.errors import PlanError
 from raypar.graph.balance import balanced_cuts
 from raypar.graph.opgraph import OpGraph
 from raypar.plan import Plan
+from raypar.sharding.blocks import annotate_blocks
+from raypar.sharding.strategies import fold_patterns, pattern_of, strategies
 
 
 def rebind(plan: Plan, graph: OpGraph) -> Plan:
@@ -35,6 +40,14 @@ def rebind(plan: Plan, graph: OpGraph) -> Plan:
         )
         for stage, first, end in zip(plan.stages, starts, ends, strict=True)
     )
+    if any(stage.sharding for stage in plan.stages):
+        nodes = _annotated(graph, graph.global_batch // parts)
+        stages = tuple(
+            dataclasses.replace(
+                stage, sharding=_carried(plan, s, [op.id for op in graph.ops[first:end]], nodes)
+            )
+            for s, (stage, first, end) in enumerate(zip(stages, starts, ends, strict=True))
+        )
     return dataclasses.replace(
         plan,
         graph_hash=graph.hash,
@@ -57,3 +70,30 @@ def _mapped_ends(plan: Plan, graph: OpGraph) -> list[int] | None:
             return None
         ends.append(place + 1)
     return [*ends, len(graph.ops)]
+
+
+def _annotated(graph: OpGraph, local_batch: int) -> dict[str, fx.Node]:
+    """Op id → the call at the size of one microbatch on one replica, ready for rules."""
+    clean = graph.local(local_batch)
+    annotate_blocks(clean.graph)
+    return {node.meta["id"]: node for node in clean.ops}
+
+
+def _carried(
+    plan: Plan, index: int, ids: Sequence[str], nodes: Mapping[str, fx.Node]
+) -> dict[str, str]:
+    """The sharding of a stage that now has the ops `ids`.
+
+    An op does as it did, also where it was in another stage on a mesh of the same axes. What no
+    longer divides, or has no such op to follow, is left to be computed whole.
+    """
+    mesh = plan.stages[index].mesh
+    sizes = [size for _, size in mesh.inner]
+    like = [plan.stages[index], *(s for s in plan.stages if s.mesh.inner == mesh.inner)]
+    exact: dict[str, str] = {}
+    for key in ids:
+        texts = (s.sharding.get(key) or s.sharding.get(pattern_of(key)) for s in like)
+        text = next((t for t in texts if t), None)
+        if text and any(str(known) == text for known in strategies(nodes[key], sizes)):
+            exact[key] = text
+    return fold_patterns(exact, ids)

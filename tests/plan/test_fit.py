@@ -182,6 +182,44 @@ def test_where_an_op_is_gone_the_cuts_are_balanced_again():
     assert [s.last for s in moved.stages] == [s.last for s in uniform.stages]
 
 
+def _sharded(samples: int = 8) -> Plan:
+    """Two stages on meshes of two; the batch is cut in both."""
+    graph = _graph(samples)
+    plan = rp.plan(graph, CLUSTER, rp.SearchConfig(stages=2, replicas=1, microbatches=2))
+    stages = []
+    for s, stage in enumerate(plan.stages):
+        first, last = graph.index[stage.first], graph.index[stage.last]
+        ops = [op.id for op in graph.ops[first : last + 1]]
+        sharding = {key: "S0 > S0" for key in ops if "tanh" in key}
+        sharding |= {key: "S0 Rg Rg > S0" for key in ops if "linear" in key}
+        mesh = MeshSlice((2 * s, 2 * s + 1), (1, 2), ("data", "x"))
+        stages.append(dataclasses.replace(stage, mesh=mesh, sharding=sharding))
+    plan = dataclasses.replace(plan, stages=tuple(stages))
+    assert all(s.sharding for s in plan.stages)
+    return plan
+
+
+def test_shardings_move_with_their_ops():
+    plan, graph = _sharded(), _graph(16)
+    moved = plan.rebind(graph)
+    assert [s.sharding for s in moved.stages] == [s.sharding for s in plan.stages]
+    assert_plan_equivalent(net, _batch(16), moved, steps=1)
+    # Where the stages are cut anew, ops take their strategies along, and gone ones leave none.
+    renamed = rp.capture(lambda: Net(("a", "x", "y", "d")).double(), _batch())
+    anew = plan.rebind(renamed)
+    check_plan(anew, renamed, CLUSTER)
+    assert {k for s in anew.stages for k in s.sharding} == {
+        k for s in plan.stages for k in s.sharding if k in renamed.index
+    }
+
+
+def test_strategies_that_no_longer_divide_are_left_out():
+    graph = _graph(2)  # one sample a microbatch: no batch to cut
+    moved = _sharded().rebind(graph)
+    assert not any(s.sharding for s in moved.stages)
+    assert_plan_equivalent(net, _batch(2), moved, steps=1)
+
+
 def test_predictions_do_not_move():
     plan = dataclasses.replace(_stage(0, predicted={"forward_s": 1.0})(_plan()), predicted={"x": 1})
     moved = plan.rebind(_graph(16))

@@ -100,7 +100,7 @@ def _paths(value, at=()):
 junk = st.sampled_from(
     [None, True, False, 0, 1, -1, 2, 3, 10**30, 0.5, math.inf, math.nan, "", "x", "gpipe", "full",
      "none", [], {}, [0], [[0, 0]], [1, 2], {"x": 1}, "10", [None], ["data"], [True]]
-)  # fmt: skip
+).map(copy.deepcopy)  # fmt: skip
 
 
 @given(st.data())
