@@ -11,6 +11,7 @@ import pytest
 
 import raypar as rp
 from raypar.errors import PlanError
+from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster, Node
 from raypar.mesh.devices import DeviceKind, Link, device_kind
@@ -105,6 +106,14 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], words: str)
     config = rp.SearchConfig(**{"planner": "alpa", **options})
     with pytest.raises(PlanError, match=words):
         rp.plan(captured("mlp"), nodes((slow("one"), 6)), config)
+
+
+def test_a_model_whose_sizes_depend_on_its_data_is_sharded() -> None:
+    graph = captured("moe_sparse")
+    config = rp.SearchConfig(planner="alpa", zero=0, recompute="none", stages=1, microbatches=1)
+    plan = rp.plan(graph, nodes((slow("one"), 2)), config)
+    check_plan(plan, graph)
+    assert plan.stages[0].sharding
 
 
 def test_a_stage_of_frozen_parameters_alone_can_be_simulated() -> None:

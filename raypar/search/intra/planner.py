@@ -281,8 +281,10 @@ def _options(
     """The allowed strategies of every op; ops with equal ones share one list."""
     found: dict[fx.Node, Sequence[Strategy]] = {}
     shared: dict[tuple[int, tuple[int, ...]], list[Strategy]] = {}
+    alive: list[Sequence[Strategy]] = []  # an id means nothing once its list is gone
     for op in graph.ops:
         every = strategies(op, mesh)
+        alive.append(every)
         if settings.allowed is None:
             found[op] = every
             continue
