@@ -14,6 +14,8 @@ import math
 from raypar.mesh.calibration import Calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import MeshSlice
+from raypar.search.cost.analytic import AnalyticCost
+from raypar.search.cost.base import StageCode, StageCost, register_cost_model
 from raypar.search.cost.machine import MeshMachine, machine_of
 from raypar.sharding.convert import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
 
@@ -48,3 +50,16 @@ def rings(machine: MeshMachine) -> RingMachine:
 def ring_machine(cluster: Cluster, mesh: MeshSlice, calibration: Calibration) -> RingMachine:
     """`machine_of`, with rings."""
     return rings(machine_of(cluster, mesh, calibration))
+
+
+@register_cost_model
+class AnalyticRings(AnalyticCost):
+    """Prices collectives over several nodes as rings."""
+
+    name = "analytic_rings"
+
+    def stage_cost(
+        self, stage: StageCode, machine: MeshMachine, *, optimizer_states: int = 2
+    ) -> StageCost:
+        """What `stage` costs; see `CostModel`."""
+        return super().stage_cost(stage, rings(machine), optimizer_states=optimizer_states)

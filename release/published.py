@@ -42,9 +42,9 @@ from raypar.search._sim_setting import setting_of
 from raypar.search.simulate import Setting, simulate_lists
 from release._layered import Job, handing_seconds, step_seconds
 from release._megatron import equal_stages, megatron_plan
-from release._once import AnalyticRings
 from release._published_fit import Case, calibration_of, candidates, fit, left_out
 from release._published_rows import Row, cluster_of, device_name, read_rows
+from release._rings import AnalyticRings
 from release.workloads import gpt
 
 CALIBRATIONS = Path(__file__).parent / "calibrations"

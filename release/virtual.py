@@ -38,7 +38,6 @@ from raypar.search.config import SearchConfig
 from raypar.search.planners.alpa import AlpaSearch
 from raypar.search.planners.uniform import UniformPlanner
 from raypar.search.simulate import simulate
-from release._once import AnalyticOnce
 from release.workloads import ALPA_GPT, ALPA_MOE, ALPA_WIDE_RESNET, T5_11B, Workload
 
 HERE = Path(__file__).parent
@@ -150,7 +149,7 @@ def played(
     graph: OpGraph, plan: Plan, cluster: Cluster, calibration: Calibration
 ) -> tuple[float, bool]:
     """(seconds of a step, whether it fits the memory)."""
-    found = simulate(graph, plan, cluster, calibration=calibration, cost=AnalyticOnce.name)
+    found = simulate(graph, plan, cluster, calibration=calibration)
     peaks = zip(found.lanes, found.peak_bytes, strict=True)
     return found.step_s, all(peak <= _MEMORY * lane.memory_limit for lane, peak in peaks)
 
