@@ -120,11 +120,11 @@ def _parameters(plan: Plan, lowered: LoweredPlan, s: int) -> list[str]:
         stored += count // layout.stored.parts(sizes)
     if stored >= _NEARLY_ALL * whole:
         return []
-    text = f"  parameters: each rank computes with {taken / whole:.3g} of them"
+    text = f"  parameters: each rank computes with {_share(taken / whole)} of them"
     level = plan.stages[s].memory.zero
     if level:
         kept = ("optimizer state", "gradients and optimizer state", "all of it")[level - 1]
-        text += f"; ZeRO-{level} keeps {kept} for {stored / whole:.3g} of them on each"
+        text += f"; ZeRO-{level} keeps {kept} for {_share(stored / whole)} of them on each"
     return paragraph(text, [])
 
 
@@ -166,6 +166,10 @@ def collective_words(uses: Iterable[Collective]) -> list[str]:
         f"{count[key]} × {key[0]} over {key[1]} ({size(nbytes[key])})"
         for key in sorted(count, key=lambda k: (-nbytes[k], k))
     ]
+
+
+def _share(share: float) -> str:
+    return "all" if share > 0.995 else f"{share:.2g}"
 
 
 def _elements(shape: Sequence[int]) -> int:

@@ -6,8 +6,8 @@ is cut as soon as it is finished, and the numbers that the other random calls wo
 drawn into a few kilobytes (`_replay.py`). So a rank holds its own part and, at any time, little
 more than the tensor that is being made.
 
-What cannot be put off (Python that looks at random values, numpy views of parameters, operators
-from elsewhere) is built whole, once and for real, and cut then; `Materialised.note` says why.
+What cannot be put off (Python that looks at random values, numpy views of parameters, foreign
+operators) is built whole, once and for real, and cut then; `Materialised.note` says why.
 """
 
 from __future__ import annotations

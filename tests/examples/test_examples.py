@@ -8,6 +8,7 @@ import torch
 from examples.data import stdlib_bytes
 from examples.models import gpt
 from raypar.config import load_config
+from raypar.mesh.cluster import Cluster
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 
@@ -75,3 +76,10 @@ def test_a_width_that_the_heads_do_not_divide_is_refused() -> None:
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda p: p.name)
 def test_every_example_config_loads(path: Path) -> None:
     load_config(path)
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "clusters").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_described_cluster_can_be_read(path: Path) -> None:
+    cluster = Cluster.load(path)
+    assert cluster.n_devices > 1
+    assert f"--cluster examples/clusters/{path.name}" in path.read_text()

@@ -1,5 +1,6 @@
 """The project's own promises: its documents name what exists, its make targets are there."""
 
+import ast
 import re
 import sys
 import tomllib
@@ -39,7 +40,9 @@ def test_files_that_a_document_names_exist(name: str) -> None:
 
 def test_commands_that_the_readme_names_exist() -> None:
     lines = re.findall(r"^raypar .*$", text_of("README.md"), re.M)
-    assert {line.split()[1] for line in lines} == {"config", "doctor", "explain", "plan", "train"}
+    assert {line.split()[1] for line in lines} == {
+        "config", "doctor", "explain", "plan", "probe", "simulate", "train",
+    }  # fmt: skip
     for line in lines:
         command = line.split()[1]
         assert CliRunner().invoke(main, [command, "--help"]).exit_code == 0, line
@@ -87,11 +90,14 @@ def test_third_party_imports_are_declared() -> None:
     for path in (ROOT / "raypar").rglob("*.py"):
         if "testing" in path.parts:
             continue  # its conformance suites need pytest and hypothesis, and say so
-        for line in path.read_text(encoding="utf-8").splitlines():
-            match = re.match(r"(?:import|from) (\w+)", line)
-            if match is None or match[1] in sys.stdlib_module_names or match[1] == "raypar":
-                continue
-            assert names.get(match[1], match[1]) in core, f"{path}: {line}"
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            else:
+                imported = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in (n.partition(".")[0] for n in imported):
+                if name not in sys.stdlib_module_names and name != "raypar":
+                    assert names.get(name, name) in core, f"{path}: {name}"
 
 
 def test_the_version_is_in_the_changelog() -> None:
