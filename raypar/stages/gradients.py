@@ -137,7 +137,9 @@ class GradientStore:
                 once.setdefault(way.scatter, []).append(name)
             if self._sharers.group_of(reducers) is not None:
                 self._late.setdefault(reducers, []).append(name)
-        for key, names in reduced.items():
+        # Sorted: what waits to the end of the step is then waited for in one order on all ranks,
+        # whichever of these parameters a rank group delivers first, or not at all.
+        for key, names in sorted(reduced.items()):
             self._add_reduced(key, names)
         for axes, names in once.items():
             self._add_scattered(axes, names, list(self._holdings.stages), rounds=False)
@@ -271,7 +273,7 @@ class GradientStore:
     def _reduce_late(self) -> None:
         """All-reduces own parts that remain partial sums after they were scattered."""
         under_way = []
-        for key, names in self._late.items():
+        for key, names in sorted(self._late.items()):
             group = self._sharers.group_of(key)
             assert group is not None
             for dtype in sorted({self._grads[n].dtype for n in names}, key=str):

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.functional import linear
 
 import raypar as rp
 from raypar.comm.group import Group
@@ -433,6 +434,42 @@ class Declared(Own):
     """Says that it is element-wise."""
 
     elementwise = True
+
+
+class Crossed(nn.Module):
+    """Two parameters of several stages; each is read without gradient where the other has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(8, 8, bias=False)
+        self.two = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        one, two = self.one.weight, self.two.weight
+        x = torch.tanh(linear(x, one) + linear(x, two.detach()))
+        x = torch.sin(linear(x, two) + linear(x, one.detach()))
+        return (linear(x, two).sum() - target.sum()).square()
+
+
+def crossed() -> nn.Module:
+    return Crossed().double()
+
+
+def test_owners_wait_for_shared_parameters_in_one_order() -> None:
+    graph = capture(crossed, BATCH)
+    config = rp.SearchConfig(stages=3, replicas=1, microbatches=1)
+    plan = rp.plan(graph, rp.Cluster.local(3), config)
+    ids = [op.id for op in graph.ops]
+    cuts = [ids.index("/tanh#0") + 1, ids.index("/sin#0") + 1]
+    ends = zip([0, *cuts], [*cuts, len(ids)], strict=True)
+    stages = tuple(
+        dataclasses.replace(stage, first=ids[first], last=ids[end - 1])
+        for stage, (first, end) in zip(plan.stages, ends, strict=True)
+    )
+    plan = dataclasses.replace(plan, stages=stages)
+    specs = compile_plan(graph, plan, optimizer=default_optimizer)
+    assert specs[0].shared == {"one.weight": (0, 1), "two.weight": (0, 1, 2)}
+    assert_plan_equivalent(crossed, BATCH, plan, steps=2)
 
 
 def test_which_optimizers_are_elementwise() -> None:
