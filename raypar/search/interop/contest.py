@@ -24,7 +24,7 @@ SCHEDULES = ("1f1b", "zero_bubble_h1", "gpipe")
 """Schedules that every pipeline is tried with where the options leave it open."""
 _MOST_SLOTS = 4096
 """Up to so many stages × microbatches, every schedule is played; beyond, only the plan's own."""
-_MOST_OPS = 2000
+_MOST_OPS = 1500
 """Plans are played as long as they have so many ops together; the first one always is. Pricing all
 ops of a plan exactly takes milliseconds each, so that a large model's plan takes seconds."""
 _MOST_ALTERNATIVES = 8
