@@ -44,6 +44,9 @@ class EmptyRunner:
 
     gradients = state
 
+    def memory(self) -> dict[str, int]:
+        return {}
+
     def positions(self) -> str:
         return "idle"
 

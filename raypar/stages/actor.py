@@ -171,7 +171,7 @@ class StageActor:
         )
 
     def tensors(self, what: str) -> Any:
-        """``state`` or ``gradients`` of this rank, or a Failure."""
+        """``state``, ``gradients`` or ``memory`` of this rank, or a Failure."""
         try:
             return getattr(self._worker, what)()
         except BaseException as error:

@@ -291,7 +291,7 @@ class Driver:
             return found
 
     def tensors(self, what: str) -> list[Any]:
-        """References to every rank's ``state`` or ``gradients``; the tensors never come here."""
+        """References to every rank's ``state`` and the like; the tensors never come here."""
         return [actor.tensors.remote(what) for actor in self._actors]
 
     @ray.method(concurrency_group="control")

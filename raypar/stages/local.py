@@ -175,13 +175,13 @@ class LocalRun(Run):
             first, steps, first + steps, lambda report: self._replies.put((rank, "report", report))
         )
 
-    def _collect(self, what: str) -> list[dict[str, torch.Tensor]]:
+    def _collect(self, what: str) -> list[dict[str, Any]]:
         if not self._seats:
             raise RayparError("the run is not started, or closed: read its state before close()")
         for seat in self._seats:
             assert seat.worker is not None
             seat.do("tensors", getattr(seat.worker, what))
-        found: list[dict[str, torch.Tensor]] = [{} for _ in self._seats]
+        found: list[dict[str, Any]] = [{} for _ in self._seats]
         left = len(self._seats)
         while left:
             rank, kind, value = self._next()

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from raypar.comm.group import DEFAULT_TIMEOUT_S
@@ -148,7 +147,7 @@ class RayRun(Run):
                     if on_report is not None:
                         on_report(result)
 
-    def _collect(self, what: str) -> list[dict[str, torch.Tensor]]:
+    def _collect(self, what: str) -> list[dict[str, Any]]:
         parts = self._ask(self._ask(self._open().tensors.remote(what)))
         for rank, part in enumerate(parts):
             if isinstance(part, Failure):

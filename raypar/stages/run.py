@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -122,8 +122,8 @@ class Run(ABC):
         """Releases everything; safe to call twice, and after a failure."""
 
     @abstractmethod
-    def _collect(self, what: str) -> list[dict[str, torch.Tensor]]:
-        """``state`` or ``gradients`` of every rank."""
+    def _collect(self, what: str) -> list[dict[str, Any]]:
+        """``state``, ``gradients`` or ``memory`` of every rank."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of the whole model.
@@ -137,6 +137,15 @@ class Run(ABC):
     def gradients(self) -> dict[str, torch.Tensor]:
         """The last step's gradients by parameter name, if the specs keep them."""
         return assemble(self._specs, self._collect("gradients"))
+
+    def memory(self) -> list[dict[str, int]]:
+        """Bytes that every rank holds from step to step, measured on the tensors themselves.
+
+        Returns:
+            By rank: ``parameters``, ``gradients``, ``optimizer`` (its states) and ``total``; after
+            a step, since gradients and states come with it.
+        """
+        return self._collect("memory")
 
     def __enter__(self) -> Self:
         try:

@@ -31,6 +31,9 @@ class Runner(Protocol):
     def gradients(self) -> dict[str, torch.Tensor]:
         """The last step's gradients that this rank owns."""
 
+    def memory(self) -> dict[str, int]:
+        """Bytes held from step to step, by what holds them."""
+
     def positions(self) -> str:
         """Where it stands; from any thread."""
 
@@ -215,6 +218,10 @@ class RankWorker:
     def gradients(self) -> dict[str, torch.Tensor]:
         """The last step's gradients that this rank owns."""
         return self._runner.gradients()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held from step to step, by what holds them."""
+        return self._runner.memory()
 
     def positions(self) -> str:
         """Where it stands; safe from any thread."""

@@ -85,6 +85,9 @@ class FakeRunner:
     def gradients(self) -> dict[str, torch.Tensor]:
         return {f"layers.{self._spec.rank}.bias": self._weight * 2}
 
+    def memory(self) -> dict[str, int]:
+        return {"parameters": self._weight.nbytes, "total": self._weight.nbytes}
+
     def positions(self) -> str:
         return self._at
 
@@ -118,6 +121,9 @@ class EmptyRunner:
         return {}
 
     gradients = state
+
+    def memory(self) -> dict[str, int]:
+        return {}
 
     def positions(self) -> str:
         return "idle"

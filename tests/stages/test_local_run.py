@@ -26,6 +26,7 @@ def test_steps_are_reported_in_order_and_training_goes_on() -> None:
         run.train(4, 2, lambda r: got.append(r.step))
         assert got == list(range(6))
         assert torch.equal(run.gradients()["layers.2.bias"], torch.full((2,), 16.0))
+        assert run.memory() == [{"parameters": 8, "total": 8}] * 3
 
 
 def test_the_state_has_the_models_own_names_and_ties() -> None:

@@ -70,7 +70,7 @@ class _Fails(RankRunner):
                     time.sleep(2.0)
                 return whole(*args)
 
-            mesh.collective = collective  # type: ignore[method-assign]
+            mesh.collective = collective  # type: ignore[assignment, method-assign]
 
 
 def _settled(before: int) -> bool:

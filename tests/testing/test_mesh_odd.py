@@ -188,6 +188,9 @@ def test_ties_and_frozen_parameters_over_unequal_meshes(zero: int, replicas: int
 class Kinds(nn.Module):
     """Integers and bools go from op to op, and from stage to stage."""
 
+    seen: torch.Tensor
+    running: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(16, 8)
@@ -199,7 +202,7 @@ class Kinds(nn.Module):
         shifted = (ids * 3 + 1) % 16
         keep = (shifted != 5) & (ids > 1)
         x = self.embed(shifted)
-        self.seen += ids.shape[0]
+        self.seen.add_(ids.shape[0])
         self.running.mul_(0.9).add_(x.detach().mean((0, 1)), alpha=0.1)
         x = x.masked_fill(~keep.unsqueeze(-1), 0.0)
         order = torch.argsort(shifted, dim=1)
