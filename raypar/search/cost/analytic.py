@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
 
 from raypar.graph.costs import size_of
+from raypar.programs.wire import pack
 from raypar.search.cost.base import CostModel, StageCode, StageCost, register_cost_model
 from raypar.search.cost.exact import (
     Port,
@@ -117,29 +121,46 @@ def _buffer_bytes(stage: StageCode) -> int:
 
 
 class _Cache:
-    """The last traces, by the identity of the graph and what else a trace depends on."""
+    """The last traces: of this very graph, or of one that differs in names only.
+
+    The repeated layers of a model make stages that differ in names only.
+    """
 
     most: ClassVar[int] = 64
 
     def __init__(self) -> None:
-        self.known: OrderedDict[object, tuple[fx.Graph, StagePieces]] = OrderedDict()
+        self.known: OrderedDict[object, StagePieces] = OrderedDict()
+        self.likes: WeakKeyDictionary[fx.Graph, dict[object, object]] = WeakKeyDictionary()
 
     def __call__(self, stage: StageCode) -> StagePieces:
-        key = (
-            id(stage.graph),
-            stage.recompute,
-            stage.trainable,
-            stage.differentiable,
-            stage.outputs_with_grad,
-            stage.changing,
-        )
-        if key not in self.known:
-            # The graph is kept with its trace, so that its id is not given to another.
-            self.known[key] = (stage.graph, stage_pieces(stage))
+        flags = (stage.recompute, stage.trainable, stage.differentiable, stage.changing)
+        own = self.likes.setdefault(stage.graph, {})
+        like = own.get((*flags, stage.outputs_with_grad))
+        if like is None:
+            like = own[*flags, stage.outputs_with_grad] = _likeness(stage)
+        if like not in self.known:
+            self.known[like] = stage_pieces(stage)
             if len(self.known) > self.most:
                 self.known.popitem(last=False)
-        self.known.move_to_end(key)
-        return self.known[key][1]
+        self.known.move_to_end(like)
+        holders = stage.graph.find_nodes(op="placeholder")
+        return replace(self.known[like], keys=tuple(str(n.meta["id"]) for n in holders))
+
+
+def _likeness(stage: StageCode) -> object:
+    """What a trace depends on: the graph as it is shipped, without names, and what is wanted."""
+    shipped = pack(stage.graph)
+    wanted = {
+        *(f"param:{name}" for name in stage.trainable),
+        *(f"edge:{name}" for name in stage.differentiable),
+        *(f"buffer:{name}" for name in stage.changing),
+    }
+    nodes = [
+        (kind, name.split(":")[0], name in wanted, *rest) if kind == "in" else (kind, *rest)
+        for kind, name, *rest in shipped["nodes"]
+    ]
+    text = repr((nodes, shipped["output"], stage.recompute, stage.outputs_with_grad))
+    return hashlib.sha256(text.encode()).digest()
 
 
 cached_pieces = _Cache()
