@@ -120,11 +120,15 @@ def _measure(code: StageCode) -> _Measured:
         if work.kind not in ("view", "none"):
             flops.append(work.flops if work.matmul else 0.0)
             nbytes.append(work.nbytes)
+    params = param_cost(code)
+    # Every microbatch's gradients are added to what is there: two are read, one is written.
+    flops += [0.0] * params.optimized
+    nbytes += [3 * params.gradient_bytes / params.optimized] * params.optimized
     return _Measured(
         np.array(flops),
         np.array(nbytes),
         tuple(moves),
-        param_cost(code).param_bytes,
+        params.param_bytes,
         peak_bytes(pieces.parts.backward),
     )
 
