@@ -16,6 +16,7 @@ from raypar.comm.reshard import LinkCosts
 from raypar.fit import check_plan, stage_ranges
 from raypar.graph.opgraph import OpGraph
 from raypar.graph.replay import gradient_flow
+from raypar.graph.turns import in_turn
 from raypar.mesh.devices import DEVICES
 from raypar.plan import Plan
 from raypar.programs.slicing import StageGraph, ValueEdge, slice_stages
@@ -70,6 +71,7 @@ class LoweredPlan:
     costs: dict[tuple[int, int], LinkCosts] = field(default_factory=dict)
 
 
+@in_turn
 def lower_plan(graph: OpGraph, plan: Plan) -> LoweredPlan:
     """Cuts the graph as the plan says, lowers every stage, and compiles the schedule.
 

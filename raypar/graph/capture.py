@@ -14,11 +14,13 @@ from raypar.errors import CaptureError
 from raypar.graph.batchspec import BatchSpec
 from raypar.graph.build import NeedsRealTensors, build_graph
 from raypar.graph.opgraph import OpGraph
+from raypar.graph.turns import in_turn
 
 ModelFn = Callable[[], nn.Module]
 LossFn = Callable[..., torch.Tensor]
 
 
+@in_turn
 def capture(
     model_fn: ModelFn | nn.Module,
     example_batch: Any,

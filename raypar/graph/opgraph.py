@@ -25,6 +25,7 @@ from raypar.graph.origins import Path, find_tensor
 from raypar.graph.passes.emit import op_name
 from raypar.graph.passes.randomness import SEEDED
 from raypar.graph.states import Const
+from raypar.graph.turns import in_turn
 
 
 class OpGraph:
@@ -123,6 +124,7 @@ class OpGraph:
                     found.add(item.dtype)
         return frozenset(found)
 
+    @in_turn
     def at(self, local_batch: int) -> CleanGraph:
         """The same graph for another batch size; cached.
 
@@ -144,6 +146,7 @@ class OpGraph:
             self._sized[local_batch] = graph
         return self._sized[local_batch]
 
+    @in_turn
     def local(self, local_batch: int) -> CleanGraph:
         """`at`, made ready for one part of the batch: what stages are made of.
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from raypar.graph.turns import TRACING
 from raypar.programs.stage import StageProgram, compile_stage
 from raypar.programs.wire import unpack
 from raypar.stages.layouts import Way, is_view, taken_ranges, way_of
 from raypar.stages.materialise import Part, materialise
 from raypar.stages.spec import RankSpec, StageSpec
-
-_TURN = threading.Lock()
 
 
 @dataclass
@@ -47,7 +45,7 @@ class Workshop:
     @contextlib.contextmanager
     def turn(self, default_dtype: str) -> Iterator[None]:
         """The own turn, under a default dtype: tracing and seeding use process-wide state."""
-        with _TURN, _default_dtype(default_dtype):
+        with TRACING, _default_dtype(default_dtype):
             yield
 
     def stage(self, stage: StageSpec, device: torch.device) -> HeldStage:

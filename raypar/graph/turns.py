@@ -1,0 +1,26 @@
+"""Whose turn it is to trace: torch's tracing and seeding use state of the whole process."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
+
+TRACING = threading.RLock()
+"""Held by the thread that captures, lowers, or builds a rank; so several runs of one process, each
+on its own thread, can be brought up at the same time."""
+
+
+def in_turn(function: Callable[Args, Result]) -> Callable[Args, Result]:
+    """The function, run by one thread of the process at a time."""
+
+    @functools.wraps(function)
+    def taking_turns(*args: Args.args, **kwargs: Args.kwargs) -> Result:
+        with TRACING:
+            return function(*args, **kwargs)
+
+    return taking_turns
