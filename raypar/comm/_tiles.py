@@ -60,18 +60,6 @@ def overlap(source: Ranges, target: Ranges) -> tuple[Run, ...]:
     return tuple(found)
 
 
-def window(held: Ranges, first: int, last: int) -> Ranges:
-    """Local positions ``first`` to ``last`` of one dim, as ranges of the whole."""
-    found = []
-    at = 0
-    for start, stop in held:
-        low, high = max(first - at, 0), min(last - at, stop - start)
-        if low < high:
-            found.append((start + low, start + high))
-        at += stop - start
-    return tuple(found)
-
-
 def lengths(block: Block) -> tuple[int, ...]:
     """Elements along every dim."""
     return tuple(sum(run.length for run in runs) for runs in block)

@@ -30,9 +30,9 @@ from raypar.comm._reshard_plan import (
     Tile,
     windows,
 )
-from raypar.comm._tiles import Block, Part, Pieces, boxes, share_out, window
+from raypar.comm._tiles import Block, Part, Pieces, boxes, share_out
 from raypar.errors import CommError
-from raypar.sharding.spec import ShardingSpec, is_shard
+from raypar.sharding.spec import ShardingSpec, is_shard, window
 
 __all__ = ["ALIKE", "Layout", "LinkCosts", "ReshardPlan", "Tile", "reshard_plan"]
 

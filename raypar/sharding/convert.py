@@ -74,6 +74,17 @@ def collective_of(source: State, target: State) -> str:
     return ALL_TO_ALL if is_shard(target) else PAD
 
 
+def state_after(step: Step, state: State) -> State:
+    """How the value lies on the step's axis once it went forward, where it lay as `state`."""
+    if step.forward in (SHARD, REDUCE_SCATTER):
+        return step.cut
+    if step.forward == ALL_TO_ALL:
+        return step.to
+    if step.forward in (MASK, PAD):
+        return P
+    return R if step.forward in (ALL_GATHER, ALL_REDUCE) else state
+
+
 def _step(axis: int, source: State, target: State) -> Step | None:
     forward = collective_of(value_state(source), value_state(target))
     backward = collective_of(gradient_state(target), gradient_state(source))

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from raypar.sharding.spec import Ranges
+from raypar.sharding.spec import Ranges, joined
 
 Box = tuple[tuple[int, int], ...]
 """For every dim the first index and the length."""
@@ -97,13 +97,7 @@ def within(outer: Ranges, inner: Ranges) -> Ranges | None:
             at += high - low
         if left < stop:
             return None
-    joined: list[tuple[int, int]] = []
-    for start, stop in found:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], stop)
-        else:
-            joined.append((start, stop))
-    return tuple(joined)
+    return joined(found)
 
 
 def _narrow(tensor: torch.Tensor, box: Box) -> torch.Tensor:

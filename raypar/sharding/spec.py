@@ -15,7 +15,7 @@ States are short texts, so that they hash fast, print as they are, and go into a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Final
 
@@ -175,18 +175,23 @@ def _cut(held: Ranges, groups: int, parts: int, index: int) -> Ranges:
     found: list[tuple[int, int]] = []
     for group in range(groups):
         first = group * block + index * part
-        found += _window(held, first, first + part)
-    joined: list[tuple[int, int]] = []
-    for start, stop in found:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], stop)
+        found += window(held, first, first + part)
+    return joined(found)
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """The same elements in the same order, with ranges that follow one another as one."""
+    found: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], stop)
         else:
-            joined.append((start, stop))
-    return tuple(joined)
+            found.append((start, stop))
+    return tuple(found)
 
 
-def _window(held: Ranges, first: int, last: int) -> list[tuple[int, int]]:
-    """Elements ``first`` to ``last`` of the concatenation of `held`."""
+def window(held: Ranges, first: int, last: int) -> Ranges:
+    """Local positions ``first`` to ``last`` of one dim, as ranges of the whole."""
     found = []
     at = 0
     for start, stop in held:
@@ -194,4 +199,4 @@ def _window(held: Ranges, first: int, last: int) -> list[tuple[int, int]]:
         if low < high:
             found.append((start + low, start + high))
         at += stop - start
-    return found
+    return tuple(found)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypar.sharding.convert import COLLECTIVES, conversion
+from raypar.sharding.convert import COLLECTIVES, conversion, state_after
 from raypar.sharding.spec import RG, P, R, S, ShardingSpec
 from raypar.testing.mesh_threads import ThreadMesh, collect, distribute
 
@@ -104,3 +104,12 @@ def test_one_step_does(source: str, target: str, forward: str, backward: str) ->
 def test_equal_shardings_need_nothing() -> None:
     for spec in itertools.product(SOURCES, repeat=2):
         assert conversion(ShardingSpec(spec), ShardingSpec(spec)) == ()
+
+
+def test_steps_lead_to_the_target() -> None:
+    states = (R, P, S(0), S(1), S(0, 2))
+    for source, target in itertools.product(itertools.product(states, repeat=2), repeat=2):
+        now = list(source)
+        for step in conversion(ShardingSpec(source), ShardingSpec(target)):
+            now[step.axis] = state_after(step, now[step.axis])
+        assert tuple(now) == target

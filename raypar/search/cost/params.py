@@ -10,9 +10,9 @@ import torch
 
 from raypar.search.cost.base import Collective, StageCode
 from raypar.search.cost.machine import MeshMachine
-from raypar.sharding.convert import COLLECTIVES, REDUCE_SCATTER, conversion
+from raypar.sharding.convert import COLLECTIVES, REDUCE_SCATTER, conversion, state_after
 from raypar.sharding.layout import Axes, ParamLayout
-from raypar.sharding.spec import R, ShardingSpec, is_shard, shard_dim
+from raypar.sharding.spec import ShardingSpec, is_shard, shard_dim
 
 BUCKET_BYTES = 4 << 20
 """Gradients travel in buckets of about this size (`raypar.comm.buckets`)."""
@@ -63,20 +63,12 @@ def moves(
     found: list[Move] = []
     for step in conversion(source, target):
         before = _bytes(now, shape, itemsize, sizes)
-        now[step.axis] = _after(step.forward, step.cut, step.to, now[step.axis])
+        now[step.axis] = state_after(step, now[step.axis])
         after = _bytes(now, shape, itemsize, sizes)
         kind = step.backward if backward else step.forward
         if kind in COLLECTIVES and sizes[step.axis] > 1:
             found.append(Move(axes[step.axis][0], kind, max(before, after)))
     return found[::-1] if backward else found
-
-
-def _after(kind: str, cut: str, to: str, now: str) -> str:
-    if kind in ("shard", "reduce_scatter"):
-        return cut
-    if kind == "all_to_all":
-        return to
-    return R if kind in ("all_gather", "all_reduce", "pad") else now
 
 
 def _bytes(states: Iterable[str], shape: tuple[int, ...], itemsize: int, sizes: list[int]) -> int:

@@ -17,10 +17,10 @@ from raypar.search.cost.machine import MeshMachine
 from raypar.search.cost.params import BUCKET_BYTES, Move, moves
 from raypar.search.cost.work import BACKWARD_KIND, Work, is_free, node_work
 from raypar.search.intra.settings import Graph, IntraSettings, Value
-from raypar.sharding.convert import COLLECTIVES, NONE, conversion
+from raypar.sharding.convert import COLLECTIVES, NONE, conversion, state_after
 from raypar.sharding.layout import layout_of
 from raypar.sharding.rules.base import Strategy
-from raypar.sharding.spec import RG, R, ShardingSpec, is_shard
+from raypar.sharding.spec import RG, ShardingSpec, is_shard
 
 _ADDS_NOTHING = frozenset("add sub neg sum mean expand detach embedding where masked_fill".split())
 """Ops whose backward needs no value of the forward pass."""
@@ -300,15 +300,7 @@ def _legs(source: ShardingSpec, target: ShardingSpec, mesh: tuple[int, ...]) -> 
     found = []
     for step in conversion(source, target):
         before = _parts(ShardingSpec(now), mesh)
-        now[step.axis] = _after(step.forward, step.cut, step.to, now[step.axis])
+        now[step.axis] = state_after(step, now[step.axis])
         after = _parts(ShardingSpec(now), mesh)
         found.append(_Leg(step.axis, step.forward, step.backward, 1 / before, 1 / after))
     return tuple(found)
-
-
-def _after(kind: str, cut: str, to: str, now: str) -> str:
-    if kind in ("shard", "reduce_scatter"):
-        return cut
-    if kind == "all_to_all":
-        return to
-    return R if kind in ("all_gather", "all_reduce", "pad") else now
