@@ -182,7 +182,7 @@ def test_ties_and_frozen_parameters_over_unequal_meshes(zero: int, replicas: int
         plan = sharded(
             graph, seed, meshes, stages=3, replicas=replicas, microbatches=2, zero=[zero]
         )
-        assert worst(graph, ids, plan) <= EXACT
+        assert worst(graph, ids, plan, clip_norm=0.05) <= EXACT
 
 
 class Kinds(nn.Module):
