@@ -185,7 +185,7 @@ class WayMaker:
             optimizer_states=self.config.optimizer_states,
             allowed=None if set(modes) <= {"free"} else allow(modes),
             trainable=self._trainable,
-            time_limit_s=5.0,
+            time_limit_s=30.0,  # they take well under a second; a busy machine may be slow
         )
 
     def _solve(self, split: Split, modes: tuple[str, ...], machine: MeshMachine) -> _Solved:
