@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -49,7 +51,6 @@ def compile_plan(
     low = lower_plan(graph, plan)
     placement = [group for group, _ in plan.schedule.placement]
     n_groups = max(placement) + 1
-    replicas = plan.replicas
     holders = _param_holders(low.stages, placement)
     buffer_owner = _buffer_owners(graph, low.stages, placement)
     shared = {
@@ -61,59 +62,65 @@ def compile_plan(
     slices = {g: plan.stages[s].mesh for s, g in enumerate(placement)}
     meshes = tuple(slices[g].named for g in range(n_groups))
     bases = tuple(accumulate((len(slices[g].devices) for g in range(n_groups - 1)), initial=0))
-    specs = []
+    specs: list[RankSpec] = []
     for group in range(n_groups):
         own = [s for s in range(len(placement)) if placement[s] == group]
-        for position, device in enumerate(slices[group].devices):
-            first = position == 0
-            specs.append(
-                RankSpec(
-                    rank=bases[group] + position,
-                    world=sum(len(s.devices) for s in slices.values()),
-                    group=group,
-                    replica=position * replicas // len(slices[group].devices),
-                    replicas=replicas,
-                    microbatches=plan.microbatches,
-                    global_batch=plan.global_batch,
-                    device=device,
-                    stages=tuple(packed[s] for s in own),
-                    instructions=tuple(low.lists[group]),
-                    posts=posting_plan(low.lists, group),
-                    edges=low.io.edges,
-                    rank_group_of=tuple(placement),
-                    inputs=_inputs([low.stages[s] for s in own]),
-                    batch_dims=graph.batch_dims,
-                    shared=shared,
-                    shared_layouts={
-                        name: tuple(low.layouts[g][name] for g in groups)
-                        for name, groups in shared.items()
-                    },
-                    shared_dtypes={n: graph.params[n][1].removeprefix("torch.") for n in shared},
-                    model_fn=graph.model_fn,
-                    loss_fn=graph.loss_fn,
-                    optimizer=optimizer,
-                    owned_params=tuple(
-                        n for n in graph.params if first and holders.get(n, [0])[0] == group
-                    ),
-                    owned_buffers=tuple(n for n, g in buffer_owner.items() if first and g == group),
-                    constants=_constants(graph, [low.stages[s] for s in own]),
-                    shapes={
-                        v.id: (v.shape, str(v.dtype).removeprefix("torch.")) for v in low.values
-                    },
-                    meshes=meshes,
-                    bases=bases,
-                    params=low.layouts[group],
-                    edge_specs=low.edge_specs,
-                    link_costs=low.costs,
-                    clip_norm=clip_norm,
-                    seed=seed,
-                    default_dtype=str(torch.get_default_dtype()).removeprefix("torch."),
-                    threads=threads,
-                    keep_gradients=keep_gradients,
-                    accelerator=accelerator,
-                )
-            )
+        devices = slices[group].devices
+        first = RankSpec(
+            rank=bases[group],
+            world=sum(len(s.devices) for s in slices.values()),
+            group=group,
+            replica=0,
+            replicas=plan.replicas,
+            microbatches=plan.microbatches,
+            global_batch=plan.global_batch,
+            device=devices[0],
+            stages=tuple(packed[s] for s in own),
+            instructions=tuple(low.lists[group]),
+            posts=posting_plan(low.lists, group),
+            edges=low.io.edges,
+            rank_group_of=tuple(placement),
+            inputs=_inputs([low.stages[s] for s in own]),
+            batch_dims=graph.batch_dims,
+            shared=shared,
+            shared_layouts={n: tuple(low.layouts[g][n] for g in gs) for n, gs in shared.items()},
+            shared_dtypes={n: graph.params[n][1].removeprefix("torch.") for n in shared},
+            model_fn=graph.model_fn,
+            loss_fn=graph.loss_fn,
+            optimizer=optimizer,
+            owned_params=tuple(n for n in graph.params if holders.get(n, [0])[0] == group),
+            owned_buffers=tuple(n for n, g in buffer_owner.items() if g == group),
+            constants=_constants(graph, [low.stages[s] for s in own]),
+            shapes={v.id: (v.shape, str(v.dtype).removeprefix("torch.")) for v in low.values},
+            meshes=meshes,
+            bases=bases,
+            params=low.layouts[group],
+            edge_specs=low.edge_specs,
+            link_costs=low.costs,
+            clip_norm=clip_norm,
+            seed=seed,
+            default_dtype=str(torch.get_default_dtype()).removeprefix("torch."),
+            threads=threads,
+            keep_gradients=keep_gradients,
+            accelerator=accelerator,
+        )
+        specs += [_at(first, position, device) for position, device in enumerate(devices)]
     return specs
+
+
+def _at(first: RankSpec, position: int, device: int) -> RankSpec:
+    """The spec of another position of the mesh of `first`, which owns what belongs to all."""
+    if position == 0:
+        return first
+    size = math.prod(size for _, size in first.axes)
+    return replace(
+        first,
+        rank=first.rank + position,
+        replica=position * first.replicas // size,
+        device=device,
+        owned_params=(),
+        owned_buffers=(),
+    )
 
 
 def loss_scale(graph: OpGraph, plan: Plan) -> float:
