@@ -166,7 +166,8 @@ def test_rank_correlation_and_the_constant_predictor() -> None:
     assert published.spearman([1.0, 2.0, 3.0], [10.0, 30.0, 20.0]) == pytest.approx(0.5)
     assert published.spearman([1.0, 2.0], [4.0, 3.0]) == pytest.approx(-1.0)
     rows = [
-        dataclasses.replace(_small(6, 1, 1, 1, 4), rate=None, tflops=t) for t in (1.0, 2.0, 2.0)
+        dataclasses.replace(_small(6, 1, 1, 1, 4), rate=None, tflops=t)
+        for t in (1.0, 2.0, 2.0, 2.0)
     ]
     assert published.constant_share(rows) == pytest.approx(2e12)
 
