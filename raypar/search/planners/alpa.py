@@ -34,6 +34,7 @@ from raypar.search.interop.space import (
 )
 from raypar.search.interop.units import Units, find_units
 from raypar.search.interop.ways import WayKey, WayMaker, op_sharding
+from raypar.search.need import does_not_fit
 from raypar.search.planners.base import Planner, register_planner
 from raypar.search.planners.uniform import TORCH_RANGE
 from raypar.sharding.strategies import fold_patterns
@@ -99,7 +100,6 @@ class AlpaSearch:
         self.per_node = max(node.devices for node in cluster.nodes)
         self.most_stages = max(_MOST_STAGES, least)
         self.kept: list[Candidate] = []
-        self._needs: list[float] = []
 
     def run(self) -> Plan:
         """Searches, and plays what was found to choose by exact figures.
@@ -131,7 +131,7 @@ class AlpaSearch:
             least = min(entry.overfull for entry in entries)
             fraction *= _MARGIN / least
             self.maker.config = replace(self.config, memory_fraction=fraction)
-        raise self._overfull(least)
+        raise self._does_not_fit()
 
     def search(self) -> list[Candidate]:
         """The best pipelines, fastest first."""
@@ -206,9 +206,7 @@ class AlpaSearch:
             if table is None:
                 return []
             found.append(table)
-        if self.alike:
-            self._needs.append(found[0].least_bytes())
-        else:
+        if not self.alike:
             found += [found[-1]] * (split.devices // unit - len(found))
         return found
 
@@ -274,25 +272,4 @@ class AlpaSearch:
         )
 
     def _does_not_fit(self) -> PlanError:
-        memory = min(self.cluster.memory(d) for d in range(self.cluster.n_devices))
-        least = min(self._needs, default=float("inf"))
-        gib = 2**30
-        return PlanError(
-            f"no plan fits: the smallest device has {memory / gib:.2f} GiB, of which "
-            f"search.memory_fraction {self.config.memory_fraction} may be filled, but even with "
-            f"the leanest way that was tried the whole model as one stage needs "
-            f"{least / gib:.2f} GiB on each of its devices, and no cut into stages helps enough. "
-            "Use more devices, smaller microbatches (train.microbatches: auto), search.zero: 3, "
-            "search.recompute: full, or raise search.memory_fraction"
-        )
-
-    def _overfull(self, overfull: float) -> PlanError:
-        limit = self.config.memory_fraction
-        enough = limit * overfull
-        raised = f", or search.memory_fraction: {enough:.2f}" if enough < 1.0 else ""
-        return PlanError(
-            f"no plan fits: simulated, the leanest of {_ATTEMPTS} searches fills {overfull:.2f} "
-            f"times what search.memory_fraction {limit} leaves of a device's memory. Use more "
-            "devices, smaller microbatches (train.microbatches: auto), search.zero: 3, "
-            f"search.recompute: full{raised}"
-        )
+        return does_not_fit(self.graph, self.cluster, self.config, self.calibration)
