@@ -40,7 +40,7 @@ class Workshop:
     """
 
     def __init__(self) -> None:
-        self._made: dict[int, HeldStage] = {}
+        self._made: dict[tuple[int, torch.device], HeldStage] = {}
 
     @contextlib.contextmanager
     def turn(self, default_dtype: str) -> Iterator[None]:
@@ -50,9 +50,10 @@ class Workshop:
 
     def stage(self, stage: StageSpec, device: torch.device) -> HeldStage:
         """A stage, compiled; call it in turn."""
-        known = self._made.get(id(stage))  # the spec cannot go: what is held has it
+        key = (id(stage), device)  # no other spec gets this id: what is held keeps the spec alive
+        known = self._made.get(key)
         if known is None:
-            known = self._made[id(stage)] = _compile(stage, device)
+            known = self._made[key] = _compile(stage, device)
         return replace(known, program=replace(known.program))
 
 
