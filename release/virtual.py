@@ -19,6 +19,7 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -131,7 +132,11 @@ def _counts(share: int) -> list[int]:
 
 
 def ranked(search: AlpaSearch, grid: Sequence[SearchConfig]) -> list[tuple[float, SearchConfig]]:
-    """The grid by the search's quick figures, fastest first; those that cannot fit are left out."""
+    """The grid by the search's quick figures, fastest first; those that cannot fit are left out.
+
+    Of each shape (tensor parallelism, stages) the best comes before the second best of any: quick
+    figures compare microbatch sizes better than shapes.
+    """
     found = []
     for config in grid:
         search.config = search.maker.config = config
@@ -142,7 +147,15 @@ def ranked(search: AlpaSearch, grid: Sequence[SearchConfig]) -> list[tuple[float
             continue
         if kept:
             found.append((kept[0].step_s, config))
-    return sorted(found, key=lambda one: one[0])
+    found.sort(key=lambda one: one[0])
+    seen: Counter[tuple[object, object]] = Counter()
+    order = []
+    for seconds, config in found:
+        shape = config.tensor, config.stages
+        order.append((seen[shape], seconds, config))
+        seen[shape] += 1
+    order.sort(key=lambda one: one[:2])
+    return [(seconds, config) for _, seconds, config in order]
 
 
 def played(
@@ -225,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = cases()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default=",".join(known), help="comma-separated")
-    parser.add_argument("--closest", type=int, default=3, help="plans by hand to simulate")
+    parser.add_argument("--closest", type=int, default=6, help="plans by hand to simulate")
     parser.add_argument("--json", type=Path, default=RESULTS)
     asked = parser.parse_args(arguments)
     names = asked.cases.split(",")

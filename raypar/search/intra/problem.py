@@ -54,7 +54,7 @@ class Reader:
     saves: bool = False
 
 
-@dataclass
+@dataclass(eq=False)  # a link is itself alone: its arrays cannot be compared as one truth
 class Link:
     """One value (or a class of tied ones).
 
