@@ -126,6 +126,9 @@ class Plan:
         predicted: Predicted figures of the whole step (``step_s``, ...), if known.
         alternatives: What else the planner looked at closely: a plan in words → its predicted
             step in seconds, fastest first.
+        certificate: How good it can be told to be: ``lower_bound_s`` (no plan for this model and
+            cluster is faster under the cost model) and ``gap`` (how much longer this one takes,
+            relative to that), if known.
         planner: Name of the planner that made it.
         format: Number of this JSON form.
     """
@@ -142,6 +145,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     predicted: dict[str, float] = field(default_factory=dict)
     alternatives: dict[str, float] = field(default_factory=dict)
+    certificate: dict[str, float] = field(default_factory=dict)
     planner: str = "manual"
     format: int = PLAN_FORMAT
 

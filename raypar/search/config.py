@@ -26,6 +26,18 @@ class SearchConfig:
         zero: ZeRO level of every stage.
         memory_fraction: Share of a device's memory that a plan may fill.
         optimizer_states: Tensors that the optimizer keeps for each parameter (Adam: 2).
+        sampler: Who proposes outer decisions in planner ``optuna``: ``tpe``, ``gp``, ``cmaes``,
+            ``nsga2`` (step time × peak memory × devices), ``random``.
+        trials: Proposals to look at.
+        budget_s: Seconds to search; measurements count.
+        seed: Same seed and budget in trials → same plan.
+        seeds: Planners whose plans the study starts from; ``auto``: every one that takes the
+            options.
+        cost_model: ``analytic``, ``learned`` (corrects it by what was measured on such a cluster)
+            or ``auto``: learned where there are measurements.
+        measure: Plans that may really be run, where the search is given someone who runs them.
+        storage: Path of the study's journal, which is resumed if it is there.
+        cache: Whether a plan that was found before for the same question is taken again.
         manual: For ``manual``: path of a plan file, or a dict of plan fields that override what
             ``uniform`` makes of the other options.
     """
@@ -41,6 +53,15 @@ class SearchConfig:
     zero: int | Auto = "auto"
     memory_fraction: float = 0.9
     optimizer_states: int = 2
+    sampler: str = "tpe"
+    trials: int | Auto = "auto"
+    budget_s: float | Auto = "auto"
+    seed: int = 0
+    seeds: tuple[str, ...] | Auto = "auto"
+    cost_model: str = "auto"
+    measure: int | Auto = "auto"
+    storage: str | None = None
+    cache: bool = False
     manual: str | dict[str, Any] | None = None
 
     @property

@@ -1,0 +1,69 @@
+"""Real measurements, as a search asks for them: who makes them is given from outside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from raypar.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeconds:
+    """What one stage was measured at on its slowest rank, per microbatch.
+
+    Attributes:
+        forward_s: Seconds of a forward pass, without waiting for others.
+        backward_s: The same for a whole backward pass (both halves where it is split).
+        optimizer_s: Seconds of the optimizer, once a step.
+    """
+
+    forward_s: float
+    backward_s: float
+    optimizer_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Some steps of a plan that really ran.
+
+    Attributes:
+        step_s: Typical seconds of a step (the median).
+        spread: Half of the middle half of the steps' times, relative to `step_s`.
+        steps: Steps that count.
+        took_s: Seconds of the whole measurement, start-up included.
+        stages: Per stage what was measured inside; empty where that is not known.
+        peak_bytes: Most bytes that a rank held; 0 where that is not known.
+    """
+
+    step_s: float
+    spread: float
+    steps: int
+    took_s: float
+    stages: tuple[StageSeconds, ...] = field(default=())
+    peak_bytes: int = 0
+
+
+class Measurer(Protocol):
+    """Runs steps of plans of one model on one cluster."""
+
+    def measure(self, plan: Plan, *, seconds: float) -> Measured:
+        """Runs a plan for about `seconds` (at least a few steps).
+
+        Raises:
+            RayparError: The plan did not run (out of memory, say); the search goes on without it.
+        """
+        ...
+
+    def measure_together(self, plans: list[Plan], *, seconds: float) -> list[Measured | Exception]:
+        """Runs plans in turns, a few steps each, so that what disturbs one disturbs all.
+
+        Args:
+            plans: Plans that are to be compared.
+            seconds: About how long each runs in all.
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives everything back; safe to call twice."""
+        ...
