@@ -148,6 +148,15 @@ def search_of(config: Config) -> SearchConfig:
         zero=config.search.zero,
         memory_fraction=config.search.memory_fraction,
         optimizer_states=optimizer_states(optimizer_of(config)),
+        sampler=config.search.sampler,
+        trials=config.search.trials,
+        budget_s=config.search.budget_s,
+        seed=config.search.seed,
+        seeds="auto" if config.search.seeds == "auto" else tuple(config.search.seeds),
+        cost_model=config.search.cost_model,
+        measure=config.search.measure,
+        storage=config.search.storage,
+        cache=config.search.cache,
         manual=config.search.manual,
     )
 

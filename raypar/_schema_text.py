@@ -39,7 +39,16 @@ def problem(detail: Any, schema: type[BaseModel]) -> str:
         example = f", such as {info.examples[0]}" if info and info.examples else ""
         return f"{path} is missing{example}"
     wanted = "a mapping" if info is None else expected(info)
-    return f"{path}: expected {wanted}; found {show(detail['input'])}"
+    near = did_you_mean(str(detail["input"]), [] if info is None else _words(info.annotation))
+    return f"{path}: expected {wanted}; found {show(detail['input'])}{near and '.' + near}"
+
+
+def _words(annotation: Any) -> list[str]:
+    """Texts that a field may hold."""
+    if typing.get_origin(annotation) is Literal:
+        return [str(value) for value in typing.get_args(annotation)]
+    parts = typing.get_args(annotation)
+    return [word for part in parts for word in _words(part)]
 
 
 def _unknown(keys: list[str], section: type[BaseModel], schema: type[BaseModel]) -> str:
@@ -79,7 +88,15 @@ def _kind(annotation: Any) -> str:
         return " or ".join(_kind(part) for part in typing.get_args(annotation))
     if origin is Literal:
         return " | ".join(str(value) for value in typing.get_args(annotation))
-    names = {int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    if origin is list:
+        return f"a list of {_kind(typing.get_args(annotation)[0])}"
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        type(None): "null",
+    }
     return names.get(annotation, "a mapping")
 
 

@@ -27,11 +27,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that the loader would take for numbers."""
+
+
+_SCIENTIFIC = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, list("-+.0123456789"))
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -48,3 +50,9 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}{at}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
+
+
+def dump_yaml(value: Any) -> str:
+    """YAML text of plain values; `parse_yaml` gives them back."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=False)
+    return text

@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from annotated_types import Ge, Gt, Le, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from raypar._schema_text import expected, inline, problem, section_of, show
-from raypar._yaml import parse_yaml
+from raypar._yaml import dump_yaml, parse_yaml
 from raypar.errors import ConfigError, did_you_mean
 
 Auto = Literal["auto"]
@@ -93,10 +92,13 @@ class MeshConfig(_Section):
 class SearchSection(_Section):
     """How the model is split."""
 
-    planner: Literal["auto", "alpa", "uniform", "manual"] = Field(
+    planner: Literal[
+        "auto", "optuna", "alpa", "piper", "placement", "exhaustive", "uniform", "manual"
+    ] = Field(
         default="auto",
-        description="alpa: searches; uniform: stages balanced by work; manual: yours; auto: "
-        "uniform where stages, replicas, tensor or chunks are given, else alpa",
+        description="optuna: a study that starts from the exact planners alpa, piper, placement "
+        "and exhaustive; uniform: stages balanced by work; manual: yours; auto: uniform where "
+        "stages, replicas, tensor or chunks are given, else optuna",
     )
     stages: Count | Auto = Field(default="auto", description="pipeline stages")
     replicas: Count | Auto = Field(default="auto", description="data-parallel copies of each stage")
@@ -116,6 +118,35 @@ class SearchSection(_Section):
     )
     memory_fraction: Annotated[float, Gt(0), Le(1)] = Field(
         default=0.9, description="share of a device's memory that a plan may fill"
+    )
+    sampler: Literal["tpe", "gp", "cmaes", "nsga2", "random"] = Field(
+        default="tpe",
+        description="who proposes plans to planner optuna; nsga2 weighs step time, memory and "
+        "devices",
+    )
+    trials: Count | Auto = Field(default="auto", description="plans that the study looks at")
+    budget_s: Annotated[float, Gt(0), Lt(float("inf"))] | Auto = Field(
+        default="auto", description="seconds of search, measurements included"
+    )
+    seed: Annotated[int, Ge(0)] = Field(
+        default=0, description="of the sampler: the same seed and trials give the same plan"
+    )
+    seeds: list[Text] | Auto = Field(
+        default="auto", description="planners whose plans the study starts from; auto: all that can"
+    )
+    cost_model: Literal["auto", "analytic", "learned"] = Field(
+        default="auto",
+        description="learned: corrected by what was measured on such a cluster; auto: learned "
+        "where there is something",
+    )
+    measure: Annotated[int, Ge(0)] | Auto = Field(
+        default="auto", description="plans that may really be run while searching"
+    )
+    storage: Text | None = Field(
+        default=None, description="journal file of the study, which goes on where it is there"
+    )
+    cache: bool = Field(
+        default=True, description="take the plan that was found before for the same question"
     )
     manual: Text | Kwargs | None = Field(
         default=None, description="planner manual: a plan file, or fields that override uniform's"
@@ -194,7 +225,7 @@ class Config(_Section):
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML text; `load_config` reads it back as an equal value."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, default_flow_style=False)
+        return dump_yaml(self.model_dump())
 
     def resolved(self, **became: Any) -> Config:
         """A copy in which every ``auto`` (or null) named by a dotted key has its final value.

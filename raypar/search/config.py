@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from raypar.errors import ConfigError, did_you_mean
+
 Auto = Literal["auto"]
+SAMPLERS = ("tpe", "gp", "cmaes", "nsga2", "random")
+COST_MODELS = ("auto", "analytic", "learned")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +42,14 @@ class SearchConfig:
             or ``auto``: learned where there are measurements.
         measure: Plans that may really be run, where the search is given someone who runs them.
         storage: Path of the study's journal, which is resumed if it is there.
-        cache: Whether a plan that was found before for the same question is taken again.
+        cache: Whether a plan that was found before for the same question is taken again. Off here,
+            so that a call from Python does what it says; on in config files.
         manual: For ``manual``: path of a plan file, or a dict of plan fields that override what
             ``uniform`` makes of the other options.
+
+    Raises:
+        ConfigError: No such sampler or cost model, or a budget that allows nothing. Options of
+            the plan itself are checked against graph and cluster by the planners.
     """
 
     planner: str = "auto"
@@ -64,6 +74,27 @@ class SearchConfig:
     cache: bool = False
     manual: str | dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        _one_of("sampler", self.sampler, SAMPLERS)
+        _one_of("cost_model", self.cost_model, COST_MODELS)
+        _whole("trials", self.trials, 1, "a search looks at one plan or more, for example 100")
+        _whole("measure", self.measure, 0, "0 is none, for example 8")
+        _whole("seed", self.seed, 0, "for example 0", auto=False)
+        budget: Any = self.budget_s
+        if budget != "auto" and not (_is_number(budget) and 0 < budget < math.inf):
+            raise ConfigError(
+                f"search.budget_s is {budget!r}; a search needs seconds: give a number above 0, "
+                "for example 30, or auto; search.planner uniform plans without a search"
+            )
+        seeds: Any = self.seeds
+        if seeds != "auto" and (
+            isinstance(seeds, str) or not all(isinstance(name, str) for name in seeds)
+        ):
+            raise ConfigError(
+                f"search.seeds is {seeds!r}; give names of planners, for example ('alpa',), () for "
+                "none, or auto"
+            )
+
     @property
     def chosen_planner(self) -> str:
         """What ``auto`` stands for."""
@@ -71,3 +102,22 @@ class SearchConfig:
             return self.planner
         given = (self.stages, self.replicas, self.tensor) != ("auto",) * 3 or self.chunks != 1
         return "uniform" if given else "alpa"
+
+
+def _one_of(key: str, value: Any, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        near = did_you_mean(str(value), valid)
+        raise ConfigError(f"search.{key} is {value!r}; valid are {', '.join(valid)}.{near}")
+
+
+def _whole(key: str, value: Any, least: int, words: str, auto: bool = True) -> None:
+    if auto and value == "auto":
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(
+            f"search.{key} is {value!r}; give a whole number of at least {least}: {words}"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from raypar.config import Config, default_yaml, load_config, resolve_target, surface
@@ -84,6 +84,14 @@ def test_numbers_in_scientific_form_are_numbers(config_file: Path, text: str) ->
         ("model.kwargs=3", ["model.kwargs: expected a mapping", "3"]),
         ("mesh=3", ["mesh: expected a mapping", "3"]),
         ("model.target.name=x", ["model.target is", "which has no keys"]),
+        ("search.sampler=tpd", ["search.sampler: expected tpe | gp |", "Did you mean 'tpe'?"]),
+        ("search.planner=optima", ["search.planner: expected auto | optuna", "mean 'optuna'?"]),
+        ("search.cost_model=leaned", ["auto | analytic | learned", "Did you mean 'learned'?"]),
+        ("search.trials=0", ["search.trials: expected a whole number ≥ 1 or auto; found 0"]),
+        ("search.budget_s=0", ["search.budget_s: expected a number > 0 or auto; found 0"]),
+        ("search.budget_s=.inf", ["search.budget_s: expected a number > 0 or auto; found inf"]),
+        ("search.seeds=alpa", ["search.seeds: expected a list of text or auto; found 'alpa'"]),
+        ("search.cache=1", ["search.cache: expected true or false; found 1"]),
         ("search.manual=p.json", ["search.planner: manual", "'auto'"]),
         ("search.planner=manual", ["search.manual is null", "search.manual: plan.json"]),
         ("train.steps", ["--set takes key=value", "'train.steps'"]),
@@ -158,6 +166,7 @@ def test_yaml_round_trip(config_file: Path, tmp_path: Path) -> None:
     assert load_config(again) == config
 
 
+@example(lr=1e16, steps=1, name="0E0")
 @given(
     lr=st.floats(min_value=1e-12, max_value=1e12),
     steps=st.integers(1, 10**9),
