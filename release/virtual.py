@@ -139,7 +139,7 @@ def ranked(search: AlpaSearch, grid: Sequence[SearchConfig]) -> list[tuple[float
     """
     found = []
     for config in grid:
-        search.config = search.maker.config = config
+        search.config = search.bench.maker.config = config
         search.kept = []
         try:
             kept = search.search()

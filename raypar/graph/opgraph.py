@@ -36,6 +36,7 @@ class OpGraph:
         spec: Form of the example batch.
         model_fn: What was captured.
         loss_fn: The loss function, if any.
+        memo: Room for what others worked out about this graph; it dies with the graph.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class OpGraph:
         self.spec = spec
         self.model_fn = model_fn
         self.loss_fn = loss_fn
+        self.memo: dict[object, Any] = {}
         self._model = model
         self._loss_of = loss_of
         self._sized: dict[int, CleanGraph] = {spec.size: clean}

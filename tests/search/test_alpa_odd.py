@@ -86,7 +86,7 @@ def test_ways_are_those_of_the_devices_that_a_stage_gets() -> None:
     sizes = set()
     for kept in search.search():
         for stage in kept.pipeline.stages:
-            own = search.line[stage.place : stage.place + stage.devices]
+            own = search.bench.line[stage.place : stage.place + stage.devices]
             limit = min(cluster.memory(d) for d in own)
             assert limit / 2 < stage.way.memory <= limit
             sizes.add(stage.devices)

@@ -7,7 +7,9 @@ size, mesh shape and kind of link; ZeRO and recomputation only change what is ad
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from torch import fx
@@ -29,6 +31,7 @@ from raypar.search.interop.pipeline import Way
 from raypar.search.interop.space import AXIS_NAMES, Split, mesh_shapes
 from raypar.search.interop.units import Units, shorten
 from raypar.search.intra.allowed import allow
+from raypar.search.intra.forms import take_forms
 from raypar.search.intra.planner import plan_intra
 from raypar.search.intra.settings import Graph, IntraSettings, read_graph
 from raypar.sharding.blocks import annotate_blocks
@@ -40,12 +43,35 @@ _GPU_RESERVE = (900 << 20, 0.05)
 
 
 @dataclass(frozen=True)
+class Wish:
+    """Which ways are asked for.
+
+    Attributes:
+        modes: What the integer program may do on every axis (`raypar.search.intra.allowed`); None:
+            the usual ones, one after the other.
+        forms: (parameter pattern, form): how the ops that read such parameters are cut
+            (`raypar.search.intra.forms`); all other ops are free.
+        recompute: The recompute policy; ``auto``: every one.
+        zero: The ZeRO level; ``auto``: every one that can pay.
+    """
+
+    modes: str | None = None
+    forms: tuple[tuple[str, str], ...] = ()
+    recompute: str = "auto"
+    zero: int | Literal["auto"] = "auto"
+
+
+ANY = Wish()
+
+
+@dataclass(frozen=True)
 class WayKey:
     """What a way is.
 
     Attributes:
         shape: Shape of the stage's mesh without the replicas' axis.
         modes: What the integer program was free to do on each axis.
+        forms: What it was told besides; see `Wish`.
         zero: ZeRO level.
         recompute: Recompute policy.
         sharding: Unit that stands for others → op id → strategy text.
@@ -53,6 +79,7 @@ class WayKey:
 
     shape: tuple[int, ...]
     modes: tuple[str, ...]
+    forms: tuple[tuple[str, str], ...]
     zero: int
     recompute: str
     sharding: Mapping[int, Mapping[str, str]]
@@ -101,18 +128,34 @@ class WayMaker:
         self.calibration = calibration
         self.config = config
         self.units = units
-        self.solved = 0
         self._trainable = frozenset(n for n, (_, _, trained) in graph.params.items() if trained)
         self._short: dict[int, _Short] = {}
         self._solved: dict[object, _Solved] = {}
 
-    def ways(self, split: Split, size: int, devices: Sequence[int]) -> list[Way]:
+    @property
+    def solved(self) -> int:
+        """How many integer programs were solved."""
+        return sum(1 for solved in self._solved.values() if solved.texts)
+
+    def like(self, config: SearchConfig) -> WayMaker:
+        """One for other options that knows every sharding that this one knows, and shares more.
+
+        Args:
+            config: Options with the same number of optimizer states.
+        """
+        assert config.optimizer_states == self.config.optimizer_states
+        other = copy(self)
+        other.config = config
+        return other
+
+    def ways(self, split: Split, size: int, devices: Sequence[int], wish: Wish = ANY) -> list[Way]:
         """Every way to run a stage of `size` devices per replica.
 
         Args:
             split: How the batch is cut.
             size: Devices of one replica.
             devices: The ``replicas * size`` devices, replica by replica.
+            wish: Which ways; fixed options of the config hold besides.
         """
         found: list[Way] = []
         for shape in self._shapes(size):
@@ -120,11 +163,13 @@ class WayMaker:
                 tuple(devices), (split.replicas, *shape), (DATA, *AXIS_NAMES[: len(shape)])
             )
             machine = machine_of(self.cluster, mesh, self.calibration)
-            for modes in _modes(shape):
-                solved = self._shard(split, shape, modes, machine)
-                for zero in self._zeros(split.replicas * size):
+            wanted = _modes(shape) if wish.modes is None else [(wish.modes,) * len(shape)]
+            for modes in wanted:
+                solved = self._shard(split, shape, modes, machine, wish.forms)
+                for zero in self._zeros(split.replicas * size, wish):
                     state = self._state(split, solved, machine, zero)
-                    found += self._assemble(split, size, machine, modes, solved, state, zero)
+                    key = WayKey(shape, modes, wish.forms, zero, "", solved.texts)
+                    found += self._assemble(split, size, machine, key, solved, state, wish)
         return found
 
     def sharding(
@@ -143,9 +188,10 @@ class WayMaker:
             return [(size,)] if size > 1 else [()]
         return mesh_shapes(size, per_node)
 
-    def _zeros(self, devices: int) -> tuple[int, ...]:
-        if self.config.zero != "auto":
-            return (self.config.zero,)
+    def _zeros(self, devices: int, wish: Wish) -> tuple[int, ...]:
+        for fixed in (self.config.zero, wish.zero):
+            if fixed != "auto":
+                return (fixed,)
         return (0, 2, 3) if devices > 1 else (0,)
 
     def short(self, local_batch: int) -> _Short:
@@ -166,35 +212,53 @@ class WayMaker:
         return known
 
     def _shard(
-        self, split: Split, shape: tuple[int, ...], modes: tuple[str, ...], machine: MeshMachine
+        self,
+        split: Split,
+        shape: tuple[int, ...],
+        modes: tuple[str, ...],
+        machine: MeshMachine,
+        forms: tuple[tuple[str, str], ...] = (),
     ) -> _Solved:
         links = tuple(
             machine.collective_s(name, "all_reduce", 1e6) for name, _ in machine.mesh.inner
         )
         kinds = tuple(kind.name for kind, _ in machine.kinds)
-        key = (split.local_batch, shape, modes, links, kinds)
+        forms = forms if shape else ()
+        key = (split.local_batch, shape, modes, forms, links, kinds)
         known = self._solved.get(key)
         if known is None:
-            known = self._solved[key] = self._solve(split, modes, machine)
+            known = self._solved[key] = self._solve(split, modes, machine, forms)
         return known
 
-    def _settings(self, split: Split, modes: tuple[str, ...] = (), zero: int = 0) -> IntraSettings:
+    def _settings(
+        self,
+        split: Split,
+        modes: tuple[str, ...] = (),
+        zero: int = 0,
+        forms: tuple[tuple[str, str], ...] = (),
+    ) -> IntraSettings:
+        allowed = None if set(modes) <= {"free"} else allow(modes)
         return IntraSettings(
             microbatches=split.microbatches,
             zero=zero,
             optimizer_states=self.config.optimizer_states,
-            allowed=None if set(modes) <= {"free"} else allow(modes),
+            allowed=take_forms(forms, allowed) if forms else allowed,
             trainable=self._trainable,
             time_limit_s=30.0,  # they take well under a second; a busy machine may be slow
         )
 
-    def _solve(self, split: Split, modes: tuple[str, ...], machine: MeshMachine) -> _Solved:
+    def _solve(
+        self,
+        split: Split,
+        modes: tuple[str, ...],
+        machine: MeshMachine,
+        forms: tuple[tuple[str, str], ...],
+    ) -> _Solved:
         short = self.short(split.local_batch)
-        settings = self._settings(split, modes)
+        settings = self._settings(split, modes, forms=forms)
         axes = machine.mesh.inner
         found: Mapping[str, Strategy] = {}
         if axes:
-            self.solved += 1
             found = plan_intra(short.graph, machine, settings).choices
         chosen = {
             op: found.get(str(op.meta["id"])) or whole(op, len(axes)) for op in short.read.ops
@@ -218,19 +282,18 @@ class WayMaker:
         split: Split,
         size: int,
         machine: MeshMachine,
-        modes: tuple[str, ...],
+        like: WayKey,
         solved: _Solved,
         state: StateCosts,
-        zero: int,
+        wish: Wish,
     ) -> list[Way]:
         costs, short = solved.costs, self.short(split.local_batch)
         memory = machine.memory_bytes * self.config.memory_fraction
         if machine.is_gpu:
             memory -= _GPU_RESERVE[0] + _GPU_RESERVE[1] * machine.memory_bytes
         entry = self._entry(short.crossing / size, machine)
-        policies = [self.config.recompute]
-        if policies == ["auto"]:
-            policies = list(RECOMPUTE_POLICIES)
+        fixed_policies = [p for p in (self.config.recompute, wish.recompute) if p != "auto"]
+        policies = fixed_policies[:1] or list(RECOMPUTE_POLICIES)
         found = []
         for policy in policies:
             seconds = costs.seconds[policy] + state.microbatch
@@ -238,7 +301,7 @@ class WayMaker:
             again = costs.saved["none"] if policy == "full" else 0.0
             fixed = state.resident + again
             twins = np.asarray(self.units.twin)
-            key = WayKey(machine.mesh.shape[1:], modes, zero, policy, solved.texts)
+            key = replace(like, recompute=policy)
             way = Way(
                 key,
                 memory,

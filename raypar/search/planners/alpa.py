@@ -17,33 +17,25 @@ from raypar.errors import PlanError
 from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.calibration import Calibration
-from raypar.mesh.calibration_files import load_calibration
 from raypar.mesh.cluster import Cluster
-from raypar.plan import DATA, MemoryPolicy, MeshSlice, Plan, ScheduleSpec, StagePlan
+from raypar.plan import Plan
 from raypar.search.config import SearchConfig
 from raypar.search.interop.contest import contest, winner
 from raypar.search.interop.pipeline import Pipeline, WayTable, best_pipeline
 from raypar.search.interop.space import (
-    AXIS_NAMES,
     Split,
-    alike,
     check_options,
-    line_of_devices,
     splits,
     stage_sizes,
 )
-from raypar.search.interop.units import Units, find_units
-from raypar.search.interop.ways import WayKey, WayMaker, op_sharding
+from raypar.search.interop.workbench import MOST_STAGES, Workbench
 from raypar.search.need import does_not_fit
 from raypar.search.planners.base import Planner, register_planner
-from raypar.search.planners.uniform import TORCH_RANGE
-from raypar.sharding.strategies import fold_patterns
 
 _KEPT = 8  # pipelines that are looked at closely
 _ATTEMPTS = 4  # searches with less and less memory
 _MARGIN = 0.98  # what the next of them may fill of what would have been enough for the last one
 _MIXED_SLOTS = 16  # up to so many slots, stages of unequal sizes are searched
-_MOST_STAGES = 128
 
 
 @dataclass(frozen=True)
@@ -87,18 +79,13 @@ class AlpaSearch:
         config: SearchConfig,
         calibration: Calibration | None = None,
     ) -> None:
+        check_options(graph, cluster, config)
+        least = 1 if config.stages == "auto" else config.stages
+        self.bench = Workbench(graph, cluster, config, calibration, least=least)
         self.graph = graph
         self.cluster = cluster
         self.config = config
-        check_options(graph, cluster, config)
-        least = 1 if config.stages == "auto" else config.stages
-        self.units: Units = find_units(graph, least=least)
-        self.calibration = calibration or load_calibration(cluster)
-        self.maker = WayMaker(graph, cluster, self.calibration, config, self.units)
-        self.line = line_of_devices(cluster)
-        self.alike = alike(cluster)
-        self.per_node = max(node.devices for node in cluster.nodes)
-        self.most_stages = max(_MOST_STAGES, least)
+        self.most_stages = max(MOST_STAGES, least)
         self.kept: list[Candidate] = []
 
     def run(self) -> Plan:
@@ -119,7 +106,7 @@ class AlpaSearch:
                 [self.build(candidate) for candidate in self.kept],
                 self.graph,
                 self.cluster,
-                self.calibration,
+                self.bench.calibration,
                 schedule=self.config.schedule,
                 optimizer_states=self.config.optimizer_states,
                 memory_fraction=self.config.memory_fraction,
@@ -130,7 +117,7 @@ class AlpaSearch:
                 return plan
             least = min(entry.overfull for entry in entries)
             fraction *= _MARGIN / least
-            self.maker.config = replace(self.config, memory_fraction=fraction)
+            self.bench = self.bench.like(replace(self.config, memory_fraction=fraction))
         raise self._does_not_fit()
 
     def search(self) -> list[Candidate]:
@@ -154,20 +141,20 @@ class AlpaSearch:
 
     def _try(self, split: Split) -> None:
         tensor = self.config.tensor
-        sizes = stage_sizes(split.devices, self.per_node) if tensor == "auto" else [tensor]
+        sizes = stage_sizes(split.devices, self.bench.per_node) if tensor == "auto" else [tensor]
         if sizes[0] > split.devices:
             return
         tables: dict[int, list[WayTable]] = {}
         for size in sizes:
-            if size > self.per_node and self.kept:
+            if size > self.bench.per_node and self.kept:
                 break  # over nodes only where nothing else fits
-            found = self._tables(split, size, sizes)
+            found = self.bench.tables(split, size, sizes[0])
             if found:
                 tables[size] = found
         if not tables:
             return
         for chosen in self._families(tables, split):
-            most = min(self.most_stages, split.devices // min(chosen), len(self.units))
+            most = min(self.most_stages, split.devices // min(chosen), len(self.bench.units))
             pipeline = best_pipeline(
                 chosen,
                 split.devices,
@@ -189,38 +176,6 @@ class AlpaSearch:
         # Places are counted in the smallest size that is tried.
         return [{n: t[:: n // unit]} for n, t in tables.items()]
 
-    def _tables(self, split: Split, size: int, sizes: Sequence[int]) -> list[WayTable]:
-        """One table, or on a cluster of unequal nodes one for every place."""
-        unit = min(sizes)
-        width = split.replicas * size
-        places = [0] if self.alike else range(0, split.devices - size + 1, unit)
-        made: dict[object, WayTable | None] = {}
-        found: list[WayTable] = []
-        for place in places:
-            devices = self.line[place * split.replicas :][:width]
-            key = self._kinds_of(devices)
-            if key not in made:
-                ways = self.maker.ways(split, size, devices)
-                made[key] = WayTable(ways, split.microbatches) if ways else None
-            table = made[key]
-            if table is None:
-                return []
-            found.append(table)
-        if not self.alike:
-            found += [found[-1]] * (split.devices // unit - len(found))
-        return found
-
-    def _kinds_of(self, devices: Sequence[int]) -> object:
-        """What the costs of a mesh depend on: its devices' kinds, and which share a node."""
-        numbers: dict[int, int] = {}
-        found: list[object] = []
-        for device in devices:
-            at, _ = self.cluster.device(device)
-            node = self.cluster.nodes[at]
-            alike = numbers.setdefault(at, len(numbers))
-            found.append((alike, node.device.name, node.inside, node.across, node.device_memory))
-        return tuple(found)
-
     def _keep(self, candidate: Candidate) -> None:
         self.kept.append(candidate)
         self.kept.sort(key=lambda c: c.step_s)
@@ -228,48 +183,14 @@ class AlpaSearch:
 
     def build(self, candidate: Candidate) -> Plan:
         """The plan that a candidate stands for."""
-        split, pipeline = candidate.split, candidate.pipeline
-        stages = []
-        for stage in pipeline.stages:
-            key = stage.way.key
-            assert isinstance(key, WayKey)
-            first, last = self.units.bounds[stage.first], self.units.bounds[stage.last]
-            at = stage.place * split.replicas
-            mesh = MeshSlice(
-                tuple(self.line[at : at + split.replicas * stage.devices]),
-                (split.replicas, *key.shape),
-                (DATA, *AXIS_NAMES[: len(key.shape)]),
-            )
-            stages.append(
-                StagePlan(
-                    first=self.graph.ops[first].id,
-                    last=self.graph.ops[last - 1].id,
-                    mesh=mesh,
-                    memory=MemoryPolicy(key.recompute, key.zero),
-                    sharding=fold_patterns(
-                        op_sharding(key.sharding, self.units, self.graph),
-                        [op.id for op in self.graph.ops[first:last]],
-                    ),
-                    predicted={"microbatch_s": stage.seconds},
-                )
-            )
-        schedule = self.config.schedule
-        if schedule == "auto":
-            schedule = "1f1b"
-        return Plan(
-            graph_hash=self.graph.hash,
-            params_hash=self.graph.params_hash,
-            torch=TORCH_RANGE,
-            cluster=self.cluster.shape,
-            device=self.cluster.kind,
-            global_batch=self.graph.global_batch,
-            microbatches=split.microbatches,
-            batch_dims=self.graph.batch_dims,
-            schedule=ScheduleSpec(schedule, tuple((s, 0) for s in range(len(stages)))),
-            stages=tuple(stages),
-            predicted={"step_s": pipeline.step_s},
+        schedule = "1f1b" if self.config.schedule == "auto" else self.config.schedule
+        return self.bench.plan_of(
+            candidate.split,
+            candidate.pipeline.stages,
+            schedule,
             planner="alpa",
+            predicted={"step_s": candidate.pipeline.step_s},
         )
 
     def _does_not_fit(self) -> PlanError:
-        return does_not_fit(self.graph, self.cluster, self.config, self.calibration)
+        return does_not_fit(self.graph, self.cluster, self.config, self.bench.calibration)

@@ -14,10 +14,9 @@ from raypar.plan import DATA, MemoryPolicy, MeshSlice, Plan, ScheduleSpec, Stage
 from raypar.search.config import SearchConfig
 from raypar.search.interop.space import AXIS_NAMES, Split
 from raypar.search.interop.units import find_units
+from raypar.search.interop.workbench import TORCH_RANGE
 from raypar.search.planners.base import Planner, register_planner
 from raypar.sharding.strategies import fold_patterns
-
-TORCH_RANGE = ">=2.11,<2.14"
 
 
 @register_planner

@@ -1,0 +1,190 @@
+"""What every search over pipelines stands on: units, devices in line, and ways with their tables.
+
+Shardings are worked out once for a graph, whoever asks (`WayMaker`): planners, the study's trials
+and the rungs of a ladder share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+
+from raypar.graph.opgraph import OpGraph
+from raypar.mesh.calibration import Calibration
+from raypar.mesh.calibration_files import load_calibration
+from raypar.mesh.cluster import Cluster
+from raypar.plan import DATA, MemoryPolicy, MeshSlice, Plan, ScheduleSpec, StagePlan
+from raypar.search.config import SearchConfig
+from raypar.search.interop.pipeline import Stage, WayTable
+from raypar.search.interop.space import AXIS_NAMES, Split, alike, line_of_devices
+from raypar.search.interop.units import Units, find_units
+from raypar.search.interop.ways import ANY, WayKey, WayMaker, Wish, op_sharding
+from raypar.sharding.strategies import fold_patterns
+
+MOST_STAGES = 128
+TORCH_RANGE = ">=2.11,<2.14"
+
+
+class Workbench:
+    """What is known about one model on one cluster.
+
+    Args:
+        graph: The captured model.
+        cluster: The devices.
+        config: What is fixed and what is free.
+        calibration: What the cluster reaches; None: what is on disk for it, else the device table.
+        least: Fewest units that the model is cut into.
+
+    Attributes:
+        units: The pieces that are never cut.
+        maker: Makes and remembers ways.
+        line: Devices in the order in which stages take them.
+        alike: Whether all nodes are the same.
+        per_node: Devices of the largest node.
+    """
+
+    def __init__(
+        self,
+        graph: OpGraph,
+        cluster: Cluster,
+        config: SearchConfig,
+        calibration: Calibration | None = None,
+        *,
+        least: int = 1,
+    ) -> None:
+        self.graph = graph
+        self.cluster = cluster
+        self.config = config
+        self.calibration = calibration or load_calibration(cluster)
+        self.maker = _maker(graph, cluster, config, self.calibration, least)
+        self.units: Units = self.maker.units
+        self.line = line_of_devices(cluster)
+        self.alike = alike(cluster)
+        self.per_node = max(node.devices for node in cluster.nodes)
+
+    def like(self, config: SearchConfig) -> Workbench:
+        """The same with other options."""
+        other = copy(self)
+        other.config = config
+        other.maker = self.maker.like(config)
+        return other
+
+    def tables(
+        self, split: Split, size: int, unit: int, wish: Wish = ANY, line: Sequence[int] = ()
+    ) -> list[WayTable]:
+        """Stage times on meshes of `size` devices: one table, or one for every place.
+
+        Args:
+            split: How the batch is cut.
+            size: Devices of a stage (of one replica).
+            unit: Places are counted in so many devices.
+            wish: Which ways.
+            line: Devices in the order in which stages take them; default: `line`.
+
+        Returns:
+            One table where all nodes are alike, else one for every place; none where there is a
+            place at which no way fits.
+        """
+        line = line or self.line
+        width = split.replicas * size
+        places = [0] if self.alike else range(0, split.devices - size + 1, unit)
+        made: dict[object, WayTable | None] = {}
+        found: list[WayTable] = []
+        for place in places:
+            devices = line[place * split.replicas :][:width]
+            key = self._kinds_of(devices)
+            if key not in made:
+                ways = self.maker.ways(split, size, devices, wish)
+                made[key] = WayTable(ways, split.microbatches) if ways else None
+            table = made[key]
+            if table is None:
+                return []
+            found.append(table)
+        if not self.alike:
+            found += [found[-1]] * (split.devices // unit - len(found))
+        return found
+
+    def _kinds_of(self, devices: Sequence[int]) -> object:
+        """What the costs of a mesh depend on: its devices' kinds, and which share a node."""
+        numbers: dict[int, int] = {}
+        found: list[object] = []
+        for device in devices:
+            at, _ = self.cluster.device(device)
+            node = self.cluster.nodes[at]
+            alike = numbers.setdefault(at, len(numbers))
+            found.append((alike, node.device.name, node.inside, node.across, node.device_memory))
+        return tuple(found)
+
+    def plan_of(
+        self,
+        split: Split,
+        stages: Sequence[Stage],
+        schedule: str,
+        *,
+        planner: str,
+        placement: Sequence[tuple[int, int]] | None = None,
+        line: Sequence[int] = (),
+        predicted: dict[str, float] | None = None,
+    ) -> Plan:
+        """The plan that stages on their places stand for.
+
+        Args:
+            split: How the batch is cut.
+            stages: The stages in order; those of one rank group have the same place and size.
+            schedule: Name of the schedule.
+            planner: Who found them.
+            placement: For every stage its (rank group, chunk); default: one stage for each group.
+            line: Devices in the order in which stages take them; default: `line`.
+            predicted: Figures of the step.
+        """
+        line = line or self.line
+        made = []
+        for stage in stages:
+            key = stage.way.key
+            assert isinstance(key, WayKey)
+            first, last = self.units.bounds[stage.first], self.units.bounds[stage.last]
+            at = stage.place * split.replicas
+            mesh = MeshSlice(
+                tuple(line[at : at + split.replicas * stage.devices]),
+                (split.replicas, *key.shape),
+                (DATA, *AXIS_NAMES[: len(key.shape)]),
+            )
+            made.append(
+                StagePlan(
+                    first=self.graph.ops[first].id,
+                    last=self.graph.ops[last - 1].id,
+                    mesh=mesh,
+                    memory=MemoryPolicy(key.recompute, key.zero),
+                    sharding=fold_patterns(
+                        op_sharding(key.sharding, self.units, self.graph),
+                        [op.id for op in self.graph.ops[first:last]],
+                    ),
+                    predicted={"microbatch_s": stage.seconds},
+                )
+            )
+        return Plan(
+            graph_hash=self.graph.hash,
+            params_hash=self.graph.params_hash,
+            torch=TORCH_RANGE,
+            cluster=self.cluster.shape,
+            device=self.cluster.kind,
+            global_batch=self.graph.global_batch,
+            microbatches=split.microbatches,
+            batch_dims=self.graph.batch_dims,
+            schedule=ScheduleSpec(schedule, tuple(placement or ((s, 0) for s in range(len(made))))),
+            stages=tuple(made),
+            predicted=predicted or {},
+            planner=planner,
+        )
+
+
+def _maker(
+    graph: OpGraph, cluster: Cluster, config: SearchConfig, calibration: Calibration, least: int
+) -> WayMaker:
+    """A maker that knows what was worked out before for this graph on such devices."""
+    key = ("ways", repr(cluster), repr(calibration), config.optimizer_states, least)
+    if key not in graph.memo:
+        units = find_units(graph, least=least)
+        graph.memo[key] = WayMaker(graph, cluster, calibration, config, units)
+    known: WayMaker = graph.memo[key]
+    return known.like(config)
