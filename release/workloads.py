@@ -1,8 +1,10 @@
 """Models of the sizes that papers train, to plan for and to simulate: captured, never built.
 
 Sizes are those of Zheng et al. 2022 ("Alpa", tables 4 to 6), Narayanan et al. 2021 ("Efficient
-Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", table 1) and the DLPerf
-report of Megatron-LM.
+Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", table 1), Raffel et al. 2020 ("Exploring
+the Limits of Transfer Learning with a Unified Text-to-Text Transformer", section 3.7) and the
+DLPerf report of Megatron-LM. So are the batches of a step: 1,024 sequences for Alpa's GPT and MoE
+and 1,536 images for its Wide-ResNet, 1,536 for GPT-175B and 3,072 for GPT-1T, 2,048 for T5-11B.
 """
 
 from __future__ import annotations
@@ -312,4 +314,8 @@ ALPA_WIDE_RESNET = {
 }  # fmt: skip
 GPT_175B = gpt(96, 12288, 96, 1536, "GPT-175B", sequence=2048)
 GPT_1T = gpt(128, 25600, 160, 3072, "GPT-1T", sequence=2048)
-T5_11B = Workload("T5-11B", "t5", 512, (24, 1024, 128, 65536, 128), 512, 32128)
+T5_11B = Workload("T5-11B", "t5", 2048, (24, 1024, 128, 65536, 128), 512, 32128)
+VIRTUAL = {
+    w.name: w for w in (ALPA_GPT["39B"], GPT_175B, ALPA_MOE["70B"], ALPA_WIDE_RESNET["13B"], T5_11B)
+}
+"""What is planned for on clusters that are described, not owned (`release/virtual.py`)."""

@@ -99,7 +99,7 @@ class KindForm(_Strict):
 
 
 class NodeForm(_Strict):
-    """One node, or `count` equal ones."""
+    """One node, or `count` equal ones; `speed` is the share of its kind's rates that it reaches."""
 
     device: str
     devices: int = Field(gt=0)
@@ -107,6 +107,7 @@ class NodeForm(_Strict):
     name: str = ""
     id: str = ""
     count: int = Field(default=1, gt=0)
+    speed: float = Field(default=1.0, gt=0, le=1)
     inside: LinkForm | None = None
     across: LinkForm | None = None
 

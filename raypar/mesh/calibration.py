@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raypar.errors import ClusterError
 from raypar.mesh.cluster import Cluster
-from raypar.mesh.devices import DeviceKind
+from raypar.mesh.devices import AT_SPEED, DeviceKind
 
 CALIBRATION_FORMAT = 1
 INSIDE, ACROSS = "inside", "across"
@@ -94,6 +94,21 @@ class DeviceRates:
                 return self.matmul[key]
         return next(iter(self.matmul.values()))
 
+    def at_speed(self, share: float) -> DeviceRates:
+        """The same at a share of the speed: products are relative to the kind's own peak."""
+
+        def slower(curve: MemoryCurve) -> MemoryCurve:
+            return replace(curve, near=curve.near * share, far=curve.far * share)
+
+        return replace(
+            self,
+            matmul={
+                name: replace(curve, half=curve.half * share) for name, curve in self.matmul.items()
+            },
+            memory={kind: slower(curve) for kind, curve in self.memory.items()},
+            optimizer=slower(self.optimizer),
+        )
+
     def bytes_curve(self, kind: str) -> MemoryCurve:
         """How fast a class of element-wise op moves bytes."""
         return self.memory.get(kind, self.memory["plain"])
@@ -155,8 +170,17 @@ class Calibration:
     format: int = CALIBRATION_FORMAT
 
     def rates(self, kind: DeviceKind) -> DeviceRates:
-        """What a device kind reaches; the defaults for its vendor where it was not measured."""
-        return self.devices.get(kind.name) or default_rates(kind)
+        """What a device kind reaches; the defaults for its vendor where it was not measured.
+
+        Devices of a slow node (`DeviceKind.at_speed`) reach their share of what was measured of
+        their kind, unless they were measured themselves.
+        """
+        found = self.devices.get(kind.name)
+        if found is None:
+            name, slowed, share = kind.name.partition(AT_SPEED)
+            whole = self.devices.get(name) if slowed else None
+            found = whole.at_speed(float(share)) if whole else default_rates(kind)
+        return found
 
     def to_json(self) -> str:
         """JSON text; `from_json` gives back an equal value."""

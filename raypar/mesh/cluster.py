@@ -220,6 +220,7 @@ class Cluster:
                 kind = own.get(item.device) or device_kind(item.device)
             except ClusterError as error:
                 raise ClusterError(f"{where}: nodes[{i}].device: {error}") from None
+            kind = kind.at_speed(item.speed)
             for copy in range(item.count):
                 base = item.name or f"node{len(nodes)}"
                 nodes.append(

@@ -8,7 +8,7 @@ program reaches.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from raypar.errors import ClusterError, did_you_mean
 
@@ -18,6 +18,9 @@ TERA = 1e12
 
 DTYPES = ("float64", "float32", "tf32", "bfloat16", "float16", "float8")
 """Number formats that the table knows; ``tf32`` is float32 data on matrix units."""
+
+AT_SPEED = "@"
+"""Between the name of a device kind and the share of its speed that some node's devices reach."""
 
 _WIDER = {
     "float8": "float16",
@@ -77,6 +80,21 @@ class DeviceKind:
     def is_gpu(self) -> bool:
         """Whether Ray counts it as ``GPU`` (else as ``CPU``)."""
         return self.vendor != "cpu"
+
+    def at_speed(self, share: float) -> DeviceKind:
+        """This kind where it computes and moves memory at a share of its rates; links stay.
+
+        It is a kind of its own, called ``KIND@SHARE``: plans and calibrations tell it apart.
+        """
+        if share == 1.0:
+            return self
+        return replace(
+            self,
+            name=f"{self.name}{AT_SPEED}{share:g}",
+            flops={dtype: rate * share for dtype, rate in self.flops.items()},
+            bandwidth=self.bandwidth * share,
+            source=f"{self.source}; at {share:g} of its speed",
+        )
 
     def peak(self, dtype: str) -> float:
         """Peak FLOP/s for `dtype` (``float32`` or ``torch.float32``).

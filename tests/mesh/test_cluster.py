@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from raypar.errors import ClusterError
 from raypar.mesh import DEVICES, Cluster, Link, Node, device_kind
+from raypar.mesh.calibration import table_calibration
 
 H100 = DEVICES["H100"]
 
@@ -216,3 +217,29 @@ def test_take_finds_every_assignment_there_is(have: list[int], data: st.DataObje
     need = [data.draw(st.integers(1, n)) for n in data.draw(st.permutations(have))]
     cluster = Cluster(tuple(Node.of("L4", n, name=f"n{n}") for n in have))
     assert cluster.take(tuple(need)).shape == tuple(need)
+
+
+def test_a_slow_nodes_devices_are_a_kind_of_their_own() -> None:
+    raw = {"nodes": [{"device": "L4", "devices": 2, "host_memory": "64 GB", "speed": 0.5}]}
+    cluster = Cluster.from_dict(raw)
+    slow, table = cluster.nodes[0].device, DEVICES["L4"]
+    assert slow.name == "L4@0.5"
+    assert slow.peak("float16") == table.peak("float16") / 2
+    assert slow.bandwidth == table.bandwidth / 2
+    assert (slow.memory, slow.across) == (table.memory, table.across)
+    assert Cluster.from_dict(cluster.to_dict()) == cluster
+    with pytest.raises(ClusterError, match=r"nodes\[0\].speed"):
+        Cluster.from_dict({"nodes": [{**raw["nodes"][0], "speed": 1.5}]})
+
+
+def test_a_slow_device_reaches_its_share_of_what_was_measured_of_its_kind() -> None:
+    table = DEVICES["A100-80"]
+    own = table_calibration(Cluster((Node.of(table, 1),)))
+    slow = own.rates(table.at_speed(0.25))
+    whole = own.rates(table)
+    work = 3e11
+    assert slow.curve("float16").seconds(
+        work, table.at_speed(0.25).peak("float16")
+    ) == pytest.approx(4 * whole.curve("float16").seconds(work, table.peak("float16")))
+    assert slow.bytes_curve("plain").seconds(1e9) == 4 * whole.bytes_curve("plain").seconds(1e9)
+    assert slow.optimizer.seconds(1e9) == 4 * whole.optimizer.seconds(1e9)
