@@ -1,10 +1,10 @@
 """Models of the sizes that papers train, to plan for and to simulate: captured, never built.
 
-Sizes are those of Zheng et al. 2022 ("Alpa", tables 4 to 6), Narayanan et al. 2021 ("Efficient
-Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", table 1), Raffel et al. 2020 ("Exploring
-the Limits of Transfer Learning with a Unified Text-to-Text Transformer", section 3.7) and the
-DLPerf report of Megatron-LM. So are the batches of a step: 1,024 sequences for Alpa's GPT and MoE
-and 1,536 images for its Wide-ResNet, 1,536 for GPT-175B and 3,072 for GPT-1T, 2,048 for T5-11B.
+Sizes and batches are those of Zheng et al. 2022 ("Alpa", tables 4 to 6: 1,024 sequences, 1,536
+images), Narayanan et al. 2021 ("Efficient Large-Scale Language Model Training on GPU Clusters Using
+Megatron-LM", table 1: 1,536 sequences for 175 billion parameters, 3,072 for a trillion), Raffel et
+al. 2020 ("Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
+sections 3.6 and 3.7: 2,048 sequences of 512 tokens) and the DLPerf report of Megatron-LM.
 """
 
 from __future__ import annotations
