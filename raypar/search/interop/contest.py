@@ -81,7 +81,7 @@ def contest(
                 graph, tried, cluster, calibration=calibration, lowered=lowered,
                 optimizer_states=optimizer_states,
             )  # fmt: skip
-            found.append(_entry(tried, played, memory_fraction))
+            found.append(entry_of(tried, played, memory_fraction))
     return sorted(found, key=lambda e: (e.overfull > 1.0, e.step_s))
 
 
@@ -93,8 +93,14 @@ def _schedules(plan: Plan, schedule: str, every: bool) -> list[str]:
     return [own, *(name for name in SCHEDULES if name != own)]
 
 
-def _entry(plan: Plan, played: Simulation, memory_fraction: float) -> Entry:
-    """The plan with what its simulation says."""
+def entry_of(plan: Plan, played: Simulation, memory_fraction: float) -> Entry:
+    """The plan with what its simulation says.
+
+    Args:
+        plan: What was played.
+        played: Its simulation.
+        memory_fraction: Share of a device's memory that may be filled.
+    """
     setting = played.setting
     peaks: dict[int, int] = {}
     for lane, peak in zip(played.lanes, played.peak_bytes, strict=True):

@@ -1,0 +1,1 @@
+"""The study: outer decisions by Optuna, inner ones by exact solvers."""
