@@ -240,7 +240,7 @@ def test_a_slow_device_reaches_its_share_of_what_was_measured_of_its_kind() -> N
     work = 3e11
     assert slow.curve("float16").seconds(
         work, table.at_speed(0.25).peak("float16")
-    ) == pytest.approx(4 * whole.curve("float16").seconds(work, table.peak("float16")))
+    ) == pytest.approx(4 * whole.curve("float16").seconds(work, table.peak("float16")), rel=1e-2)
     for mine, like in (
         (slow.bytes_curve("plain"), whole.bytes_curve("plain")),
         (slow.optimizer, whole.optimizer),
