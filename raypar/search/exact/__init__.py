@@ -1,0 +1,1 @@
+"""Solvers for the published planners' own cost models."""

@@ -1,0 +1,130 @@
+"""Downsets of a layer graph: the sets of layers that a pipeline may have finished after a stage.
+
+A set is a downset if it holds every predecessor of its members. Stages are differences of nested
+downsets, so that any family of downsets that holds the empty and the full set is a search space;
+the whole lattice is the complete one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from raypar.graph.workloads import LayerWorkload
+
+
+class Order:
+    """The layers of a workload in a topological order.
+
+    Attributes:
+        layers: Layers by position.
+        position: Id → position.
+        before: Position → bit mask of its predecessors.
+        after: Position → positions of its successors.
+    """
+
+    def __init__(self, workload: LayerWorkload) -> None:
+        readers: dict[int, list[int]] = {layer.id: [] for layer in workload.layers}
+        missing = dict.fromkeys(readers, 0)
+        for edge in workload.edges:
+            readers[edge.source].append(edge.target)
+            missing[edge.target] += 1
+        by_id = {layer.id: layer for layer in workload.layers}
+        ready = [one for one, n in missing.items() if not n]
+        for one in ready:  # grows while it is walked
+            for target in readers[one]:
+                missing[target] -= 1
+                if not missing[target]:
+                    ready.append(target)
+        self.layers = [by_id[one] for one in ready]
+        self.position = {one: at for at, one in enumerate(ready)}
+        self.before = [0] * len(ready)
+        self.after = [[self.position[t] for t in readers[one]] for one in ready]
+        for source, targets in enumerate(self.after):
+            for target in targets:
+                self.before[target] |= 1 << source
+
+    def all_downsets(self, most: int) -> set[int] | None:
+        """Every downset as a bit mask; None where there are more than `most`."""
+        n = len(self.layers)
+        start = sum(1 << v for v in range(n) if not self.before[v])
+        level = {0: start}
+        found = {0}
+        while level:
+            following: dict[int, int] = {}
+            for mask, ready in level.items():
+                rest = ready
+                while rest:
+                    bit = rest & -rest
+                    rest ^= bit
+                    grown = mask | bit
+                    if grown in following:
+                        continue
+                    opened = ready ^ bit
+                    for target in self.after[bit.bit_length() - 1]:
+                        if self.before[target] & grown == self.before[target]:
+                            opened |= 1 << target
+                    following[grown] = opened
+            found.update(following)
+            if len(found) > most:
+                return None
+            level = following
+        return found
+
+
+class Family:
+    """Nested candidates for the ends of stages, largest first.
+
+    Args:
+        order: The layers.
+        masks: Downsets as bit masks; the empty and the full set among them.
+
+    Attributes:
+        members: ``[downset, position]``: 1 where the layer is in it.
+        words: ``[downset, word]``: the same as 64-bit words.
+        levels: Indices of the downsets of every size, from the full set down.
+    """
+
+    def __init__(self, order: Order, masks: Iterable[int]) -> None:
+        self.order = order
+        self.masks = sorted(masks, key=lambda m: (-m.bit_count(), m))
+        n = len(order.layers)
+        width = -(-n // 64) * 8
+        raw = np.frombuffer(
+            b"".join(m.to_bytes(width, "little") for m in self.masks), dtype=np.uint8
+        ).reshape(len(self.masks), width)
+        bits = np.unpackbits(raw, axis=1, bitorder="little")[:, :n]
+        self.members: npt.NDArray[np.uint8] = np.ascontiguousarray(bits)
+        self.words: npt.NDArray[np.uint64] = np.ascontiguousarray(raw).view(np.uint64)
+        sizes = self.members.sum(axis=1, dtype=np.int64)
+        borders = [0, *(np.flatnonzero(np.diff(sizes)) + 1).tolist(), len(sizes)]
+        self.levels = [range(a, b) for a, b in itertools.pairwise(borders)]
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def between(self, low: int, high: int) -> list[int]:
+        """Positions of the layers of downset `high` that are not in `low`."""
+        difference = self.masks[high] & ~self.masks[low]
+        return [v for v in range(len(self.order.layers)) if difference >> v & 1]
+
+    def nested(
+        self, low: npt.NDArray[np.intp], high: npt.NDArray[np.intp]
+    ) -> npt.NDArray[np.bool_]:
+        """Whether downset `low` is inside `high`, pair by pair."""
+        result = np.ones(len(low), dtype=bool)
+        for word in range(self.words.shape[1]):
+            column = self.words[:, word]
+            result &= (column[low] & ~column[high]) == 0
+        return result
+
+
+def prefixes(sequence: Sequence[int]) -> list[int]:
+    """Downsets that a topological order of positions passes through."""
+    masks = [0]
+    for position in sequence:
+        masks.append(masks[-1] | 1 << position)
+    return masks

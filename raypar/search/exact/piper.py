@@ -1,0 +1,194 @@
+"""Piper's pipelines, optimal in Piper's cost model.
+
+Tarnawski et al. 2021, "Piper: Multidimensional Planner for DNN Parallelization" (NeurIPS), find
+them by dynamic programming that minimises the load for every number of devices. Here the load is
+bounded, and the program minimises devices (`raypar.search.exact._piper_sweep`); the least bound
+that still has a pipeline is the optimum. It is found by bisection between a lower bound and the
+load of the best pipeline so far, and proven by asking for anything better.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raypar.errors import PlanError
+from raypar.graph.workloads import LayerWorkload
+from raypar.search.exact._piper_figures import DegreeFigures
+from raypar.search.exact._piper_formula import Setting
+from raypar.search.exact._piper_lattice import Family, Order
+from raypar.search.exact._piper_sweep import Cut, PiperSweep
+
+_MOST_DOWNSETS = 60_000
+_BETTER = 1 - 1e-11
+"""A pipeline is better if its load is less than this share of the best one's."""
+_GALLOP = (1e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.25)
+"""Steps above the lower bound that are tried before bisection."""
+
+
+@dataclass(frozen=True)
+class PiperStage:
+    """A stage of a pipeline.
+
+    Attributes:
+        layers: Ids.
+        replicas: d.
+        degree: t: devices of one replica.
+        variants: Number of each layer's variant at that degree.
+        recomputed: Ids of the layers that make their activations again.
+        load: Seconds per microbatch.
+    """
+
+    layers: tuple[int, ...]
+    replicas: int
+    degree: int
+    variants: tuple[int, ...]
+    recomputed: tuple[int, ...]
+    load: float
+
+
+@dataclass(frozen=True)
+class PiperPipeline:
+    """What was found.
+
+    Attributes:
+        stages: First to last; empty where nothing fits.
+        objective: The largest load; infinite where nothing fits.
+        bound: No pipeline has a smaller largest load.
+    """
+
+    stages: tuple[PiperStage, ...] = ()
+    objective: float = math.inf
+    bound: float = 0.0
+
+
+def solve_piper(
+    workload: LayerWorkload,
+    setting: Setting,
+    *,
+    replicas: Sequence[int] | None = None,
+    seconds: float = 8.0,
+) -> PiperPipeline:
+    """The pipeline of the least largest load.
+
+    Args:
+        workload: The layers.
+        setting: Devices, memory, microbatches, bandwidth.
+        replicas: Numbers of replicas that a stage may have; default: whatever divides the
+            microbatches.
+        seconds: CPU seconds after which the best pipeline so far has to do.
+
+    Raises:
+        PlanError: The setting is out of range.
+    """
+    return _Solver(workload, setting, replicas, seconds).run()
+
+
+class _OutOfTime(Exception):
+    """The CPU seconds are used up."""
+
+
+class _Solver:
+    def __init__(
+        self,
+        workload: LayerWorkload,
+        setting: Setting,
+        replicas: Sequence[int] | None,
+        seconds: float,
+    ) -> None:
+        _check(setting)
+        self.workload, self.setting = workload, setting
+        self.deadline = time.process_time() + seconds
+        self.order = Order(workload)
+        k, total = setting.devices, setting.microbatches
+        allowed = range(1, min(k, total) + 1) if replicas is None else sorted(set(replicas))
+        self.replicas = [d for d in allowed if total % d == 0 and d <= min(k, total)]
+        self.best = PiperPipeline()
+
+    def run(self) -> PiperPipeline:
+        if not self.replicas:
+            return self.best
+        masks = self.order.all_downsets(_MOST_DOWNSETS)
+        assert masks is not None
+        family = Family(self.order, masks)
+        self.minimise(self.sweep(family))
+        return self.best
+
+    def sweep(self, family: Family) -> PiperSweep:
+        """The dynamic program over a family of downsets."""
+        degrees = [t for t in self.workload.degrees if t <= self.setting.devices]
+        figures = [DegreeFigures(self.workload, family, self.setting, t) for t in degrees]
+        return PiperSweep(family, figures, self.setting, self.replicas, self._clock)
+
+    def _clock(self) -> None:
+        if time.process_time() > self.deadline:
+            raise _OutOfTime
+
+    def minimise(self, sweep: PiperSweep) -> float:
+        """Improves `best` to the optimum over a family; returns a bound for the family."""
+        low = float(sweep.least_work[0]) / self.setting.devices
+        if not self.best.stages and not self.attempt(sweep, 1e300):
+            return math.inf
+        for step in _GALLOP:
+            if low * (1 + step) >= self.best.objective * _BETTER:
+                break
+            if self.attempt(sweep, low * (1 + step)):
+                break
+            low *= 1 + step
+        stuck = 0
+        while low < self.best.objective * _BETTER:
+            high = self.best.objective * _BETTER
+            close = high - low < 1e-3 * high and stuck >= 2
+            bound = high if close else (low + high) / 2
+            if self.attempt(sweep, bound):
+                stuck = 0
+            else:
+                low, stuck = bound, stuck + 1
+        return low
+
+    def attempt(self, sweep: PiperSweep, bound: float) -> bool:
+        """Whether a pipeline keeps the bound; keeps the best one in mind."""
+        while (cuts := sweep.pipeline(bound)) is not None:
+            found = self._pipeline(sweep, cuts)
+            if found is not None:
+                if found.objective < self.best.objective:
+                    self.best = found
+                return found.objective <= bound * (1 + 1e-12)
+        return False
+
+    def _pipeline(self, sweep: PiperSweep, cuts: Sequence[Cut]) -> PiperPipeline | None:
+        stages = []
+        for cut in cuts:
+            found = sweep.choose(cut, cut.flights)
+            if found is None:
+                sweep.forbid(cut)
+                return None
+            positions, picks = found
+            figures = sweep.figures[cut.degree]
+            variants = [figures.variants[p][j] for p, j in zip(positions, picks, strict=True)]
+            ids = [self.order.layers[p].id for p in positions]
+            stages.append(
+                PiperStage(
+                    tuple(ids),
+                    cut.replicas,
+                    figures.degree,
+                    tuple(picks),
+                    tuple(i for i, v in zip(ids, variants, strict=True) if v.recomputes),
+                    figures.load(positions, picks, cut.replicas),
+                )
+            )
+        return PiperPipeline(tuple(stages), max(s.load for s in stages))
+
+
+def _check(setting: Setting) -> None:
+    for name, value, whole in (
+        ("devices", setting.devices, True),
+        ("memory", setting.memory, False),
+        ("microbatches", setting.microbatches, True),
+        ("bandwidth", setting.bandwidth, False),
+    ):
+        if not (math.isfinite(value) and value > 0) or (whole and value != int(value)):
+            kind = "whole number" if whole else "finite number"
+            raise PlanError(f"{name} is {value}; it must be a {kind} over 0, such as 8")
