@@ -1,0 +1,215 @@
+"""What every plan has to compute: the kernels behind each op of a model, and what they take.
+
+However a plan cuts, replicates and shards a model, every op of it runs on all ranks of its stage,
+once per microbatch, and its autograd formula runs there as well. Each op is traced alone, so that
+only what its own formula does is counted: additions of gradients that meet, views, and copies for
+the sake of strides come and go with the cuts, and are left out.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from raypar.graph.build import CleanGraph
+from raypar.graph.opgraph import OpGraph
+from raypar.graph.passes.emit import is_op, op_name
+from raypar.search.cost.base import StageCode
+from raypar.search.cost.exact import stage_pieces
+from raypar.search.cost.machine import compute_dtype
+from raypar.search.cost.work import Work, node_work
+from raypar.search.intra.settings import Graph, Value, read_graph
+from raypar.sharding.rules.base import find_localiser
+from raypar.sharding.strategies import call_key
+
+ANY_KIND = "any"
+"""Class of a kernel that may run as another one when it is sharded: it goes at the best rate."""
+_COMES_AND_GOES = frozenset("add add_ clone copy copy_ _to_copy to convert detach alias".split())
+
+
+class Kernel(NamedTuple):
+    """One kernel of one microbatch on one replica, and how often the model has it.
+
+    Attributes:
+        times: How many ops have it.
+        flops: Floating-point operations.
+        nbytes: Bytes read and written that no sharding avoids.
+        dtype: What it computes in.
+        matmul: Whether it is a product.
+        kind: Class as in `raypar.search.cost.work.Work`, or `ANY_KIND`.
+        calls: Small ops that it runs inside, one after the other.
+        backward: Whether it belongs to the backward pass.
+    """
+
+    times: int
+    flops: float
+    nbytes: float
+    dtype: str
+    matmul: bool
+    kind: str
+    calls: float
+    backward: bool
+
+
+def kernels_of(graph: OpGraph, local_batch: int) -> tuple[Kernel, ...]:
+    """The kernels of one microbatch of `local_batch` samples on one replica.
+
+    For a model whose samples do not meet, sizes grow with the batch as a constant and a share per
+    sample: two sizes are captured, all others lie on the line through them.
+
+    Raises:
+        PlanError: The model cannot be captured at that size.
+    """
+    known = graph.memo.setdefault("bound kernels", {})
+    if local_batch not in known:
+        ends = [] if graph.feels_microbatches else _line(graph)
+        if local_batch not in ends and len(ends) == 2:
+            known[local_batch] = _between(
+                kernels_of(graph, ends[0]), kernels_of(graph, ends[1]), ends, local_batch
+            )
+        else:
+            known[local_batch] = _kernels(graph, local_batch)
+        if not known[local_batch]:
+            known[local_batch] = _kernels(graph, local_batch)
+    found: tuple[Kernel, ...] = known[local_batch]
+    return found
+
+
+def _line(graph: OpGraph) -> list[int]:
+    """Two batch sizes through which the others are found; fewer where there are no others."""
+    total = graph.global_batch
+    return [] if total < 4 else [next(b for b in range(total // 2, 0, -1) if total % b == 0), total]
+
+
+def _between(
+    small: tuple[Kernel, ...], large: tuple[Kernel, ...], ends: list[int], at: int
+) -> tuple[Kernel, ...]:
+    """Kernels at another batch size; none where both ends do not run the same ones."""
+    share = (at - ends[0]) / (ends[1] - ends[0])
+    found = []
+    for a, b in zip(small, large, strict=False):
+        if a[3:] != b[3:] or a.times != b.times or len(small) != len(large):
+            return ()
+        flops = a.flops + (b.flops - a.flops) * share
+        nbytes = a.nbytes + (b.nbytes - a.nbytes) * share
+        if flops < 0 or nbytes < 0:
+            return ()
+        found.append(a._replace(flops=flops, nbytes=nbytes))
+    return tuple(found)
+
+
+def _kernels(graph: OpGraph, local_batch: int) -> tuple[Kernel, ...]:
+    clean = graph.local(local_batch)
+    trainable = frozenset(n for n, (_, _, trained) in graph.params.items() if trained)
+    counts: Counter[object] = Counter()
+    kernels: dict[object, tuple[Kernel, ...]] = {}
+    for node, wants in _ops(clean, trainable):
+        key: object = (call_key(node) or node, wants, str(node.meta.get("autocast")))
+        counts[key] += 1
+        if key not in kernels:
+            kernels[key] = tuple(_traced(node, wants))
+    return tuple(k._replace(times=counts[key]) for key, own in kernels.items() for k in own)
+
+
+class _Wants(NamedTuple):
+    """What of an op takes part in the backward pass: its operands, and its tensor results."""
+
+    operands: tuple[bool, ...]
+    results: tuple[bool, ...]
+
+
+def _ops(clean: CleanGraph, trainable: frozenset[str]) -> Iterator[tuple[fx.Node, _Wants]]:
+    read: Graph = read_graph(clean, trainable)
+    for op in read.ops:
+        operands = tuple(_value(operand, read) in read.flow for operand in op.all_input_nodes)
+        results = tuple(value in read.flow for value in read.makes[op])
+        yield op, _Wants(operands, results)
+
+
+def _value(operand: fx.Node, read: Graph) -> Value | None:
+    """The tensor that a node stands for; None where it stands for no single one."""
+    if operand.target is not operator.getitem:
+        made = read.makes.get(operand, ())
+        return made[0] if len(made) == 1 else None
+    source, index = operand.args
+    assert isinstance(source, fx.Node) and isinstance(index, int)
+    made = read.makes.get(source, ())
+    tensors = [isinstance(v, torch.Tensor) for v in source.meta["val"]]
+    place = sum(tensors[: index % len(tensors)])
+    return made[place] if place < len(made) else None
+
+
+def _traced(node: fx.Node, wants: _Wants) -> Iterator[Kernel]:
+    """The kernels of one op: its forward, and what its own autograd formula adds."""
+    pieces = stage_pieces(_alone(node, wants))
+    rewritten = find_localiser(op_name(node)) is not None
+    forward = set(pieces.forward.nodes)
+    nodes = list(pieces.forward.nodes) if pieces.joint is None else list(pieces.joint.graph.nodes)
+    for one in nodes:
+        if one.op == "call_function" and is_op(one):
+            found = _kernel(one, rewritten, one not in forward)
+            if found is not None:
+                yield found
+
+
+def _alone(node: fx.Node, wants: _Wants) -> StageCode:
+    """A stage that consists of one op, whose operands arrive."""
+    graph = fx.Graph()
+    holders: dict[fx.Node, fx.Node] = {}
+    for i, operand in enumerate(node.all_input_nodes):
+        holders[operand] = graph.placeholder(f"operand{i}")
+        holders[operand].meta = {**operand.meta, "id": f"edge:{i}"}
+    copy = graph.node_copy(node, holders.__getitem__)
+    copy.meta = dict(node.meta)
+    results = _results(graph, copy)
+    graph.output(tuple(results))
+    gradients = tuple(i for i, flows in enumerate(wants.results) if flows)
+    wanted = tuple(str(i) for i, flows in enumerate(wants.operands) if flows)
+    return StageCode(
+        graph=graph,
+        differentiable=wanted if gradients else (),
+        outputs_with_grad=gradients,
+        edges_out=tuple(f"result{i}" for i in range(len(results))),
+    )
+
+
+def _results(graph: fx.Graph, call: fx.Node) -> list[fx.Node]:
+    value: Any = call.meta.get("val")
+    if not isinstance(value, (list, tuple)):
+        return [call]
+    found = []
+    for i, item in enumerate(value):
+        if isinstance(item, torch.Tensor):
+            piece = graph.call_function(operator.getitem, (call, i))
+            piece.meta = {"val": item, "id": f"{call.meta.get('id')}[{i}]"}
+            found.append(piece)
+    return found
+
+
+def _kernel(node: fx.Node, rewritten: bool, backward: bool) -> Kernel | None:
+    name = op_name(node)
+    work = node_work(node)
+    if work.kind in ("view", "none") or (name in _COMES_AND_GOES and not work.matmul):
+        return None
+    if not work.matmul:
+        # Of a formula's element-wise ops only its own backward kernel is certain to run.
+        if backward and "backward" not in name:
+            return None
+        kind = ANY_KIND if rewritten or work.kind == "random" else work.kind
+        return Kernel(1, 0.0, work.nbytes, compute_dtype(work.dtype), False, kind, 1.0, backward)
+    flops, nbytes = work.flops, work.nbytes - _added_bytes(node, name, work)
+    dtype = compute_dtype(work.dtype)
+    return Kernel(1, flops, nbytes, dtype, True, work.kind, work.calls, backward)
+
+
+def _added_bytes(node: fx.Node, name: str, work: Work) -> float:
+    """Bytes of what a product adds, which a sharded one may add later."""
+    if not name.startswith(("addmm", "baddbmm", "addmv")):
+        return 0.0
+    value = node.all_input_nodes[0].meta.get("val")
+    return float(value.numel() * value.element_size()) if isinstance(value, torch.Tensor) else 0.0
