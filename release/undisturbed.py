@@ -1,21 +1,14 @@
-"""Step times on a machine that other programs use as well.
+"""A plan on stage actors, told to train a few steps at a time on a machine in use.
 
-Around every few steps the CPU time of the whole machine is compared with that of the ranks: what is
-left over is what other programs took. Steps in which that was next to nothing are steps of a quiet
-machine, whatever runs there at other times. Where there are too few of those, the time that the
-ranks' main threads stood in line for a core (Linux's ``schedstat``) is taken off, and the figure is
-marked: lines of several ranks overlap, so that it is a rough one.
+How steps that other programs disturbed are told from quiet ones: `raypar.train.quiet`.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -23,103 +16,23 @@ from torch import nn
 from raypar.graph.opgraph import OpGraph
 from raypar.plan import Plan
 from raypar.stages.compile import compile_plan
-from raypar.stages.interpreter import RankRunner
 from raypar.stages.remote import RayRun
 from raypar.stages.run import StepResult
-from raypar.stages.spec import StepReport
 from raypar.testing.backends import RepeatFeed
+from raypar.train.quiet import (
+    ENOUGH,
+    QUIET,
+    CountedRank,
+    Figure,
+    Step,
+    figure_of,
+    load,
+    machine_busy_s,
+)
 
-QUIET = 0.05
-"""Steps count as quiet where other programs took less than this share of all cores."""
-ENOUGH = 6
-"""Quiet steps that make a figure."""
-_LINE = Path("/proc/thread-self/schedstat")
+__all__ = ["CountedRun", "Figure", "Step", "figure_of", "load"]
+
 _CORES = os.cpu_count() or 1
-
-
-class CountedRank(RankRunner):
-    """Adds to every report ``cpu``, seconds that all threads of this process were on a core, and
-    ``line``, seconds that the one which runs the step stood in line for one."""
-
-    def step(self, step: int, inputs: Mapping[str, torch.Tensor]) -> StepReport:
-        """Runs one step, between two looks at the clocks."""
-        cpu, line = time.process_time(), _in_line()
-        report = super().step(step, inputs)
-        report.seconds["cpu"] = time.process_time() - cpu
-        report.seconds["line"] = _in_line() - line
-        return report
-
-
-def _in_line() -> float:
-    """Seconds that this thread has stood in line for a core; 0 where nobody counts them."""
-    try:
-        return 1e-9 * int(_LINE.read_text().split()[1])
-    except OSError:
-        return 0.0
-
-
-def _machine_busy() -> float:
-    """CPU seconds of all programs of the machine since it was started; 0 where nobody counts."""
-    try:
-        fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
-    except OSError:
-        return 0.0
-    user, nice, system, _idle, _io, *rest = map(int, fields[:8])
-    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a run.
-
-    Attributes:
-        seconds: Wall time of the slowest rank.
-        cpu: Per rank the CPU seconds of its process.
-        line: Per rank the seconds that its main thread stood in line for a core.
-        disturbed: Share of all cores that other programs took, on average over the steps that were
-            asked for together with this one.
-    """
-
-    seconds: float
-    cpu: tuple[float, ...]
-    line: tuple[float, ...]
-    disturbed: float
-
-    @property
-    def corrected(self) -> float:
-        """The step without the longest line, where there is a core for every rank."""
-        return self.seconds - max(self.line) if len(self.line) <= _CORES else self.seconds
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Seconds of a step.
-
-    Attributes:
-        seconds: The median of the quiet steps, else of the least disturbed ones, corrected.
-        quiet: Quiet steps it rests on; 0 where it is corrected.
-        disturbed: Median share of disturbance in the steps it rests on.
-        cpu: Seconds on a core of the busiest rank, median.
-    """
-
-    seconds: float
-    quiet: int
-    disturbed: float
-    cpu: float
-
-
-def figure_of(steps: Sequence[Step], enough: int = ENOUGH) -> Figure:
-    """The figure that steps make."""
-    ranked = sorted(steps, key=lambda s: s.disturbed)
-    quiet = [s for s in ranked if s.disturbed < QUIET]
-    used = quiet if len(quiet) >= enough else ranked[: max(enough, len(ranked) // 4)]
-    times = [s.seconds if len(quiet) >= enough else s.corrected for s in used]
-    return Figure(
-        statistics.median(times),
-        len(quiet) if len(quiet) >= enough else 0,
-        statistics.median(s.disturbed for s in used),
-        statistics.median(max(s.cpu) for s in used),
-    )
 
 
 class CountedRun:
@@ -155,21 +68,13 @@ class CountedRun:
     def steps(self, count: int) -> list[Step]:
         """Trains `count` steps."""
         results: list[StepResult] = []
-        began, busy = time.perf_counter(), _machine_busy()
+        began, busy = time.perf_counter(), machine_busy_s()
         self._run.train(self._done, count, results.append)
         self._done += count
-        own = [[rank.seconds for rank in result.ranks] for result in results]
-        others = _machine_busy() - busy - sum(s["cpu"] for ranks in own for s in ranks)
+        own = sum(rank.seconds["cpu"] for result in results for rank in result.ranks)
+        others = machine_busy_s() - busy - own
         disturbed = max(0.0, others) / (_CORES * (time.perf_counter() - began))
-        return [
-            Step(
-                result.seconds,
-                tuple(s["cpu"] for s in ranks),
-                tuple(s["line"] for s in ranks),
-                disturbed,
-            )
-            for result, ranks in zip(results, own, strict=True)
-        ]
+        return [Step(result.seconds, disturbed, result.ranks) for result in results]
 
     def until_quiet(self, warm_up: int, least: int, most_s: float) -> list[Step]:
         """Trains until `ENOUGH` steps were quiet, at least `least`, or time is out.
@@ -189,8 +94,3 @@ class CountedRun:
     def close(self) -> None:
         """Ends the actors; safe to call twice."""
         self._run.close()
-
-
-def load() -> float:
-    """The machine's load average over the last minute."""
-    return os.getloadavg()[0]

@@ -34,6 +34,8 @@ class Measured:
         took_s: Seconds of the whole measurement, start-up included.
         stages: Per stage what was measured inside; empty where that is not known.
         peak_bytes: Most bytes that a rank held; 0 where that is not known.
+        disturbed: Share of the machine's cores that other programs took meanwhile: above some
+            percent, the figures are rough.
     """
 
     step_s: float
@@ -42,6 +44,7 @@ class Measured:
     took_s: float
     stages: tuple[StageSeconds, ...] = field(default=())
     peak_bytes: int = 0
+    disturbed: float = 0.0
 
 
 class Measurer(Protocol):

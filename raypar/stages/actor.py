@@ -177,6 +177,16 @@ class StageActor:
         except BaseException as error:
             return failure_of(error, None)
 
+    def close(self) -> None:
+        """Lets go of the rank; the process stays, and `setup` may be called again."""
+        worker, world = self._worker, self._world
+        self._worker = self._world = None
+        self._standing = "closed"
+        if worker is not None:
+            worker.close()
+        elif world is not None:
+            world.close()
+
     @ray.method(concurrency_group="control")
     def ping(self) -> int:
         """Number of the step after the last finished one."""

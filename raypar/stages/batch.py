@@ -6,11 +6,12 @@ equal parts, one per replica.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from raypar.comm.group import Group
 from raypar.stages.spec import RankSpec
 
 
@@ -51,3 +52,24 @@ def first_sample(spec: RankSpec, microbatch: int) -> int:
     """Global index of the first sample of a rank's part of a microbatch."""
     per_microbatch = spec.global_batch // spec.microbatches
     return microbatch * per_microbatch + spec.replica * (per_microbatch // spec.replicas)
+
+
+class RepeatFeed:
+    """Gives a rank its rows of one batch, step after step."""
+
+    def __init__(self, spec: RankSpec, world: Group, tensors: Sequence[torch.Tensor]) -> None:
+        self._inputs = shard_batch(spec, tensors)
+
+    def extend(self, until: int) -> None:
+        """Nothing to read ahead."""
+
+    def take(self, step: int) -> Mapping[str, torch.Tensor]:
+        """This rank's rows, the same for every step."""
+        return self._inputs
+
+    def abort(self, reason: str) -> None:
+        """Nothing waits."""
+
+    def close(self) -> None:
+        """Drops the rows."""
+        self._inputs = {}

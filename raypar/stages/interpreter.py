@@ -30,6 +30,7 @@ from raypar.stages.spec import RankSpec, StepReport
 from raypar.stages.transfers import Transfers
 
 GRAD = "grad:"
+FORWARD, BACKWARD = 0, 1
 
 
 class RankRunner:
@@ -126,6 +127,7 @@ class RankRunner:
         self._globals: dict[str, torch.Tensor] = {}
         self._watch = FiniteWatch()
         self._seconds = dict.fromkeys(("compute", "recv", "sync", "optimizer"), 0.0)
+        self._passes = {index: [0.0, 0.0] for index in self._holdings.stages}
         old_buffers = dict(self._holdings.buffers)
         self._params = {f"param:{k}": p.detach() for k, p in self._holdings.params.items()}
         self._gradients.begin()
@@ -141,8 +143,10 @@ class RankRunner:
             self._holdings.buffers.update(old_buffers)
         self._seconds["total"] = time.perf_counter() - began
         self._report.seconds = self._seconds
+        self._report.passes = {i: (both[0], both[1]) for i, both in self._passes.items()}
         if self._meter.open:
             self._report.peak_saved = dict(self._meter.peaks)
+            self._report.most_saved = self._meter.most
             self._meter.close()
         self._at = -1
         return self._report
@@ -170,7 +174,12 @@ class RankRunner:
             place += 1
         for name, value in zip(stage.spec.updates, outputs[place:], strict=True):
             self._holdings.buffers[name] = value
-        self._seconds["compute"] += time.perf_counter() - began
+        self._computed(index, FORWARD, began)
+
+    def _computed(self, stage: int, which: int, began: float) -> None:
+        took = time.perf_counter() - began
+        self._seconds["compute"] += took
+        self._passes[stage][which] += took
 
     def _argument(self, key: str, microbatch: int) -> torch.Tensor:
         kind, _, name = key.partition(":")
@@ -201,7 +210,7 @@ class RankRunner:
         else:  # what it received decides over indices only: peers still wait for gradients
             self._give_back(stage, microbatch, [])
         self._meter.drop(stage.spec.index, microbatch)
-        self._seconds["compute"] += time.perf_counter() - began
+        self._computed(stage.spec.index, BACKWARD, began)
 
     def _backward_box(self, stage: HeldStage, microbatch: int) -> list[Any] | None:
         box = self._saved.pop((stage.spec.index, microbatch), None)
@@ -250,7 +259,7 @@ class RankRunner:
             self._give_back(stage, microbatch, results[:count])
         else:
             self._give_back(stage, microbatch, [])
-        self._seconds["compute"] += time.perf_counter() - began
+        self._computed(stage.spec.index, BACKWARD, began)
 
     def _backward_weight(self, now: Instruction) -> None:
         stage, microbatch = self._stage(now)
@@ -259,7 +268,7 @@ class RankRunner:
         if box is not None:
             stage.program.backward_weight(box, self._gradients.sink(stage.spec.index))
         self._meter.drop(stage.spec.index, microbatch)
-        self._seconds["compute"] += time.perf_counter() - began
+        self._computed(stage.spec.index, BACKWARD, began)
 
     # -- transfers --------------------------------------------------------------------------
 

@@ -13,10 +13,15 @@ class SavedMeter:
 
     Shapes are the same in every step, so the first step's peaks stand for all; after it, `close`
     makes every call free.
+
+    Attributes:
+        peaks: Stage → the most that it held at once.
+        most: The most that all stages together held at once.
     """
 
     def __init__(self) -> None:
         self.peaks: dict[int, int] = {}
+        self.most = 0
         self._live: dict[int, dict[int, dict[int, int]]] = {}
         self._open = True
 
@@ -34,8 +39,9 @@ class SavedMeter:
         sizes = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in known}
         live = self._live.setdefault(stage, {})
         live[microbatch] = sizes
-        total = sum({k: n for part in live.values() for k, n in part.items()}.values())
-        self.peaks[stage] = max(self.peaks.get(stage, 0), total)
+        self.peaks[stage] = max(self.peaks.get(stage, 0), _bytes(live.values()))
+        everywhere = [part for parts in self._live.values() for part in parts.values()]
+        self.most = max(self.most, _bytes(everywhere))
 
     def drop(self, stage: int, microbatch: int) -> None:
         """The stage let go of what it held for a microbatch."""
@@ -46,6 +52,11 @@ class SavedMeter:
         """Stops measuring."""
         self._open = False
         self._live.clear()
+
+
+def _bytes(parts: Iterable[Mapping[int, int]]) -> int:
+    """Bytes of all storages, each counted once."""
+    return sum({key: size for part in parts for key, size in part.items()}.values())
 
 
 class FiniteWatch:

@@ -184,7 +184,12 @@ class StepReport:
         seconds: Wall time of the step here, and of parts of it: ``total``, ``compute``, ``recv``
             (waiting for activations and gradients), ``sync`` (waiting for gradient buckets),
             ``optimizer``, ``data`` (waiting for input).
-        peak_saved: Stage → most bytes held between forward and backward at once.
+        passes: Stage → seconds in its forward and in its backward programs, over all microbatches:
+            collectives inside them count, waiting for values of other stages does not. Where a
+            device works behind the program's back (a GPU), it is the time to tell it what to do.
+        peak_saved: Stage → most bytes held between forward and backward at once; of a rank's first
+            step alone, as `most_saved`.
+        most_saved: The same for all stages of the rank together.
     """
 
     step: int
@@ -193,4 +198,6 @@ class StepReport:
     applied: bool = True
     non_finite: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    passes: dict[int, tuple[float, float]] = field(default_factory=dict)
     peak_saved: dict[int, int] = field(default_factory=dict)
+    most_saved: int = 0

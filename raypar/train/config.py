@@ -5,6 +5,7 @@ Field names are those of Ray Train where it has the same thing.
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from raypar.errors import ConfigError
+from raypar.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,14 @@ class ScalingConfig:
                 "ScalingConfig(num_workers=0, use_gpu=True): the in-process backend runs on CPU "
                 "tensors only; set num_workers=1 or more for GPUs"
             )
+
+    def threads(self, plan: Plan) -> int:
+        """Threads of torch on each rank of a plan: as asked for, else an even share of cores."""
+        if self.threads_per_worker is not None:
+            return self.threads_per_worker
+        ranks = len(plan.devices)
+        on_node = ranks if self.num_workers == 0 else min(max(plan.cluster), ranks)
+        return max(1, (os.cpu_count() or 1) // on_node)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -203,18 +203,13 @@ class Trainer:
         return search(graph, cluster, self._search_config)
 
     def _compile(self, graph: OpGraph, plan: Plan) -> list[RankSpec]:
-        threads = self._scaling.threads_per_worker
-        if threads is None:
-            ranks = len(plan.devices)
-            on_node = min(max(plan.cluster), ranks) if self._scaling.num_workers else ranks
-            threads = max(1, (os.cpu_count() or 1) // on_node)
         return compile_plan(
             graph,
             plan,
             optimizer=self._optimizer,
             seed=self._seed,
             clip_norm=self._clip_norm,
-            threads=threads,
+            threads=self._scaling.threads(plan),
             accelerator=self._scaling.use_gpu,
         )
 
