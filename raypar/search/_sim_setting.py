@@ -21,7 +21,7 @@ from raypar.plan import DATA, MeshSlice, Plan
 from raypar.programs.slicing import ValueEdge
 from raypar.search._sim_input import Moved, Setting
 from raypar.search.cost import analytic, profiled
-from raypar.search.cost.base import StageCode, StageCost, get_cost_model, stage_code
+from raypar.search.cost.base import CostModel, StageCode, StageCost, get_cost_model, stage_code
 from raypar.search.cost.machine import MeshMachine, machine_of
 from raypar.search.cost.params import ParamCost, param_cost
 
@@ -40,7 +40,7 @@ def setting_of(
     lowered: LoweredPlan,
     cluster: Cluster,
     calibration: Calibration,
-    cost: str,
+    cost: str | CostModel,
     cores: int | None,
     optimizer_states: int,
 ) -> Setting:
@@ -54,7 +54,7 @@ def setting_of(
     groups = lowered.io.rank_of
     meshes = tuple(plan.stages[groups.index(group)].mesh for group in range(max(groups) + 1))
     machines = [machine_of(cluster, mesh, calibration) for mesh in meshes]
-    model = get_cost_model(cost)
+    model = get_cost_model(cost).for_cluster(cluster) if isinstance(cost, str) else cost
     codes = [stage_code(lowered, plan, s) for s in range(len(lowered.stages))]
     costs = [
         model.stage_cost(code, machines[groups[s]], optimizer_states=optimizer_states)

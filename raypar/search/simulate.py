@@ -21,6 +21,7 @@ from raypar.search._sim_input import Moved, Setting
 from raypar.search._sim_program import DRAIN, GATHER, MEET, TAKE
 from raypar.search._sim_run import Played, play
 from raypar.search._sim_setting import setting_of
+from raypar.search.cost.base import CostModel
 from raypar.search.simulation import LaneReport, LinkUse, Simulation
 
 __all__ = ["Moved", "Setting", "Simulation", "simulate", "simulate_lists"]
@@ -32,7 +33,7 @@ def simulate(
     cluster: Cluster,
     *,
     calibration: Calibration | None = None,
-    cost: str = "analytic",
+    cost: str | CostModel = "analytic",
     lowered: LoweredPlan | None = None,
     cores: int | None = None,
     optimizer_states: int = 2,
@@ -44,7 +45,8 @@ def simulate(
         plan: A plan for it.
         cluster: The devices.
         calibration: What they reach; default: the device table.
-        cost: Name of the cost model (`raypar.search.cost`).
+        cost: A cost model, or the name of one (`raypar.search.cost`), which is given what is known
+            about such a cluster on disk.
         lowered: The lowered plan, where it is at hand.
         cores: Cores that the ranks of each CPU node share, where there are fewer cores than CPU
             devices; None: every device is a core.

@@ -15,6 +15,7 @@ from raypar.sharding.layout import ParamLayout
 
 if TYPE_CHECKING:
     from raypar.lowered import LoweredPlan
+    from raypar.mesh.cluster import Cluster
     from raypar.plan import Plan
 
 
@@ -178,6 +179,10 @@ class CostModel(ABC):
             optimizer_states: Tensors that the optimizer keeps per parameter (Adam: 2).
         """
 
+    def for_cluster(self, cluster: Cluster) -> CostModel:
+        """The model that knows what is on disk about such a cluster: itself, where nothing is."""
+        return self
+
 
 _MODELS: dict[str, type[CostModel]] = {}
 
@@ -193,7 +198,7 @@ def register_cost_model(model: type[CostModel]) -> type[CostModel]:
 
 def cost_model_names() -> list[str]:
     """Registered names."""
-    from raypar.search.cost import analytic, profiled  # noqa: F401
+    from raypar.search.cost import analytic, learned, profiled  # noqa: F401
 
     return sorted(_MODELS)
 
