@@ -18,9 +18,10 @@ class SearchConfig:
     """Options of `raypar.plan`; ``auto`` lets the planner choose.
 
     Attributes:
-        planner: A registered planner: ``alpa``, ``uniform`` or ``manual``. ``auto`` is ``uniform``
-            where the plan's shape is given (`stages`, `replicas`, `tensor` or `chunks`), which it
-            obeys without looking further, else ``alpa``.
+        planner: A registered planner: ``optuna`` (a study over all outer decisions), ``alpa``,
+            ``uniform``, ``manual`` or another. ``auto`` is ``uniform`` where the plan's shape is
+            given (`stages`, `replicas`, `tensor` or `chunks`), which it obeys without looking
+            further, else ``optuna``.
         stages: Number of stages.
         replicas: Data-parallel replicas of every stage.
         tensor: Devices over which the ops of a stage are sharded (tensor parallelism).
@@ -101,7 +102,7 @@ class SearchConfig:
         if self.planner != "auto":
             return self.planner
         given = (self.stages, self.replicas, self.tensor) != ("auto",) * 3 or self.chunks != 1
-        return "uniform" if given else "alpa"
+        return "uniform" if given else "optuna"
 
 
 def _one_of(key: str, value: Any, valid: tuple[str, ...]) -> None:

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import NamedTuple
+
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.search.config import SearchConfig
+from raypar.search.measure import Measurer
 from raypar.search.planners.base import get_planner
+from raypar.search.record import SearchRecord, TrialRecord
+
+
+class Found(NamedTuple):
+    """What a search ends with.
+
+    Attributes:
+        plan: The plan.
+        record: How it was found.
+    """
+
+    plan: Plan
+    record: SearchRecord
+
+
+Progress = Callable[[TrialRecord, TrialRecord | None], None]
+"""Called with every trial and the best one so far."""
 
 
 def plan(graph: OpGraph, cluster: Cluster, config: SearchConfig | None = None) -> Plan:
@@ -21,5 +44,57 @@ def plan(graph: OpGraph, cluster: Cluster, config: SearchConfig | None = None) -
         PlanError: What was asked for does not fit the graph or the cluster.
         ConfigError: No such planner.
     """
+    return search(graph, cluster, config).plan
+
+
+def search(
+    graph: OpGraph,
+    cluster: Cluster,
+    config: SearchConfig | None = None,
+    *,
+    measurer: Measurer | None = None,
+    executor: Executor | None = None,
+    capture: Callable[[], OpGraph] | None = None,
+    progress: Progress | None = None,
+) -> Found:
+    """Finds a plan, and tells how it was found.
+
+    Args:
+        graph: From `raypar.capture`.
+        cluster: The devices.
+        config: What to search; default: everything ``auto``.
+        measurer: Runs steps of plans that could be the best; without one, predictions decide.
+        executor: Looks at proposals side by side, elsewhere; needs `capture`.
+        capture: Captures the model where the executor runs functions.
+        progress: Is told of every trial of a study.
+
+    Raises:
+        PlanError: What was asked for does not fit the graph or the cluster.
+        ConfigError: No such planner.
+    """
     config = config or SearchConfig()
-    return get_planner(config.chosen_planner).plan(graph, cluster, config)
+    if config.chosen_planner == "optuna":
+        from raypar.search.study.study import StudySearch
+
+        study = StudySearch(
+            graph, cluster, config, measurer=measurer, executor=executor, capture=capture,
+            progress=progress,
+        )  # fmt: skip
+        return study.run()
+    began = time.perf_counter()
+    made = get_planner(config.chosen_planner).plan(graph, cluster, config)
+    return Found(made, _alone(made, cluster, time.perf_counter() - began))
+
+
+def _alone(made: Plan, cluster: Cluster, seconds: float) -> SearchRecord:
+    """The record of a planner that makes one plan."""
+    from raypar.search.interop.contest import in_words
+
+    figures = made.predicted
+    step_s = {"simulated": figures["step_s"]} if "step_s" in figures else {}
+    peak = int(figures.get("peak_bytes", 0))
+    trial = TrialRecord(
+        0, made.planner, {}, "kept", step_s, peak, 0.0, len(made.devices), "", in_words(made),
+        seconds,
+    )  # fmt: skip
+    return SearchRecord(made.planner, "", 0, (trial,), 0, seconds)

@@ -87,7 +87,9 @@ class Decisions:
 
     def named(self) -> dict[str, Decision]:
         """Name → value, for records."""
-        plain = {k: v for k, v in asdict(self).items() if isinstance(v, (str, int, bool))}
+        plain: dict[str, Decision] = {
+            k: v for k, v in asdict(self).items() if isinstance(v, (str, int, bool))
+        }
         plain["devices"] = self.devices or "mixed"
         plain["groups"] = self.groups or SOLVER
         plain |= {f"form {pattern}": form for pattern, form in self.forms}

@@ -1,0 +1,198 @@
+"""What a plan is worth: from the solvers' sums to a simulated step, each figure if it is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from raypar.errors import RayparError
+from raypar.fit import check_plan
+from raypar.lowered import LoweredPlan, lower_plan, with_schedule
+from raypar.plan import Plan
+from raypar.search.cost.base import CostModel
+from raypar.search.cost.learned import LearnedCost
+from raypar.search.cost.rows import StepRow
+from raypar.search.cost.step_correction import step_features
+from raypar.search.cost.store import MeasurementStore
+from raypar.search.interop.contest import entry_of, in_words
+from raypar.search.interop.workbench import Workbench
+from raypar.search.measure import Measured
+from raypar.search.record import TrialRecord
+from raypar.search.simulate import simulate
+from raypar.search.simulation import Simulation
+from raypar.search.study.draft import Drafter, InfeasibleError
+from raypar.search.study.space import Decisions, Space
+
+_MOST_LOWERED = 16
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a proposal.
+
+    Attributes:
+        state: As in `raypar.search.record.TrialRecord`.
+        plan: The plan, with what its simulation says; None where there is none.
+        step_s: Fidelity → seconds of a step.
+        peak_bytes: Most that a device would hold.
+        overfull: The same as a multiple of what it may fill.
+        reason: Why it was pruned, infeasible or failed.
+        features: What the correction by measured steps looks at.
+        seconds: What looking at it took.
+    """
+
+    state: str
+    plan: Plan | None = None
+    step_s: Mapping[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
+    overfull: float = 0.0
+    reason: str = ""
+    features: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def predicted_s(self) -> float:
+        """Seconds of a step, by the best model that was asked."""
+        for name in ("learned", "simulated", "quick"):
+            if name in self.step_s:
+                return self.step_s[name]
+        return float("inf")
+
+    def record(self, number: int, proposer: str, decisions: Decisions | None) -> TrialRecord:
+        """The record of it."""
+        plan = self.plan
+        return TrialRecord(
+            number=number,
+            proposer=proposer,
+            decisions=decisions.named() if decisions else {},
+            state=self.state,
+            step_s=dict(self.step_s),
+            peak_bytes=self.peak_bytes,
+            overfull=self.overfull,
+            devices=len(plan.devices) if plan else 0,
+            reason=self.reason,
+            words=in_words(plan) if plan else "",
+            seconds=self.seconds,
+        )
+
+
+class Judge:
+    """Looks at proposals and at plans of others.
+
+    Args:
+        bench: The model on the cluster.
+
+    Attributes:
+        learned: Corrects the analytic cost model by what was measured; None: the options want the
+            analytic one, or nothing was measured yet.
+    """
+
+    def __init__(self, bench: Workbench) -> None:
+        self.bench = bench
+        self.space = Space(bench)
+        self.drafter = Drafter(self.space)
+        self.learned: LearnedCost | None = None
+        if bench.config.cost_model != "analytic":
+            self.store = MeasurementStore.for_cluster(bench.cluster)
+            if len(self.store.stages) or bench.config.cost_model == "learned":
+                self.learned = LearnedCost(self.store)
+        self._lowered: OrderedDict[str, LoweredPlan] = OrderedDict()
+
+    def look(self, decisions: Decisions, limits: Mapping[str, float] | None = None) -> Outcome:
+        """Carries decisions out and judges the plan.
+
+        Args:
+            decisions: What was proposed.
+            limits: Fidelity → seconds of a step beyond which a plan cannot win.
+        """
+        began = time.perf_counter()
+        try:
+            draft = self.drafter.draft(decisions)
+        except InfeasibleError as error:
+            took = time.perf_counter() - began
+            return Outcome("infeasible", reason=str(error), overfull=error.overfull, seconds=took)
+        limit = (limits or {}).get("quick", float("inf"))
+        if draft.step_s > limit:
+            return Outcome(
+                "pruned",
+                draft.plan(self.bench),
+                {"quick": draft.step_s},
+                reason=f"quick figures say {draft.step_s:.3g} s, over {limit:.3g} s",
+                seconds=time.perf_counter() - began,
+            )
+        found = self.play(draft.plan(self.bench), quick=draft.step_s)
+        return replace(found, seconds=time.perf_counter() - began)
+
+    def play(self, plan: Plan, quick: float | None = None) -> Outcome:
+        """Lowers and simulates a plan."""
+        began = time.perf_counter()
+        step_s: dict[str, float] = {} if quick is None else {"quick": quick}
+        try:
+            check_plan(plan, self.bench.graph, self.bench.cluster)
+            lowered = self._lower(plan)
+            played = self._simulate(plan, lowered, "analytic")
+            entry = entry_of(plan, played, self.bench.config.memory_fraction)
+            step_s["simulated"] = played.step_s
+            if self.learned is not None:
+                step_s["learned"] = self._simulate(plan, lowered, self.learned).step_s
+        except RayparError as error:
+            took = time.perf_counter() - began
+            return Outcome("failed", plan, step_s, reason=str(error), seconds=took)
+        over = entry.overfull > 1.0
+        return Outcome(
+            "infeasible" if over else "kept",
+            entry.plan,
+            step_s,
+            max(played.peak_bytes),
+            entry.overfull,
+            f"fills its devices {entry.overfull:.2f} times over" if over else "",
+            features=step_features(plan, played),
+            seconds=time.perf_counter() - began,
+        )
+
+    def observe(self, outcome: Outcome, measured: Measured) -> StepRow:
+        """Keeps what was measured of a plan, for this search and for later ones."""
+        plan = outcome.plan
+        assert plan is not None
+        row = StepRow(
+            features=dict(outcome.features),
+            simulated_s=outcome.predicted_s,
+            measured_s=measured.step_s,
+            simulated_bytes=outcome.peak_bytes,
+            measured_bytes=measured.peak_bytes,
+            plan=hashlib.sha256(plan.to_json().encode()).hexdigest()[:16],
+            origin=plan.params_hash,
+        )
+        if self.bench.config.cost_model != "analytic":
+            self.store.add(row)
+            LearnedCost(self.store).observe_step(
+                self._lower(plan), plan, self.bench.cluster, self.bench.calibration, measured
+            )
+        return row
+
+    def _simulate(self, plan: Plan, lowered: LoweredPlan, cost: str | CostModel) -> Simulation:
+        return simulate(
+            self.bench.graph,
+            plan,
+            self.bench.cluster,
+            calibration=self.bench.calibration,
+            cost=cost,
+            lowered=lowered,
+            optimizer_states=self.bench.config.optimizer_states,
+        )
+
+    def _lower(self, plan: Plan) -> LoweredPlan:
+        """Plans that differ in their schedule only are lowered once."""
+        stages = tuple(replace(stage, predicted={}) for stage in plan.stages)
+        schedule = replace(plan.schedule, name="any")
+        text = replace(plan, schedule=schedule, stages=stages, predicted={}).to_json()
+        known = self._lowered.get(text)
+        if known is None:
+            known = self._lowered[text] = lower_plan(self.bench.graph, plan)
+            if len(self._lowered) > _MOST_LOWERED:
+                self._lowered.popitem(last=False)
+            return known
+        return with_schedule(known, plan.schedule.name, plan.microbatches)

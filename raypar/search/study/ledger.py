@@ -1,0 +1,109 @@
+"""Everything that a search has looked at: who is best so far, and what can still win."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from raypar.plan import Plan
+from raypar.search.interop.contest import in_words
+from raypar.search.plan import Progress
+from raypar.search.record import TrialRecord
+from raypar.search.study.judge import Outcome
+from raypar.search.study.space import Decisions
+
+_SURE = 5
+"""Trials that were simulated before cheap figures may rule others out."""
+_SLACK = 1.1
+_MOST_ALTERNATIVES = 8
+
+
+class Ledger:
+    """Trials in order.
+
+    Args:
+        gain: Relative gain that counts as one.
+        progress: Is told of every trial.
+
+    Attributes:
+        trials: Their records.
+        outcomes: What became of them, by number.
+        idle: Trials since the last gain.
+    """
+
+    def __init__(self, gain: float, progress: Progress | None = None) -> None:
+        self.trials: list[TrialRecord] = []
+        self.outcomes: dict[int, Outcome] = {}
+        self.idle = 0
+        self._gain = gain
+        self._progress = progress
+        self._best: int | None = None
+
+    def add(self, proposer: str, decisions: Decisions | None, outcome: Outcome) -> TrialRecord:
+        """Writes a trial down."""
+        number = len(self.trials)
+        record = outcome.record(number, proposer, decisions)
+        self.trials.append(record)
+        self.outcomes[number] = outcome
+        before = self.best
+        if outcome.state == "kept" and (before is None or outcome.predicted_s < before.predicted_s):
+            self._best = number
+            gained = before is None or outcome.predicted_s < before.predicted_s * (1 - self._gain)
+            self.idle = 0 if gained else self.idle + 1
+        else:
+            self.idle += 1
+        if self._progress is not None:
+            best = None if self._best is None else self.trials[self._best]
+            self._progress(record, best)
+        return record
+
+    def note_measured(self, number: int, step_s: float, seconds: float) -> None:
+        """Writes down what steps of a trial's plan really took."""
+        record = self.trials[number]
+        record = replace(
+            record,
+            step_s={**record.step_s, "measured": step_s},
+            seconds=record.seconds + seconds,
+            measured_s=record.measured_s + seconds,
+        )
+        self.trials[number] = record
+        if self._progress is not None:
+            self._progress(record, record)
+
+    @property
+    def best(self) -> Outcome | None:
+        """The fastest by prediction that fits."""
+        return None if self._best is None else self.outcomes[self._best]
+
+    @property
+    def best_number(self) -> int:
+        """Its number; -1 where there is none."""
+        return -1 if self._best is None else self._best
+
+    def limits(self) -> Mapping[str, float]:
+        """Fidelity → step time beyond which a plan cannot win, as far as figures have agreed."""
+        both = [
+            (o.step_s["quick"], o.predicted_s)
+            for o in self.outcomes.values()
+            if o.state == "kept" and "quick" in o.step_s
+        ]
+        if self.best is None or len(both) < _SURE:
+            return {}
+        over = max(quick / exact for quick, exact in both)
+        return {"quick": self.best.predicted_s * max(over, 1.0) * _SLACK}
+
+    def slowest_s(self) -> float:
+        """The longest step that was predicted; 1 where there is none."""
+        found = [o.predicted_s for o in self.outcomes.values() if o.step_s]
+        return max(found, default=1.0)
+
+    def alternatives(self, chosen: Plan) -> dict[str, float]:
+        """The best other plans in words → their predicted step in seconds."""
+        named: dict[str, float] = {}
+        kept = [o for o in self.outcomes.values() if o.state == "kept" and o.plan is not None]
+        for outcome in sorted(kept, key=lambda o: o.predicted_s):
+            assert outcome.plan is not None
+            text = in_words(outcome.plan)
+            if text != in_words(chosen):
+                named.setdefault(text, outcome.predicted_s)
+        return dict(list(named.items())[:_MOST_ALTERNATIVES])

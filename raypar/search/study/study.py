@@ -1,0 +1,324 @@
+"""The study: Optuna proposes outer decisions, solvers carry them out, and the best plan wins.
+
+Plans of the exact planners come first, as seeds. Every proposal goes through fidelities: the
+solvers' own sums, a simulated step (by the learned cost model where there are measurements), and
+for those that could be the best, steps that really run (`raypar.search.study.finals`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import replace
+
+import optuna
+from optuna.trial import TrialState
+
+from raypar.errors import ConfigError
+from raypar.fit import check_plan
+from raypar.graph.opgraph import OpGraph
+from raypar.mesh.calibration import Calibration
+from raypar.mesh.cluster import Cluster
+from raypar.search.bounds import certificate, lower_bound
+from raypar.search.config import SearchConfig
+from raypar.search.interop.workbench import Workbench
+from raypar.search.measure import Measurer
+from raypar.search.need import does_not_fit
+from raypar.search.plan import Found, Progress
+from raypar.search.record import SearchRecord
+from raypar.search.study.elsewhere import Elsewhere, Question
+from raypar.search.study.finals import Finals
+from raypar.search.study.judge import Judge, Outcome
+from raypar.search.study.ledger import Ledger
+from raypar.search.study.samplers import PARETO, quiet_optuna, sampler_of, storage_of
+from raypar.search.study.seeds import seeds
+from raypar.search.study.space import Decisions
+
+_TRIALS, _BUDGET_S = 80, 60.0
+_PATIENCE = 32
+"""Proposals in a row without gain that end a search without a given number of trials."""
+_REPEATED = 100
+"""Known proposals in a row after which nothing new is expected."""
+_GAIN = 0.002
+"""Relative: what counts as gain, and a gap to the bound at which nothing is left to find."""
+_SEED_SHARE = 0.5
+"""Of the budget, after which no further planner is asked for a seed."""
+_PENALTY = 10.0
+"""Step time of a proposal without a plan, as a multiple of the slowest one that was seen."""
+_FEW = 10
+"""Different outcomes that it takes to tell which decisions matter."""
+
+
+class StudySearch:
+    """One search.
+
+    Args:
+        graph: The captured model.
+        cluster: The devices.
+        config: What is fixed and what is free, sampler and budget.
+        calibration: What the cluster reaches; None: what is on disk for it, else the device table.
+        measurer: Runs plans that could be the best; None: nothing is measured.
+        executor: Looks at proposals elsewhere, side by side; None: here, one after the other.
+        capture: Captures the model where the executor runs functions.
+        progress: Is told of every trial.
+
+    Raises:
+        PlanError: The options leave nothing.
+        ConfigError: There is no such sampler, or the journal cannot be written.
+    """
+
+    def __init__(
+        self,
+        graph: OpGraph,
+        cluster: Cluster,
+        config: SearchConfig,
+        *,
+        calibration: Calibration | None = None,
+        measurer: Measurer | None = None,
+        executor: Executor | None = None,
+        capture: Callable[[], OpGraph] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.began = time.perf_counter()
+        least = 1 if config.stages == "auto" else config.stages
+        self.config = config
+        self.bench = Workbench(graph, cluster, config, calibration, least=least)
+        self.judge = Judge(self.bench)
+        self.ledger = Ledger(_GAIN, progress)
+        self.finals = Finals(self.judge, self.ledger, measurer, config)
+        self.notes: list[str] = []
+        self.stopped = ""
+        self.bound = lower_bound(graph, cluster, self.bench.calibration, config)
+        self._known: dict[Decisions, Outcome] = {}
+        self._repeated = 0
+        self._asked: dict[int, int] = {}  # number in the ledger → number in Optuna's study
+        self._limited = config.budget_s != "auto" or config.trials == "auto"
+        budget = _BUDGET_S if config.budget_s == "auto" else config.budget_s
+        self._deadline = self.began + budget
+        self._seed_deadline = self.began + budget * _SEED_SHARE
+        self._pareto = config.sampler in PARETO
+        name = self._name()
+        self.lookout: Elsewhere | None = None
+        if executor is not None:
+            if capture is None:
+                raise ConfigError(
+                    "a search with an executor needs `capture`: a picklable function without "
+                    "arguments that captures the model"
+                )
+            question = Question(capture, cluster, config, self.bench.calibration, name)
+            self.lookout = Elsewhere(executor, question)
+        storage, note = storage_of(config.storage)
+        self.notes += [note] if note else []
+        with quiet_optuna():
+            self.study = optuna.create_study(
+                storage=storage,
+                sampler=sampler_of(config.sampler, config.seed, parallel=executor is not None),
+                study_name=name,
+                directions=["minimize"] * (3 if self._pareto else 1),
+                load_if_exists=True,
+            )
+
+    def _name(self) -> str:
+        """Equal for equal questions: such a study is resumed."""
+        free = replace(self.config, trials="auto", budget_s="auto", storage=None, measure="auto")
+        asked = (self.bench.graph.hash, repr(self.bench.cluster), repr(free))
+        return "raypar " + hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
+
+    def run(self) -> Found:
+        """Searches.
+
+        Raises:
+            PlanError: Nothing fits the memory.
+        """
+        with quiet_optuna():
+            try:
+                self._resume()
+                self._seed()
+                self._propose(self._trials() if not self.finals.on else self._trials() // 2)
+                if self.finals.on:
+                    self._learn(self.finals.measure(self._left(), share=0.5))
+                    self._propose(self._trials())
+                    self._learn(self.finals.measure(self._left()))
+                    self.finals.decide()
+            except KeyboardInterrupt:
+                if self.ledger.best is None:
+                    raise
+                self.stopped = "interrupted"
+                self.notes.append("the search was interrupted: this is the best it had found")
+        return self._found()
+
+    def _trials(self) -> int:
+        return _TRIALS if self.config.trials == "auto" else self.config.trials
+
+    def _left(self) -> float:
+        """Seconds until time is out."""
+        return self._deadline - time.perf_counter() if self._limited else float("inf")
+
+    def _resume(self) -> None:
+        """Takes up what a journal holds: the best of it is looked at again."""
+        done = [t for t in self.study.trials if t.state == TrialState.COMPLETE]
+        if not done:
+            return
+        self.notes.append(f"resumed a study of {len(done)} trials")
+        fits = [t for t in done if not any(v > 0 for v in t.constraints.values())]
+        for trial in sorted(fits, key=lambda t: t.values[0])[:1]:
+            decisions = self.judge.space.suggest(optuna.trial.FixedTrial(trial.params))
+            outcome = self._known[decisions] = self.judge.look(decisions)
+            self.ledger.add(str(trial.user_attrs.get("proposer", "journal")), decisions, outcome)
+
+    def _seed(self) -> None:
+        """Asks the exact planners, and looks at what can be proposed near their plans."""
+        for name, plan, reason in seeds(self.bench, self._seed_deadline):
+            if plan is None:
+                self.notes.append(f"no plan of planner {name}: {reason}")
+                continue
+            params = self.judge.space.parameters_of(plan)
+            self.study.enqueue_trial(params)
+            trial = self.study.ask()
+            decisions = self.judge.space.suggest(trial)
+            # Its own cuts and shardings are no decisions: what is told for these is the better.
+            own = self.judge.play(plan)
+            self._asked[self.ledger.add(name, decisions, own).number] = trial.number
+            near = self._known.get(decisions) or self.judge.look(decisions)
+            self._known[decisions] = near
+            self._asked[self.ledger.add(f"near {name}", decisions, near).number] = trial.number
+            both = [o for o in (own, near) if o.state == "kept"] or [near]
+            self._tell(trial, name, min(both, key=lambda o: o.predicted_s))
+
+    def _propose(self, trials: int) -> None:
+        """Proposals until the budget is spent, or nothing is left to gain."""
+        waiting: dict[Future[Outcome], tuple[optuna.Trial, Decisions]] = {}
+        width = self.lookout.width if self.lookout else 1
+        while True:
+            while len(waiting) < width and not self._over(trials - len(waiting)):
+                trial = self.study.ask()
+                decisions = self.judge.space.suggest(trial)
+                known = self._known.get(decisions)
+                if known is None:
+                    waiting[self._look(decisions)] = (trial, decisions)
+                    continue
+                self._tell(trial, self.config.sampler, known)
+                self._repeated += 1
+                if self._repeated >= _REPEATED:
+                    self.stopped = "only known proposals were made"
+                    break
+            if not waiting:
+                return
+            for done in wait(waiting, return_when=FIRST_COMPLETED).done:
+                trial, decisions = waiting.pop(done)
+                outcome = self._known[decisions] = done.result()
+                self._repeated = 0
+                record = self.ledger.add(self.config.sampler, decisions, outcome)
+                self._asked[record.number] = trial.number
+                self._tell(trial, self.config.sampler, outcome)
+
+    def _look(self, decisions: Decisions) -> Future[Outcome]:
+        if self.lookout is not None:
+            return self.lookout.look(decisions, self.ledger.limits())
+        done: Future[Outcome] = Future()
+        done.set_result(self.judge.look(decisions, self.ledger.limits()))
+        return done
+
+    def _over(self, trials: int) -> bool:
+        """Whether to stop proposing."""
+        best = self.ledger.best
+        if len(self.ledger.trials) >= trials:
+            self.stopped = "all trials were made"
+        elif self._left() <= 0:
+            self.stopped = "the time was used up"
+        elif best is not None and best.step_s["simulated"] <= self.bound.step_s * (1 + _GAIN):
+            self.stopped = "the best plan reaches the lower bound"
+        elif self.config.trials == "auto" and self.ledger.idle >= _PATIENCE:
+            self.stopped = f"{_PATIENCE} proposals brought no gain"
+        else:
+            return False
+        return True
+
+    def _tell(self, trial: optuna.Trial, proposer: str, outcome: Outcome) -> None:
+        """Tells Optuna what became of a proposal."""
+        trial.set_user_attr("proposer", proposer)
+        if outcome.plan is not None:
+            trial.set_user_attr("plan", self.ledger.trials[-1].words)
+        if outcome.reason:
+            trial.set_user_attr("reason", outcome.reason)
+        over = outcome.overfull or (2.0 if outcome.state in ("infeasible", "failed") else 0.0)
+        trial.set_constraint("memory", over - 1.0)
+        worst = _PENALTY * self.ledger.slowest_s()
+        step = self.finals.expected_s(outcome) if outcome.step_s else worst
+        if self._pareto:
+            devices = len(outcome.plan.devices) if outcome.plan else self.bench.cluster.n_devices
+            peak = float(outcome.peak_bytes or max(self._memories()) * max(over, 1.0))
+            self.study.tell(trial, [step, peak, float(devices)])
+            return
+        for at, name in enumerate(outcome.step_s):
+            trial.report(outcome.step_s[name], at)
+        pruned = outcome.state == "pruned"
+        self.study.tell(trial, None if pruned else step, TrialState.PRUNED if pruned else None)
+
+    def _memories(self) -> list[int]:
+        return [self.bench.cluster.memory(d) for d in range(self.bench.cluster.n_devices)]
+
+    def _learn(self, measured: Mapping[int, float]) -> None:
+        """Lets Optuna know what steps of proposed plans really took."""
+        for number, step_s in measured.items():
+            at = self._asked.get(number)
+            if at is None or self._pareto:
+                continue
+            like = self.study.trials[at]
+            self.study.add_trial(
+                optuna.trial.create_trial(
+                    params=like.params,
+                    distributions=like.distributions,
+                    value=step_s,
+                    user_attrs={**like.user_attrs, "measured": True},
+                    system_attrs=like.system_attrs,
+                )
+            )
+
+    def _found(self) -> Found:
+        """The winner, with its certificate and what else was looked at."""
+        number = self.finals.winner
+        if number < 0:
+            raise does_not_fit(
+                self.bench.graph, self.bench.cluster, self.config, self.bench.calibration
+            )
+        outcome = self.ledger.outcomes[number]
+        assert outcome.plan is not None
+        check_plan(outcome.plan, self.bench.graph, self.bench.cluster)
+        plan = replace(
+            outcome.plan,
+            planner="optuna",
+            alternatives=self.ledger.alternatives(outcome.plan),
+            certificate=certificate(outcome.step_s["simulated"], self.bound),
+        )
+        record = SearchRecord(
+            planner="optuna",
+            sampler=self.config.sampler,
+            seed=self.config.seed,
+            trials=tuple(self.ledger.trials),
+            winner=number,
+            seconds=time.perf_counter() - self.began,
+            measured_s=self.finals.seconds,
+            bound_s=self.bound.step_s,
+            bound_parts=dict(self.bound.parts),
+            importance=self._importance(),
+            stopped=self.stopped,
+            notes=tuple(self.notes),
+        )
+        return Found(plan, record)
+
+    def _importance(self) -> dict[str, float]:
+        """Share of the spread of step times that each decision explains (Watanabe et al. 2023)."""
+        done = [t for t in self.study.trials if t.state == TrialState.COMPLETE]
+        if self._pareto or len({t.value for t in done}) < _FEW:
+            return {}
+        try:
+            with quiet_optuna():
+                found = optuna.importance.get_param_importances(
+                    self.study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
+                )
+        except (ValueError, RuntimeError):  # no decision is part of all trials
+            return {}
+        return {name: float(share) for name, share in found.items()}
