@@ -20,9 +20,9 @@ from raypar.graph.build import CleanGraph
 from raypar.graph.opgraph import OpGraph
 from raypar.graph.passes.emit import is_op, op_name
 from raypar.search.cost.base import StageCode
-from raypar.search.cost.exact import stage_pieces
+from raypar.search.cost.exact import StagePieces, stage_pieces
 from raypar.search.cost.machine import compute_dtype
-from raypar.search.cost.work import Work, node_work
+from raypar.search.cost.work import is_free, node_work
 from raypar.search.intra.settings import Graph, Value, read_graph
 from raypar.sharding.rules.base import find_localiser
 from raypar.sharding.strategies import call_key
@@ -146,15 +146,28 @@ def _value(operand: fx.Node, read: Graph) -> Value | None:
 
 def _traced(node: fx.Node, wants: _Wants) -> Iterator[Kernel]:
     """The kernels of one op: its forward, and what its own autograd formula adds."""
+    if not all(map(_sized, (node, *node.all_input_nodes))):
+        return  # how much it does is known when it runs
     pieces = stage_pieces(_alone(node, wants))
     rewritten = find_localiser(op_name(node)) is not None
     forward = set(pieces.forward.nodes)
     nodes = list(pieces.forward.nodes) if pieces.joint is None else list(pieces.joint.graph.nodes)
+    sums = _bias_sums(node, pieces)
     for one in nodes:
         if one.op == "call_function" and is_op(one):
-            found = _kernel(one, rewritten, one not in forward)
+            backward = one not in forward
+            certain = one.target is node.target if not backward else one in sums
+            found = _kernel(one, rewritten, backward, certain)
             if found is not None:
                 yield found
+
+
+def _sized(node: fx.Node) -> bool:
+    """Whether all sizes of a value are known."""
+    value = node.meta.get("val")
+    items = value if isinstance(value, (list, tuple)) else (value,)
+    tensors = [v for v in items if isinstance(v, torch.Tensor)]
+    return all(isinstance(n, int) for v in tensors for n in (*v.shape, *v.stride()))
 
 
 def _alone(node: fx.Node, wants: _Wants) -> StageCode:
@@ -191,23 +204,45 @@ def _results(graph: fx.Graph, call: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _kernel(node: fx.Node, rewritten: bool, backward: bool) -> Kernel | None:
+def _bias_sums(node: fx.Node, pieces: StagePieces) -> set[fx.Node]:
+    """The sums over rows that make the gradients of what a product adds to every row."""
+    if pieces.joint is None or not node_work(node).matmul:
+        return set()
+    found = set()
+    for gradient in pieces.joint.gradients:
+        while gradient is not None and is_op(gradient) and is_free(gradient):
+            source = gradient.args[0]
+            gradient = source if isinstance(source, fx.Node) else None
+        if gradient is not None and is_op(gradient) and op_name(gradient) == "sum":
+            found.add(gradient)
+    return found
+
+
+def _kernel(node: fx.Node, rewritten: bool, backward: bool, certain: bool) -> Kernel | None:
+    """What a call does at the least; None where a plan may do without it.
+
+    Args:
+        node: The call.
+        rewritten: Whether its op may be written as other ops where it is sharded.
+        backward: Whether it belongs to the backward pass.
+        certain: Whether it is the op itself, or a sum that has to be.
+    """
     name = op_name(node)
     work = node_work(node)
-    if work.kind in ("view", "none") or (name in _COMES_AND_GOES and not work.matmul):
+    if work.kind in ("view", "none"):
         return None
-    if not work.matmul:
-        # Of a formula's element-wise ops only its own backward kernel is certain to run.
-        if backward and "backward" not in name:
-            return None
-        kind = ANY_KIND if rewritten or work.kind == "random" else work.kind
-        return Kernel(1, 0.0, work.nbytes, compute_dtype(work.dtype), False, kind, 1.0, backward)
-    flops, nbytes = work.flops, work.nbytes - _added_bytes(node, name, work)
     dtype = compute_dtype(work.dtype)
-    return Kernel(1, flops, nbytes, dtype, True, work.kind, work.calls, backward)
+    if work.matmul:
+        nbytes = work.nbytes - _added_bytes(node, name)
+        return Kernel(1, work.flops, nbytes, dtype, True, work.kind, work.calls, backward)
+    # Of what a formula does element by element, only its own backward kernel is certain to run.
+    if not certain and (name in _COMES_AND_GOES or (backward and "backward" not in name)):
+        return None
+    kind = ANY_KIND if rewritten or work.kind == "random" else work.kind
+    return Kernel(1, 0.0, work.nbytes, dtype, False, kind, 1.0, backward)
 
 
-def _added_bytes(node: fx.Node, name: str, work: Work) -> float:
+def _added_bytes(node: fx.Node, name: str) -> float:
     """Bytes of what a product adds, which a sharded one may add later."""
     if not name.startswith(("addmm", "baddbmm", "addmv")):
         return 0.0
