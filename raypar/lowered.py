@@ -85,7 +85,7 @@ def lower_plan(graph: OpGraph, plan: Plan) -> LoweredPlan:
     whole, values = slice_stages(
         clean, stage_ranges(plan, graph), graph.cloneable, graph.analysis.globals
     )
-    flow = gradient_flow(clean, {n: t for n, (_, _, t) in graph.params.items()})
+    flow = _flow(graph)
     edges = tuple(Edge(v.id, v.source, v.targets, v.id in flow, v.nbytes) for v in values)
     splits = tuple(
         any(e in flow for e in s.keys("edge:"))
@@ -119,6 +119,15 @@ def lower_plan(graph: OpGraph, plan: Plan) -> LoweredPlan:
     return LoweredPlan(
         stages, whole, lowered, values, flow, io, lists, layouts, specs, chosen, link_costs(plan)
     )
+
+
+def _flow(graph: OpGraph) -> frozenset[str]:
+    """Ids of values that receive a gradient: the same at every batch size."""
+    if "gradient flow" not in graph.memo:
+        trainable = {name: trained for name, (_, _, trained) in graph.params.items()}
+        graph.memo["gradient flow"] = gradient_flow(graph.clean, trainable)
+    found: frozenset[str] = graph.memo["gradient flow"]
+    return found
 
 
 def link_costs(plan: Plan) -> dict[tuple[int, int], LinkCosts]:

@@ -16,6 +16,7 @@ from raypar.graph.costs import size_of
 from raypar.programs.wire import pack
 from raypar.search.cost.base import CostModel, StageCode, StageCost, register_cost_model
 from raypar.search.cost.exact import (
+    PieceCost,
     Port,
     StagePieces,
     peak_bytes,
@@ -44,14 +45,7 @@ class AnalyticCost(CostModel):
         """What `stage` costs on one device of `machine`. See `CostModel`."""
         pieces = cached_pieces(stage)
         params = param_cost(stage)
-        forward = piece_cost(pieces.forward.nodes, machine)
-        backward = first = second = piece_cost((), machine)
-        if pieces.parts is not None:
-            backward = piece_cost(pieces.parts.backward.nodes, machine)
-            first, second = backward, second
-            if pieces.splits:
-                first = piece_cost(pieces.parts.backward_input.nodes, machine)
-                second = piece_cost(pieces.parts.backward_weight.nodes, machine)
+        forward, backward, first, second = _programs(pieces, machine)
         adding = accumulation_s(params, machine)
         forward_peak, backward_peak = _peaks(pieces)
         states = optimizer_states * params.state_bytes
@@ -83,6 +77,24 @@ class AnalyticCost(CostModel):
         )
 
 
+def _programs(
+    pieces: StagePieces, machine: MeshMachine
+) -> tuple[PieceCost, PieceCost, PieceCost, PieceCost]:
+    """Forward, backward and the halves of backward; compute depends on kinds of devices only."""
+    key = ("programs", machine.kinds)
+    if key not in pieces.figures:
+        forward = piece_cost(pieces.forward.nodes, machine)
+        backward = first = second = piece_cost((), machine)
+        if pieces.parts is not None:
+            first = backward = piece_cost(pieces.parts.backward.nodes, machine)
+            if pieces.splits:
+                first = piece_cost(pieces.parts.backward_input.nodes, machine)
+                second = piece_cost(pieces.parts.backward_weight.nodes, machine)
+        pieces.figures[key] = forward, backward, first, second
+    found: tuple[PieceCost, PieceCost, PieceCost, PieceCost] = pieces.figures[key]
+    return found
+
+
 def _edges(ports: Iterable[Port], pieces: StagePieces, stage: StageCode) -> frozenset[str]:
     """Ids of values that enter or leave a stage."""
     found = [pieces.keys[i].removeprefix("edge:") for way, i in ports if way == "in"]
@@ -95,6 +107,14 @@ def _overhead_bytes(machine: MeshMachine, used: int) -> int:
 
 
 def _peaks(pieces: StagePieces) -> tuple[int, int]:
+    if "peaks" not in pieces.figures:
+        pieces.figures["peaks"] = _walk(pieces)
+    found: tuple[int, int] = pieces.figures["peaks"]
+    return found
+
+
+def _walk(pieces: StagePieces) -> tuple[int, int]:
+    """Most bytes of the forward and of the backward program."""
     forward = peak_bytes(pieces.forward, workspace=workspace_bytes)
     if pieces.parts is None or pieces.joint is None:
         return forward, 0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -48,6 +48,7 @@ class StagePieces:
         half_ports: The same for `half_bytes`.
         splits: Whether backward is run in halves where a schedule asks for it; a stage without
             received values that want gradients does all of it in its input half.
+        figures: What was worked out about the programs, so that equal stages are priced once.
     """
 
     joint: Joint | None
@@ -60,6 +61,7 @@ class StagePieces:
     saved_ports: frozenset[Port] = frozenset()
     half_ports: frozenset[Port] = frozenset()
     splits: bool = False
+    figures: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 def stage_pieces(stage: StageCode) -> StagePieces:

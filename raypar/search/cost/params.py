@@ -89,10 +89,14 @@ def bundle(found: Iterable[Move]) -> tuple[Move, ...]:
 
 def timed(found: Iterable[Move], machine: MeshMachine) -> tuple[Collective, ...]:
     """Moves with their seconds on a mesh."""
-    return tuple(
-        Collective(m.axis, m.kind, m.nbytes, machine.collective_s(m.axis, m.kind, m.nbytes))
-        for m in found
-    )
+    known: dict[Move, Collective] = {}  # a large model has a hundred thousand equal buckets
+    made: list[Collective] = []
+    for move in found:
+        one = known.get(move)
+        if one is None:
+            one = known[move] = Collective(*move, machine.collective_s(*move))
+        made.append(one)
+    return tuple(made)
 
 
 def accumulation_s(params: ParamCost, machine: MeshMachine) -> float:

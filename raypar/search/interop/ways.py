@@ -28,8 +28,9 @@ from raypar.search.interop.costs import (
     unit_costs,
 )
 from raypar.search.interop.pipeline import Way
+from raypar.search.interop.scaled import short_at
 from raypar.search.interop.space import AXIS_NAMES, Split, mesh_shapes
-from raypar.search.interop.units import Units, shorten
+from raypar.search.interop.units import Units
 from raypar.search.intra.allowed import allow
 from raypar.search.intra.forms import take_forms
 from raypar.search.intra.planner import plan_intra
@@ -198,8 +199,7 @@ class WayMaker:
         """The short graph at a microbatch size."""
         known = self._short.get(local_batch)
         if known is None:
-            clean = self.graph.local(local_batch)
-            graph, members = shorten(clean, self.units)
+            graph, members = short_at(self.graph, self.units, local_batch)
             annotate_blocks(graph)
             unit_of = {n.meta["id"]: u for u, ops in enumerate(members) for n in ops}
             for node in graph.find_nodes(op="placeholder"):
