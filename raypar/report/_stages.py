@@ -52,13 +52,13 @@ def stage_lines(
             lines += paragraph(
                 f"stage {s} on device{'s' * (len(mesh.devices) > 1)} {span(mesh.devices)} as "
                 f"{mesh_text(mesh)}: ",
-                [_layers(graph, first, end)],
+                [layers_text(graph, first, end)],
             )
         lines += body_lines
     return lines
 
 
-def _layers(graph: OpGraph, first: int, end: int) -> str:
+def layers_text(graph: OpGraph, first: int, end: int) -> str:
     """``tokens, blocks.0-5, norm``: numbered neighbours become a range."""
     found: list[tuple[str, int, int]] = []  # (prefix, first number, last number); -1: not numbered
     for layer in cluster_layers(graph.ops[first:end]):
@@ -80,12 +80,23 @@ def _layers(graph: OpGraph, first: int, end: int) -> str:
 
 
 def _shardings(plan: Plan, graph: OpGraph, lowered: LoweredPlan, s: int) -> list[str]:
-    """One paragraph for every mesh axis: what its ops are cut over, the most work first."""
+    """One paragraph for every mesh axis."""
+    return [
+        line
+        for axis, parts in axis_forms(plan, graph, lowered, s)
+        for line in paragraph(f"  over {axis}: ", parts)
+    ]
+
+
+def axis_forms(
+    plan: Plan, graph: OpGraph, lowered: LoweredPlan, s: int
+) -> list[tuple[str, list[str]]]:
+    """(``x (4)``, what ops are cut over it, the most work first) for every mesh axis of a stage."""
     mesh = plan.stages[s].mesh
-    lines = []
+    found = []
     if mesh.replicas > 1:
         samples = f"{plan.local_batch} sample{'s' * (plan.local_batch > 1)}"
-        lines.append(f"  over {DATA} ({mesh.replicas}): batch, {samples} of each microbatch")
+        found.append((f"{DATA} ({mesh.replicas})", [f"batch, {samples} of each microbatch"]))
     for axis, (name, size_of_axis) in enumerate(mesh.inner):
         if size_of_axis == 1:
             continue
@@ -100,12 +111,20 @@ def _shardings(plan: Plan, graph: OpGraph, lowered: LoweredPlan, s: int) -> list
         total = max(sum(work.values()), 1)
         ordered = sorted(ops, key=lambda form: (form == WHOLE, -work[form]))
         parts = [f"{form} {percent(work[form] / total)}: {counted(ops[form])}" for form in ordered]
-        lines += paragraph(f"  over {name} ({size_of_axis}): ", parts)
-    return lines
+        found.append((f"{name} ({size_of_axis})", parts))
+    return found
 
 
 def _parameters(plan: Plan, lowered: LoweredPlan, s: int) -> list[str]:
-    """How much of its parameters one rank takes, and how much of them its optimizer holds."""
+    text = parameters_text(plan, lowered, s)
+    return paragraph(f"  parameters: {text}", []) if text else []
+
+
+def parameters_text(plan: Plan, lowered: LoweredPlan, s: int) -> str:
+    """How much of its parameters one rank takes, and how much of them its optimizer holds.
+
+    Empty where each rank holds all of them.
+    """
     mesh = plan.stages[s].mesh
     group, _ = plan.schedule.placement[s]
     sizes = [n for _, n in mesh.named]
@@ -119,13 +138,13 @@ def _parameters(plan: Plan, lowered: LoweredPlan, s: int) -> list[str]:
         taken += count // layout.held.value().parts(sizes)
         stored += count // layout.stored.parts(sizes)
     if stored >= _NEARLY_ALL * whole:
-        return []
-    text = f"  parameters: each rank computes with {_share(taken / whole)} of them"
+        return ""
+    text = f"each rank computes with {_share(taken / whole)} of them"
     level = plan.stages[s].memory.zero
     if level:
         kept = ("optimizer state", "gradients and optimizer state", "all of it")[level - 1]
         text += f"; ZeRO-{level} keeps {kept} for {_share(stored / whole)} of them on each"
-    return paragraph(text, [])
+    return text
 
 
 def _collectives(lowered: LoweredPlan, s: int, cost: StageCost | None) -> list[str]:
