@@ -39,6 +39,10 @@ class Steps:
     saving: Array
     kind: npt.NDArray[np.intp]
 
+    def stacked(self) -> Steps:
+        """For one stage."""
+        return Steps(self.layer[None], self.cost[None], self.saving[None], self.kind[None])
+
 
 def steps_of(choices: Sequence[Choice]) -> Steps:
     """The steps along the convex hull of every layer's variants.
@@ -93,7 +97,7 @@ def bounds(steps: Steps, inside: npt.NDArray[np.uint8], need: Array) -> tuple[Ar
     """Bounds of the seconds that it takes to save `need` bytes, for many stages at once.
 
     Args:
-        steps: The steps of all layers.
+        steps: The steps of all layers, in arrays ``[stage, step]``.
         inside: ``[stage, layer]``: 1 where the layer is in the stage.
         need: Bytes per stage to be saved, more than 0, and no more than its steps save together.
 
@@ -101,7 +105,7 @@ def bounds(steps: Steps, inside: npt.NDArray[np.uint8], need: Array) -> tuple[Ar
         (no more than the optimum, of a choice that exists).
     """
     rows = np.arange(len(need))
-    there = inside[:, steps.layer].astype(bool)
+    there = np.take_along_axis(inside, steps.layer, axis=1).astype(bool)
     saving = there * steps.saving
     cost = there * steps.cost
     saved = np.cumsum(saving, axis=1)
@@ -113,16 +117,17 @@ def bounds(steps: Steps, inside: npt.NDArray[np.uint8], need: Array) -> tuple[Ar
     short = np.maximum(need - before_saved, 0.0)
     share = np.divide(short, last_saving, out=np.ones_like(short), where=last_saving > 0)
     relaxed = before_cost + last_cost * np.minimum(share, 1.0)
-    at = np.arange(len(steps.layer))[None, :]
-    alike = steps.kind[None, :] == steps.kind[breaks][:, None]
+    at = np.arange(steps.layer.shape[1])[None, :]
+    kind = steps.kind[rows, breaks]
+    alike = steps.kind == kind[:, None]
     less = before_cost + _filled(saving, cost, (at > breaks[:, None]) & ~alike, short)
     excess = before_saved + last_saving - need
     more = (
         before_cost + last_cost - _released(saving, cost, (at < breaks[:, None]) & ~alike, excess)
     )
-    branched = np.where(steps.kind[breaks] >= 0, np.minimum(less, more), relaxed)
+    branched = np.where(kind >= 0, np.minimum(less, more), relaxed)
     low = np.maximum(relaxed, branched)
-    single = there & (steps.kind >= 0)[None, :]
+    single = there & (steps.kind >= 0)
     other = np.where(
         single & (at >= breaks[:, None]) & (saving >= short[:, None]), cost, np.inf
     ).min(axis=1)
@@ -198,7 +203,7 @@ def _search(
 ) -> list[int]:
     """Layer by layer, the choices that no other beats in both bytes saved and cost."""
     inside = np.ones((1, len(picks)), dtype=np.uint8)
-    limit = float(bounds(steps, inside, np.array([need]))[1][0]) * (1 + 1e-12) + 1e-300
+    limit = float(bounds(steps.stacked(), inside, np.array([need]))[1][0]) * (1 + 1e-12) + 1e-300
     saved, spent = np.zeros(1), np.zeros(1)
     history: list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]] = []
     left = np.ones(len(steps.layer), dtype=bool)

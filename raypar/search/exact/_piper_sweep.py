@@ -3,32 +3,40 @@
 Walking from the last stage to the first, what earlier stages feel of the later ones is the sum of
 their replicas (through the microbatches in flight) and the devices they use. For a given stage,
 tensor-parallel degree and sum, the fewest replicas that keep the bound are best in both, so that
-every downset has a short list of labels (sum of replicas, devices) none of which beats another.
-With one degree there is one label: both figures are the same.
+every downset has a short front of labels (`raypar.search.exact._piper_labels`). With one degree
+there is one label: both figures are the same.
+
+One bound after the other is tried. Where the fronts of the nearest looser and of the nearest
+tighter bound agree, the front between them is known, which soon holds nearly everywhere.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from raypar.search.exact._piper_figures import Array, DegreeFigures, Index
+from raypar.search.exact._piper_figures import DegreeFigures
 from raypar.search.exact._piper_formula import Setting
-from raypar.search.exact._piper_knapsack import bounds, solve
+from raypar.search.exact._piper_labels import (
+    Array,
+    Fronts,
+    Index,
+    Labels,
+    Mask,
+    Pending,
+    same_front,
+)
 from raypar.search.exact._piper_lattice import Family
+from raypar.search.exact._piper_pairs import FreshPairs, PairTable
+from raypar.search.exact._piper_recompute import Recompute
 
 _DENSE = 1_500_000
 """Up to so many (pair of downsets, degree), figures of all pairs are kept."""
-_CACHED = 120_000
-"""Up to so many, the bounds of their knapsacks too."""
-_FIRST = 48
-"""Stages that are looked at closely at a time."""
-_BLOCK = 3_000_000
-"""Pairs that are looked at at a time."""
+_CLOSELY = 24
+"""Stages in front of a downset that are looked at closely at a time."""
 
 
 @dataclass(frozen=True)
@@ -40,66 +48,14 @@ class Cut:
         high: The downset with it.
         replicas: d.
         degree: Number of its tensor-parallel degree.
-        after: Replicas of the stages behind it.
+        flights: Microbatches in flight.
     """
 
     low: int
     high: int
     replicas: int
     degree: int
-    after: int
-
-    @property
-    def flights(self) -> int:
-        """Microbatches in flight."""
-        return 1 + -(-self.after // self.replicas)
-
-
-@dataclass
-class _Pending:
-    """Stages whose replicas are not settled yet, as parallel arrays."""
-
-    low: Index
-    label: Index
-    degree: Index
-    number: Index  # of the replicas in the list of allowed ones
-    divided: Array
-    whole: Array
-    easy: Array
-
-    def take(self, which: npt.NDArray[np.bool_] | Index) -> _Pending:
-        """Some of them."""
-        return _Pending(*(getattr(self, f.name)[which] for f in fields(self)))
-
-    @classmethod
-    def joined(cls, parts: Sequence[_Pending]) -> _Pending:
-        """All of several."""
-        names = [f.name for f in fields(cls)]
-        return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
-
-
-@dataclass
-class _Labels:
-    """What is known of downsets that a pipeline's later stages reach, as growing arrays."""
-
-    down: Index = field(default_factory=lambda: np.zeros(64, np.int64))
-    replicas: Index = field(default_factory=lambda: np.zeros(64, np.int64))
-    devices: Index = field(default_factory=lambda: np.zeros(64, np.int64))
-    parent: Index = field(default_factory=lambda: np.zeros(64, np.int64))
-    last: Index = field(default_factory=lambda: np.zeros((64, 2), np.int64))  # replicas, degree
-    count: int = 0
-
-    def add(self, down: Index, replicas: Index, devices: Index, parent: Index, last: Index) -> None:
-        """Appends labels."""
-        end = self.count + len(down)
-        while end > len(self.down):
-            for name in ("down", "replicas", "devices", "parent", "last"):
-                old = getattr(self, name)
-                setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
-        at = slice(self.count, end)
-        self.down[at], self.replicas[at], self.devices[at] = down, replicas, devices
-        self.parent[at], self.last[at] = parent, last
-        self.count = end
+    flights: int
 
 
 class PiperSweep:
@@ -111,6 +67,9 @@ class PiperSweep:
         setting: The machine.
         replicas: The numbers of replicas that a stage may have, ascending.
         clock: Called between levels; may raise to end a search.
+
+    Attributes:
+        least_work: Per downset the device-seconds that its layers take at least.
     """
 
     def __init__(
@@ -124,19 +83,17 @@ class PiperSweep:
         self.family, self.figures, self.setting = family, figures, setting
         self.replicas = np.array(replicas, dtype=np.int64)
         self.clock = clock
-        largest = int(self.replicas[-1])
-        self._at_least = np.searchsorted(self.replicas, np.arange(largest + 2))
+        self._at_least = np.searchsorted(self.replicas, np.arange(int(self.replicas[-1]) + 2))
         self.degrees = np.array([f.degree for f in figures], dtype=np.int64)
         self.least_work = self._least_work()
-        self._exactly: dict[tuple[int, int, int, int, int], float] = {}
-        n = len(family)
-        self._dense = self._all_pairs() if n * n * len(figures) <= _DENSE else None
-        self._caching = self._dense is not None and n * n * len(figures) <= _CACHED
-        self._cache: dict[int, tuple[Array, Array]] = {}
+        self.recompute = Recompute(family, figures, setting.memory)
+        dense = len(family) ** 2 * len(figures) <= _DENSE
+        self._pairs = (PairTable if dense else FreshPairs)(self)
         self._forbidden: set[tuple[int, int, int, int]] = set()
+        self._tight: tuple[float, Labels] | None = None
+        self._loose: tuple[float, Labels] | None = None
 
     def _least_work(self) -> Array:
-        """Per downset the device-seconds that its layers take at least."""
         per_layer = [
             min(
                 (f.degree * v.seconds for f in self.figures for v in f.variants[at]),
@@ -146,336 +103,231 @@ class PiperSweep:
         ]
         return self.family.members @ np.array(per_layer)
 
-    def _all_pairs(self) -> tuple[Array, Array, Array, Array]:
-        """(divided, whole, most flights, easy flights), each ``[degree, low, high]``."""
-        n = len(self.family)
-        every = np.arange(n)
-        members = self.family.members.astype(np.float64)
-        inside = (members @ (1.0 - members).T) == 0
-        np.fill_diagonal(inside, False)
-        found = []
-        for figures in self.figures:
-            weighted = members[:, figures.source] * (figures.into + figures.out)
-            skipped = weighted @ (1.0 - members[:, figures.target]).T
-            stages = figures.stages(every[:, None], every[None, :], skipped)
-            divided = np.where(inside & (stages.most_flights >= 1), stages.divided, np.inf)
-            found.append((divided, stages.whole, stages.most_flights, stages.easy_flights))
-        return tuple(np.stack(parts) for parts in zip(*found, strict=True))  # type: ignore[return-value]
-
     def pipeline(self, bound: float) -> list[Cut] | None:
-        """Stages, first to last, with no load above `bound`; None where there are none."""
-        self._bound = bound * (1 + 1e-13)
-        rest = self.least_work / bound
-        self._rest = np.ceil(np.minimum(rest, 2.0**40) * (1 - 1e-9)).astype(np.int64)
-        k = self.setting.devices
-        if self._rest[0] > k:
+        """Stages, first to last, with no load above `bound` (finite); None where there are none."""
+        self.bound = bound * (1 + 1e-13)
+        rest = np.minimum(self.least_work / bound, 2.0**40)
+        self.rest = np.ceil(rest * (1 - 1e-9)).astype(np.int64)
+        labels = self.labels = Labels(len(self.family))
+        zero = np.zeros(1, np.int64)
+        nothing = np.zeros((1, 2), np.int64)
+        labels.add([zero, zero, zero, zero, nothing, nothing])
+        if self.rest[0] <= self.setting.devices:
+            self._walk(bound)
+        found = labels.of(np.array([len(self.family) - 1]))
+        if not len(found):
+            if self._tight is None or bound > self._tight[0]:
+                self._tight = (bound, labels)
             return None
-        labels = self._labels = _Labels()
-        zero = np.zeros(1, dtype=np.int64)
-        labels.add(zero, zero, zero, zero - 1, np.zeros((1, 2), np.int64))
+        if self._loose is None or bound < self._loose[0]:
+            self._loose = (bound, labels)
+        return self._cuts(int(found[0]))
+
+    def forbid(self, cut: Cut) -> None:
+        """Makes known that a stage fits in no way (where bounds said so by a rounding error)."""
+        self._forbidden.add((cut.low, cut.high, cut.degree, cut.flights))
+        self._tight = self._loose = None
+
+    def _cuts(self, at: int) -> list[Cut]:
+        found: list[Cut] = []
+        after = 0
+        for low, high, replicas, degree in reversed(self.labels.chain(at)):
+            found.append(Cut(low, high, replicas, degree, 1 + -(-after // replicas)))
+            after += replicas
+        return found[::-1]
+
+    def _walk(self, bound: float) -> None:
         n = len(self.family)
-        self._lean = np.full(n, (k + 1) << 32, dtype=np.int64)  # (devices, replicas), least first
-        self._few = np.full(n, (k + 1) << 32, dtype=np.int64)  # (replicas, devices), least first
-        starts = self._starts() if self._dense is not None else None
+        self.pairs = self._pairs
+        self._pairs.prepare()
+        self.fronts = Fronts(n, self.setting.devices)
+        tight = self._tight[1] if self._tight and self._tight[0] <= bound else None
+        loose = self._loose[1] if self._loose and self._loose[0] >= bound else None
+        known = np.zeros(n, bool)
+        self._limits = Fronts(n, -1)
+        self._limited = np.zeros(n, bool)
+        if loose is not None:
+            if tight is not None:
+                known = same_front(tight, loose)
+            part = slice(0, loose.count)
+            self._limits.note(loose.down[part], loose.replicas[part], loose.devices[part])
+            self._limited = (loose.number > 0) & (loose.number <= 2)
+        wanted = self.rest < self.setting.devices
+        if loose is not None:
+            wanted &= loose.number > 0
+        wanted[0] = False
+        waiting: list[Index] = []  # downsets whose fronts are known
         for level in self.family.levels[1:]:
             self.clock()
-            alive = np.array(level)[self._rest[level.start : level.stop] < k]
-            if not len(alive):
+            rows = level.start + np.flatnonzero(wanted[level.start : level.stop])
+            if not len(rows):
                 continue
-            pending = self._from_table(alive, starts) if starts is not None else self._fresh(alive)
-            if pending is not None:
-                self._settle(pending)
-        ends = np.flatnonzero(labels.down[: labels.count] == n - 1)
-        return None if not len(ends) else self._unroll(int(ends[0]))
+            if known[rows].all():
+                waiting.append(rows)
+                continue
+            if waiting:
+                assert tight is not None
+                self.labels.add(tight.columns(tight.of(np.concatenate(waiting))))
+                waiting = []
+            self._level(rows, rows[~known[rows]], tight)
+        if waiting:
+            assert tight is not None
+            self.labels.add(tight.columns(tight.of(np.concatenate(waiting))))
 
-    def _unroll(self, at: int) -> list[Cut]:
-        labels, found = self._labels, []
-        while labels.parent[at] >= 0:
-            parent = int(labels.parent[at])
-            d, t = (int(v) for v in labels.last[at])
-            found.append(
-                Cut(
-                    int(labels.down[at]),
-                    int(labels.down[parent]),
-                    d,
-                    t,
-                    int(labels.replicas[parent]),
-                )
+    def _level(self, rows: Index, unknown: Index, tight: Labels | None) -> None:
+        """Adds the labels of downsets of one size."""
+        columns = [] if tight is None else [tight.columns(tight.of(rows))]
+        if columns:
+            self.fronts.note(*columns[0][:3])
+        pending = self.pairs.in_front_of(unknown)
+        if pending is not None:
+            columns += self._settle(pending, _CLOSELY * len(unknown))
+        if columns:
+            self._add([np.concatenate(parts) for parts in zip(*columns, strict=True)])
+
+    def _add(self, columns: list[Index]) -> None:
+        """Adds the labels of a level that no other beats."""
+        down, replicas, devices = columns[:3]
+        order = np.lexsort((replicas, devices, down))
+        if len(self.degrees) == 1:
+            heads = np.ones(len(order), bool)
+            heads[1:] = down[order[1:]] != down[order[:-1]]
+            kept = order[heads]
+        else:
+            chosen: list[int] = []
+            row, least = -1, 0
+            listed = zip(
+                order.tolist(), down[order].tolist(), replicas[order].tolist(), strict=True
             )
-            at = parent
-        return found
+            for i, here, total in listed:
+                if here != row or total < least:
+                    row, least = here, total
+                    chosen.append(i)
+            kept = np.array(chosen, dtype=np.int64)
+        if len(kept):
+            self.labels.add([column[kept] for column in columns])
 
-    def _number(self, divided: Array, whole: Array) -> Index:
+    def number(self, divided: Array, whole: Array) -> Index:
         """Number of the fewest replicas that the bound allows without recomputation."""
-        room = self._bound - whole
+        room = self.bound - whole
         limit = float(self.replicas[-1]) + 1
         with np.errstate(invalid="ignore"):
             wanted = np.divide(divided, room, out=np.full_like(divided, limit), where=room > 0)
         wanted = np.clip(np.ceil(wanted * (1 - 1e-13)), 0, limit).astype(np.int64)
-        number = self._at_least[wanted]
         # Where gradient sums alone exceed the bound, only few replicas can keep it.
-        first = int(self.replicas[0])
-        few = (room <= 0) & (divided / first + whole <= self._bound)
-        return np.where(few, 0, number)
-
-    def _starts(self) -> Index:
-        assert self._dense is not None
-        return self._number(self._dense[0], self._dense[1])
-
-    def _from_table(self, rows: Index, starts: Index) -> _Pending | None:
-        assert self._dense is not None
-        labels, count = self._labels, self._labels.count
-        high = labels.down[:count]
-        number = starts[:, rows[:, None], high[None, :]]
-        degree, row, label = np.nonzero(number < len(self.replicas))
-        if not len(degree):
-            return None
-        low = rows[row]
-        numbers = number[degree, row, label]
-        fits = (
-            labels.devices[label] + self.replicas[numbers] * self.degrees[degree] + self._rest[low]
-        ) <= self.setting.devices
-        degree, low, label, numbers = degree[fits], low[fits], label[fits], numbers[fits]
-        at = (degree, low, labels.down[label])
-        divided, whole, most, easy = (table[at] for table in self._dense)
-        return self._ready(low, label, degree, numbers, divided, whole, most, easy)
-
-    def _fresh(self, rows: Index) -> _Pending | None:
-        """As `_from_table`, with figures worked out for what the devices allow."""
-        labels, count, k = self._labels, self._labels.count, self.setting.devices
-        found: list[_Pending] = []
-        high = labels.down[:count]
-        # A stage uses no fewer devices than its least work over the bound.
-        key = self.least_work[high] + self._bound * labels.devices[:count]
-        order = np.argsort(key, kind="stable")
-        limit = self._bound * (k - self._rest[rows]) + self.least_work[rows]
-        ends = np.searchsorted(key[order], limit * (1 + 1e-12), "right")
-        step = max(1, _BLOCK // max(int(ends.max(initial=0)), 1))
-        for at in range(0, len(rows), step):
-            part, end = rows[at : at + step], ends[at : at + step]
-            width = int(end.max(initial=0))
-            near = order[:width]
-            nested = np.arange(width)[None, :] < end[:, None]
-            for word in self.family.words.T:
-                nested &= (word[part][:, None] & ~word[high[near]][None, :]) == 0
-            row, column = np.nonzero(nested)
-            if len(row):
-                found += self._degrees(part[row], near[column])
-        if not found:
-            return None
-        return _Pending.joined(found)
-
-    def _degrees(self, low: Index, label: Index) -> list[_Pending]:
-        labels, found = self._labels, []
-        for at, figures in enumerate(self.figures):
-            high = labels.down[label]
-            rough = figures.seconds[high] - figures.seconds[low]
-            rough -= self.setting.sync * (figures.parameters[high] - figures.parameters[low])
-            whole = self.setting.sync * (figures.parameters[high] - figures.parameters[low])
-            number = self._number(rough, whole)
-            keep = self._fits(low, label, number, np.full(len(low), at))
-            low_, label_ = low[keep], label[keep]
-            stages = figures.stages(low_, labels.down[label_])
-            number = self._number(stages.divided, stages.whole)
-            degree = np.full(len(low_), at)
-            keep = self._fits(low_, label_, number, degree)
-            keep &= (stages.most_flights >= 1) & (stages.divided < np.inf)
-            ready = self._ready(
-                low_[keep],
-                label_[keep],
-                degree[keep],
-                number[keep],
-                stages.divided[keep],
-                stages.whole[keep],
-                stages.most_flights[keep],
-                stages.easy_flights[keep],
-            )
-            if ready is not None:
-                found.append(ready)
+        few = (room <= 0) & (divided / int(self.replicas[0]) + whole <= self.bound)
+        found: Index = np.where(few, 0, self._at_least[wanted])
         return found
 
-    def _fits(
-        self, low: Index, label: Index, number: Index, degree: Index
-    ) -> npt.NDArray[np.bool_]:
-        """Whether devices and microbatches suffice, and no label of the downset is better."""
+    def fits(self, low: Index, label: Index, degree: Index, number: Index) -> Mask:
+        """Whether devices and microbatches suffice, and no known label is as good."""
         inside = number < len(self.replicas)
         d = self.replicas[np.minimum(number, len(self.replicas) - 1)]
-        total = self._labels.replicas[label] + d
-        devices = self._labels.devices[label] + d * self.degrees[degree]
-        inside &= devices + self._rest[low] <= self.setting.devices
+        total = self.labels.replicas[label] + d
+        devices = self.labels.devices[label] + d * self.degrees[degree]
+        inside &= devices + self.rest[low] <= self.setting.devices
         inside &= total <= self.setting.microbatches
-        for best, first, second in ((self._lean, devices, total), (self._few, total, devices)):
-            known = best[low]
-            inside &= (first < known >> 32) | (second < (known & 0xFFFFFFFF))
+        inside &= self.fronts.improved(low, total, devices)
         return inside
 
-    def _ready(
-        self,
-        low: Index,
-        label: Index,
-        degree: Index,
-        number: Index,
-        divided: Array,
-        whole: Array,
-        most: Array,
-        easy: Array,
-    ) -> _Pending | None:
-        """Raises replicas to where the leanest variants fit."""
-        after = self._labels.replicas[label]
-        wanted = np.divide(after, most - 1, out=np.where(after > 0, np.inf, 0.0), where=most > 1)
-        limit = len(self._at_least) - 1
-        lifted = self._at_least[np.minimum(np.ceil(wanted), limit).astype(np.int64)]
-        pending = _Pending(low, label, degree, np.maximum(number, lifted), divided, whole, easy)
-        keep = self._fits(low, label, pending.number, degree)
-        return pending.take(keep) if keep.any() else None
+    def ready(self, pending: Pending, most: Array) -> Pending:
+        """Raises replicas to where the leanest variants fit; leaves out what cannot matter.
 
-    def _settle(self, pending: _Pending) -> None:
-        """Finds the fewest replicas of every stage that can matter, and adds the labels."""
-        done: list[_Pending] = []
-        labels = self._labels
+        Args:
+            pending: The stages.
+            most: Most flights with which their leanest variants may fit.
+        """
+        after = self.labels.replicas[pending.label]
+        wanted = np.divide(after, most - 1, out=np.where(after > 0, np.inf, 0.0), where=most > 1)
+        limit = len(self._at_least) - 1  # more replicas than are allowed
+        lifted = self._at_least[np.minimum(np.ceil(wanted), limit).astype(np.int64)]
+        pending.number = np.maximum(pending.number, lifted)
+        if self._limited.any():
+            # A looser bound needs so many replicas and devices already.
+            few = (self._limits.few[pending.low] >> 32) - after
+            lean = (self._limits.lean[pending.low] >> 32) - self.labels.devices[pending.label]
+            lean = -(-lean // self.degrees[pending.degree])
+            needed = np.clip(np.maximum(few, lean), 0, limit)
+            pending.number = np.maximum(pending.number, self._at_least[needed])
+        keep = self.fits(pending.low, pending.label, pending.degree, pending.number)
+        return pending.take(keep & (most >= 1))
+
+    def _settle(self, pending: Pending, closely: int) -> list[list[Index]]:
+        """The fewest replicas of every stage that can matter, as columns of labels.
+
+        Args:
+            pending: The stages.
+            closely: How many are looked at closely at a time.
+        """
+        found: list[list[Index]] = []
+        labels = self.labels
+        pending = self._with_more_replicas(pending)
         while len(pending.low):
             d = self.replicas[pending.number]
             total = labels.replicas[pending.label] + d
             devices = labels.devices[pending.label] + d * self.degrees[pending.degree]
-            if len(pending.low) > _FIRST:
-                order = np.lexsort((total, devices))
-                rank = order[:_FIRST]
-                first = np.zeros(len(pending.low), dtype=bool)
-                first[rank] = True
-            else:
-                first = np.ones(len(pending.low), dtype=bool)
-            looked = pending.take(first)
-            good = self._keeps_bound(looked)
-            settled = looked.take(good)
-            if len(settled.low):
-                done.append(settled)
-                t, k = total[first][good], devices[first][good]
-                np.minimum.at(self._lean, settled.low, (k << 32) | t)
-                np.minimum.at(self._few, settled.low, (t << 32) | k)
-            failed = looked.take(~good)
-            failed.number = failed.number + 1
-            pending = _Pending.joined([failed, pending.take(~first)])
-            pending = pending.take(
-                self._fits(pending.low, pending.label, pending.number, pending.degree)
-            )
-        if done:
-            self._add(done)
+            looked, pending_after = pending, None
+            if len(d) > closely:
+                order = np.argpartition((devices << 32) | total, closely)
+                first = order[:closely]
+                looked, pending_after = pending.take(first), pending.take(order[closely:])
+                d, total, devices = d[first], total[first], devices[first]
+            good = np.flatnonzero(self._keeps_bound(looked))
+            if len(good):
+                low, label = looked.low[good], looked.label[good]
+                stage = np.stack([d[good], looked.degree[good]], axis=1)
+                after = np.stack([labels.replicas[label], labels.devices[label]], axis=1)
+                total, devices = total[good], devices[good]
+                found.append([low, total, devices, labels.down[label], stage, after])
+                self.fronts.note(low, total, devices)
+            if pending_after is None:
+                break
+            pending = self._hopeful(pending_after)
+        return found
 
-    def _keeps_bound(self, pending: _Pending) -> npt.NDArray[np.bool_]:
+    def _with_more_replicas(self, pending: Pending) -> Pending:
+        """Every stage with its replicas and with any more that are allowed, as stages apart."""
+        more = len(self.replicas) - pending.number
+        skip = np.repeat(np.cumsum(more) - more, more)
+        expanded = pending.take(np.repeat(np.arange(len(more)), more))
+        expanded.number = expanded.number + np.arange(len(skip)) - skip
+        return self._hopeful(expanded)
+
+    def _hopeful(self, pending: Pending) -> Pending:
+        keep = self.fits(pending.low, pending.label, pending.degree, pending.number)
+        return pending.take(keep & ~self._reached(pending.low))
+
+    def _reached(self, low: Index) -> Mask:
+        """Whether the front is that of a looser bound, so that nothing can be better."""
+        fronts, limits = self.fronts, self._limits
+        same = (fronts.lean[low] <= limits.lean[low]) & (fronts.few[low] <= limits.few[low])
+        same &= self._limited[low]
+        return same
+
+    def _keeps_bound(self, pending: Pending) -> Mask:
         """Whether every stage keeps the bound with its replicas, recomputing where it must."""
         d = self.replicas[pending.number]
-        flights = 1 - (-self._labels.replicas[pending.label] // d)
-        good = pending.divided / d + pending.whole <= self._bound
+        flights = 1 - (-self.labels.replicas[pending.label] // d)
+        good: Mask = pending.divided / d + pending.whole <= self.bound
         if self._forbidden:
-            stages = (pending.low, self._labels.down[pending.label], pending.degree, flights)
+            stages = (pending.low, self.labels.down[pending.label], pending.degree, flights)
             good &= [stage not in self._forbidden for stage in zip(*stages, strict=True)]
-        hard = np.flatnonzero(good & (flights > pending.easy))
+        hard = good & (flights > pending.easy)
         for number, figures in enumerate(self.figures):
             if not figures.exact:  # every one of its stages is a knapsack of its own
-                hard = np.union1d(hard, np.flatnonzero(good & (pending.degree == number)))
-        if not len(hard):
+                hard |= good & (pending.degree == number)
+        which = np.flatnonzero(hard)
+        if not len(which):
             return good
-        low, high = pending.low[hard], self._labels.down[pending.label[hard]]
-        degree, y = pending.degree[hard], flights[hard]
-        least, enough = self._recompute(low, high, degree, y)
-        d, divided, whole = d[hard], pending.divided[hard], pending.whole[hard]
-        fails = (divided + least) / d + whole > self._bound
-        sure = (divided + enough) / d + whole <= self._bound
-        for i in np.flatnonzero(~fails & ~sure):
-            cut = Cut(int(low[i]), int(high[i]), int(d[i]), int(degree[i]), 0)
-            extra = self._exact(cut, int(y[i]), float(divided[i]), float(whole[i]))
-            sure[i] = (divided[i] + extra) / d[i] + whole[i] <= self._bound
-        good[hard] = sure
+        low, high = pending.low[which], self.labels.down[pending.label[which]]
+        degree, y = pending.degree[which], flights[which]
+        least, enough = self.recompute.bounds(low, high, degree, y)
+        d, divided, whole = d[which], pending.divided[which], pending.whole[which]
+        sure = (divided + enough) / d + whole <= self.bound
+        open_ = ~sure & ((divided + least) / d + whole <= self.bound)
+        for i in np.flatnonzero(open_).tolist():
+            stage = (int(low[i]), int(high[i]), int(d[i]), int(degree[i]), int(y[i]))
+            extra = self.recompute.exactly(*stage, (float(divided[i]), float(whole[i])))
+            sure[i] = (divided[i] + extra) / d[i] + whole[i] <= self.bound
+        good[which] = sure
         return good
-
-    def _recompute(
-        self, low: Index, high: Index, degree: Index, flights: Index
-    ) -> tuple[Array, Array]:
-        """Bounds of the seconds that recomputation adds; infinite where nothing fits."""
-        least, enough = np.full(len(low), np.inf), np.full(len(low), np.inf)
-        code = flights * len(self.figures) + degree
-        n = len(self.family)
-        for one in np.unique(code):
-            which = np.flatnonzero(code == one)
-            y, t = divmod(int(one), len(self.figures))
-            pair = low[which] * n + high[which]
-            if self._caching:
-                if int(one) not in self._cache:
-                    self._cache[int(one)] = (np.full(n * n, np.nan), np.full(n * n, np.nan))
-                kept_low, kept_high = self._cache[int(one)]
-                new = np.unique(pair[np.isnan(kept_low[pair])])
-                if len(new):
-                    kept_low[new], kept_high[new] = self._bounds(new // n, new % n, t, y)
-                least[which], enough[which] = kept_low[pair], kept_high[pair]
-            else:
-                least[which], enough[which] = self._bounds(low[which], high[which], t, y)
-        return least, enough
-
-    def _bounds(self, low: Index, high: Index, degree: int, flights: int) -> tuple[Array, Array]:
-        figures = self.figures[degree]
-        fast, lean = figures.bytes_of(flights)
-        memory = self.setting.memory
-        need = fast[high] - fast[low] - memory
-        impossible = lean[high] - lean[low] > memory * (1 + 1e-12)
-        least = np.where(impossible, np.inf, 0.0)
-        enough = least.copy()
-        which = np.flatnonzero((need > 0) & ~impossible)
-        steps = figures.steps(flights)
-        if len(which) and len(steps.layer):
-            inside = self.family.members[high[which]] & ~self.family.members[low[which]]
-            least[which], enough[which] = bounds(steps, inside, need[which])
-        if not figures.exact:
-            enough[:] = np.inf
-        return least, enough
-
-    def _exact(self, cut: Cut, flights: int, divided: float, whole: float) -> float:
-        """Seconds that recomputation adds to `divided`, exactly."""
-        figures = self.figures[cut.degree]
-        replicas = 0 if figures.exact else cut.replicas
-        key = (cut.low, cut.high, cut.degree, flights, replicas)
-        if key not in self._exactly:
-            found = self.choose(cut, flights)
-            extra = math.inf
-            if found is not None:
-                extra = (figures.load(*found, cut.replicas) - whole) * cut.replicas - divided
-            self._exactly[key] = extra
-            if self._caching and figures.exact:
-                kept = self._cache[flights * len(self.figures) + cut.degree]
-                for table in kept:
-                    table[cut.low * len(self.family) + cut.high] = extra
-        return self._exactly[key]
-
-    def forbid(self, cut: Cut) -> None:
-        """Makes known that a stage fits in no way (where a bound said so by a rounding error)."""
-        self._forbidden.add((cut.low, cut.high, cut.degree, cut.flights))
-
-    def choose(self, cut: Cut, flights: int) -> tuple[list[int], list[int]] | None:
-        """(positions of the stage's layers, the best variant of each); None where nothing fits."""
-        positions = self.family.between(cut.low, cut.high)
-        choices = self.figures[cut.degree].weighed(positions, cut.replicas, flights)
-        picks = solve(choices, self.setting.memory)
-        return None if picks is None else (positions, picks)
-
-    def _add(self, done: Sequence[_Pending]) -> None:
-        """Keeps of every downset's labels those that no other beats."""
-        labels, found = self._labels, _Pending.joined(done)
-        d = self.replicas[found.number]
-        total = labels.replicas[found.label] + d
-        devices = labels.devices[found.label] + d * self.degrees[found.degree]
-        order = np.lexsort((total, devices, found.low))
-        kept: list[int] = []
-        low, least = -1, 0
-        for i in order.tolist():
-            if found.low[i] != low:
-                low, least = int(found.low[i]), int(total[i]) + 1
-            if total[i] < least:
-                least = int(total[i])
-                kept.append(i)
-        at = np.array(kept)
-        labels.add(
-            found.low[at],
-            total[at],
-            devices[at],
-            found.label[at],
-            np.stack([d[at], found.degree[at]], axis=1),
-        )

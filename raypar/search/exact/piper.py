@@ -24,8 +24,9 @@ from raypar.search.exact._piper_sweep import Cut, PiperSweep
 _MOST_DOWNSETS = 60_000
 _BETTER = 1 - 1e-11
 """A pipeline is better if its load is less than this share of the best one's."""
-_GALLOP = (1e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.25)
+_GALLOP = (1e-4, 2e-3, 3e-2, 0.3, 0.6)
 """Steps above the lower bound that are tried before bisection."""
+_ANYTHING = 1e300
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,15 @@ class _Solver:
         masks = self.order.all_downsets(_MOST_DOWNSETS)
         assert masks is not None
         family = Family(self.order, masks)
-        self.minimise(self.sweep(family))
+        degrees = [t for t in self.workload.degrees if t <= self.setting.devices]
+        if len(degrees) > 1:
+            # One degree is far quicker, and often all that the best pipeline uses.
+            self.minimise(self.sweep(family, degrees[:1]))
+        self.minimise(self.sweep(family, degrees))
         return self.best
 
-    def sweep(self, family: Family) -> PiperSweep:
+    def sweep(self, family: Family, degrees: Sequence[int]) -> PiperSweep:
         """The dynamic program over a family of downsets."""
-        degrees = [t for t in self.workload.degrees if t <= self.setting.devices]
         figures = [DegreeFigures(self.workload, family, self.setting, t) for t in degrees]
         return PiperSweep(family, figures, self.setting, self.replicas, self._clock)
 
@@ -129,19 +133,23 @@ class _Solver:
     def minimise(self, sweep: PiperSweep) -> float:
         """Improves `best` to the optimum over a family; returns a bound for the family."""
         low = float(sweep.least_work[0]) / self.setting.devices
-        if not self.best.stages and not self.attempt(sweep, 1e300):
-            return math.inf
-        for step in _GALLOP:
-            if low * (1 + step) >= self.best.objective * _BETTER:
-                break
-            if self.attempt(sweep, low * (1 + step)):
-                break
-            low *= 1 + step
+        if not low < math.inf:
+            return low
+        if self.best.stages:
+            if not self.attempt(sweep, self.best.objective * _BETTER):
+                return self.best.objective * _BETTER
+        else:
+            for step in _GALLOP:
+                if self.attempt(sweep, low * (1 + step)):
+                    break
+                low *= 1 + step
+            if not self.best.stages and not self.attempt(sweep, _ANYTHING):
+                return math.inf
         stuck = 0
         while low < self.best.objective * _BETTER:
             high = self.best.objective * _BETTER
             close = high - low < 1e-3 * high and stuck >= 2
-            bound = high if close else (low + high) / 2
+            bound = high if close else min(math.sqrt(low * high), 1.5 * low)
             if self.attempt(sweep, bound):
                 stuck = 0
             else:
@@ -161,7 +169,7 @@ class _Solver:
     def _pipeline(self, sweep: PiperSweep, cuts: Sequence[Cut]) -> PiperPipeline | None:
         stages = []
         for cut in cuts:
-            found = sweep.choose(cut, cut.flights)
+            found = sweep.recompute.choose(cut.low, cut.high, cut.replicas, cut.degree, cut.flights)
             if found is None:
                 sweep.forbid(cut)
                 return None
