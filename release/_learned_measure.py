@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -73,45 +71,96 @@ def stages_of(
         yield i, code, machine, AnalyticCost().stage_cost(code, machine)
 
 
-def seconds_of(code: StageCode) -> tuple[Seconds, float]:
+class Quiet:
+    """Waits for moments in which other programs disturb little.
+
+    A small reference (products in cache, sums out of it) is timed: where it takes longer than its
+    best, so does what is measured now.
+    """
+
+    TOLERATED, PAUSE_S, TRIES = 1.06, 0.2, 3
+
+    def __init__(self) -> None:
+        self._square = torch.randn(256, 256)
+        self._long = torch.randn(3 << 20)
+        self._best = min(self._reference() for _ in range(10))
+
+    def _reference(self) -> float:
+        found = []
+        for _ in range(5):
+            began = time.thread_time()
+            for _ in range(4):
+                torch.mm(self._square, self._square)
+            self._long.add_(1.0)
+            found.append(time.thread_time() - began)
+        return min(found)
+
+    def wait(self) -> float:
+        """Waits a little for such a moment; returns how disturbed it is, 1 for not at all."""
+        least = float("inf")
+        for _ in range(self.TRIES):
+            now = self._reference()
+            self._best = min(self._best, now)
+            least = min(least, now / self._best)
+            if now <= self.TOLERATED * self._best:
+                break
+            time.sleep(self.PAUSE_S)
+        return least
+
+
+def seconds_of(code: StageCode, quiet: Quiet) -> tuple[Seconds, float]:
     """Measured seconds of a stage's programs, and by how much measurements of them differ."""
-    found = [profile(code), profile(code)]
+    found = []
+    for _ in range(2):
+        quiet.wait()
+        found.append(profile(code))
     whole = [run.forward + run.backward for run in found]
     spread = max(whole) / min(whole) - 1.0
     if spread > DISTURBED:
+        quiet.wait()
         found.append(profile(code))
-    if len(found) == 2:  # other programs only add
-        return Seconds(*(min(pair) for pair in zip(*found, strict=True))), spread
-    return Seconds(*(statistics.median(three) for three in zip(*found, strict=True))), spread
+        # Other programs only add: the middle of the two better ones.
+        found = sorted(found, key=lambda run: run.forward + run.backward)[:2]
+    return Seconds(*(min(pair) for pair in zip(*found, strict=True))), spread
 
 
-def measure_family(
-    family: str, count: int, calibration: Calibration, seed: int, budget_s: float
-) -> list[Sample]:
-    """Up to `count` different stages of one family, measured within about `budget_s` seconds."""
-    found: list[Sample] = []
+def measured_stages(
+    family: str, calibration: Calibration, seed: int, quiet: Quiet
+) -> Iterator[Sample]:
+    """Different stages of one family, without end."""
     known: set[str] = set()
-    began = time.perf_counter()
-    for configuration in itertools.islice(configurations(family, seed), 4 * count):
-        if len(found) >= count or time.perf_counter() - began > budget_s:
-            break
+    for c in configurations(family, seed):
         try:
-            for i, code, _, cost in stages_of(configuration, calibration):
+            for i, code, _, cost in stages_of(c, calibration):
                 work = stage_work(code)
                 if work.digest in known or not LEAST_S < cost.forward_s + cost.backward_s < MOST_S:
                     continue
                 known.add(work.digest)
-                measured, spread = seconds_of(code)
+                measured, spread = seconds_of(code, quiet)
                 analytic = (
                     cost.forward_s, cost.backward_s, cost.backward_input_s, cost.backward_weight_s,
                 )  # fmt: skip
-                words = f"{configuration.words}, stage {i}, recompute {configuration.recompute}"
-                found.append(
-                    Sample(family, words, work, analytic, tuple(measured), round(spread, 4))
-                )
+                words = f"{c.words}, stage {i} of {c.stages}, {c.tensor} wide, {c.recompute}"
+                yield Sample(family, words, work, analytic, tuple(measured), round(spread, 4))
         except RayparError as error:
-            print(f"{family} {configuration.words}: left out: {error}", flush=True)
-    return found
+            print(f"{family} {c.words}: left out: {error}", flush=True)
+
+
+def measure(
+    families: Sequence[str], count: int, calibration: Calibration, seed: int, budget_s: float
+) -> Iterator[Sample]:
+    """Up to `count` stages of each family, in turns, for about `budget_s` seconds.
+
+    In turns, so that a machine that is slower for a while is so for all families.
+    """
+    quiet = Quiet()
+    sources = [measured_stages(family, calibration, seed, quiet) for family in families]
+    began = time.perf_counter()
+    for _ in range(count):
+        for source in sources:
+            if time.perf_counter() - began > budget_s:
+                return
+            yield next(source)
 
 
 def save_samples(samples: list[Sample], path: Path) -> None:

@@ -242,7 +242,7 @@ def _drawn(family: str, draw: random.Random) -> Model:
         model = lambda: MoE(layers, width, heads, experts, vocab)  # noqa: E731
         return f"{text}, {experts} experts", model, _words(length, vocab), samples
     if family == "rnn":
-        kind, hidden = pick(("lstm", "gru")), pick((64, 128, 192, 256))
+        kind, hidden, length = pick(("lstm", "gru")), pick((64, 128, 192, 256)), pick((16, 32, 48))
         text = f"{layers} {kind} layers of {hidden}, {length} words of {vocab}"
         return text, lambda: RNN(kind, layers, hidden, vocab), _words(length, vocab), 2 * samples
     if family == "mlp":

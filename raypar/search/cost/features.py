@@ -110,32 +110,33 @@ class Column(NamedTuple):
             little is known.
         kind: Class of op.
         size: Position on the scale of sizes (`KNOTS`), -1 where sizes do not count.
+        density: Position on the scale of FLOPs per byte (`DENSITIES`) for products, else -1.
     """
 
     device: str
     family: str
     kind: str
-    size: int
+    size: int = -1
+    density: int = -1
 
 
 KNOTS = (4.0, 5.0, 6.0, 7.0, 8.0)
 """Decimal logarithms of the bytes of one op (for products: of a hundredth of their FLOPs) between
 which speeds are interpolated: from what fits into a first cache to what fits into none."""
 
+DENSITIES = (0.5, 1.0, 1.5, 2.0)
+"""The same for FLOPs per byte of products: few of them wait for memory, however large."""
+
 Seconds = dict[Column, float]
 
 
-def _spread(size: float) -> tuple[tuple[int, float], ...]:
-    """Weights of the knots around a size; they add up to 1."""
-    at = (math.log10(max(size, 1.0)) - KNOTS[0]) / (KNOTS[1] - KNOTS[0])
-    at = min(max(at, 0.0), len(KNOTS) - 1.0)
-    low = min(int(at), len(KNOTS) - 2)
+def _spread(value: float, knots: tuple[float, ...]) -> tuple[tuple[int, float], ...]:
+    """Weights of the knots around the logarithm of a value; they add up to 1."""
+    at = (math.log10(max(value, 1e-3)) - knots[0]) / (knots[1] - knots[0])
+    at = min(max(at, 0.0), len(knots) - 1.0)
+    low = min(int(at), len(knots) - 2)
     share = at - low
     return tuple((k, w) for k, w in ((low, 1.0 - share), (low + 1, share)) if w > 0.0)
-
-
-_THIN = 8.0
-"""FLOPs per byte below which a product waits for memory."""
 
 
 def _columns_of(work: Work, machine: MeshMachine) -> Seconds:
@@ -143,16 +144,19 @@ def _columns_of(work: Work, machine: MeshMachine) -> Seconds:
     device = machine.kinds[0][0].name
     whole = work.seconds(machine)
     if work.kind == "view":
-        return {Column(device, "call", "view", -1): whole}
+        return {Column(device, "call", "view"): whole}
     calls = min(work.calls * machine.overhead_s, whole)
+    kind = work.kind or ("product" if work.matmul else "plain")
+    found = {Column(device, "call", kind): calls}
+    family = "memory"
+    densities: tuple[tuple[int, float], ...] = ((-1, 1.0),)
+    size = work.nbytes
     if work.matmul:
-        kind = work.kind or ("thin" if work.flops < _THIN * work.nbytes else "product")
         family, size = "product", work.flops / 100.0
-    else:
-        kind, family, size = work.kind or "plain", "memory", work.nbytes
-    found = {Column(device, "call", kind, -1): calls}
-    for knot, share in _spread(size):
-        found[Column(device, family, kind, knot)] = share * (whole - calls)
+        densities = _spread(work.flops / max(work.nbytes, 1.0), DENSITIES)
+    for knot, share in _spread(size, KNOTS):
+        for density, part in densities:
+            found[Column(device, family, kind, knot, density)] = share * part * (whole - calls)
     return found
 
 
@@ -226,7 +230,8 @@ class Pricer:
         whole = self._machine.optimizer_s(work.optimized_bytes, work.optimized)
         size = work.optimized_bytes / work.optimized
         return {
-            Column(device, "step", OPTIMIZER, knot): share * whole for knot, share in _spread(size)
+            Column(device, "step", OPTIMIZER, knot): share * whole
+            for knot, share in _spread(size, KNOTS)
         }
 
 

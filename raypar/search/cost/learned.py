@@ -1,15 +1,23 @@
-"""The learned cost model: the analytic one, corrected by what was measured."""
+"""The learned cost model: the analytic one, corrected by what was measured.
+
+It was compared, on stages of model families that it had not seen, with a Gaussian process and
+gradient boosting over features of whole stages, with non-negative least squares over classes of op,
+and with an ensemble of small networks (`release/learned.py`, `release/results/learned.json`):
+factors for classes and sizes of ops carry over to new models best, for ops are what models share.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from raypar.lowered import LoweredPlan
 from raypar.mesh.calibration import Calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import MeshSlice, Plan
+from raypar.search._sim_setting import CPU_OVERHEAD_S
 from raypar.search.cost.analytic import AnalyticCost
 from raypar.search.cost.base import (
     CostModel,
@@ -17,14 +25,19 @@ from raypar.search.cost.base import (
     StageCost,
     register_cost_model,
     stage_code,
+    total_s,
 )
+from raypar.search.cost.collectives import CollectiveFit
 from raypar.search.cost.features import PricedStage, Pricer, StageWork, stage_work
 from raypar.search.cost.machine import MeshMachine, machine_of
 from raypar.search.cost.profiled import Seconds
-from raypar.search.cost.regression import Row, WorkRegression
-from raypar.search.cost.rows import ALONE, TOGETHER, StageRow
+from raypar.search.cost.regression import Predicted, Row, WorkRegression
+from raypar.search.cost.rows import ALONE, TOGETHER, CollectiveRow, StageRow, StepRow
 from raypar.search.cost.store import MeasurementStore
 from raypar.search.measure import Measured
+
+_MOST_FITS = 4
+"""Calibrations, and device kinds under each, for which a fit is kept."""
 
 
 @register_cost_model
@@ -38,12 +51,15 @@ class LearnedCost(CostModel):
     name = "learned"
 
     def __init__(self, store: MeasurementStore | None = None) -> None:
+        """Learns from a store when it is first asked; without one, from what it will observe."""
         self.store = store if store is not None else MeasurementStore()
-        self._fits: list[tuple[Calibration, str, _Fit]] = []
+        self._fits: list[tuple[Calibration, str, _StageFit]] = []
+        self._links: list[tuple[Calibration, Cluster, CollectiveFit]] = []
+        self._held = memory_factor(self.store.steps)
 
     @classmethod
     def from_store(cls, store: MeasurementStore) -> LearnedCost:
-        """The model of what a store knows; it is fitted when it is first asked."""
+        """The model of what a store knows."""
         return cls(store)
 
     def for_cluster(self, cluster: Cluster) -> LearnedCost:
@@ -77,9 +93,14 @@ class LearnedCost(CostModel):
             The cost, and the standard deviation of the logarithm of its forward and backward
             seconds together.
         """
-        analytic = AnalyticCost().stage_cost(stage, machine, optimizer_states=optimizer_states)
+        cost = AnalyticCost().stage_cost(stage, machine, optimizer_states=optimizer_states)
+        work = stage_work(stage)
         ranks = 1 if alone else max(machine.cluster.shape)
-        return self._fit(machine).corrected(analytic, stage_work(stage), ranks)
+        # On devices of several kinds the slowest counts.
+        found = [fit.predict(work, ranks) for fit in self._stage_fits(machine)]
+        slowest = max(found, key=lambda own: sum(seconds for seconds, _ in own[:2]))
+        times = [p for _, p in slowest]
+        return self._corrected(cost, times, machine), _together(cost, times)
 
     def observe(
         self, stage: StageCode, machine: MeshMachine, measured: Seconds, *, origin: str = ""
@@ -99,6 +120,23 @@ class LearnedCost(CostModel):
         seconds = (*(float(s) for s in measured), 0.0)
         device = machine.kinds[0][0].name
         self.store.add(StageRow(work, device, seconds, ALONE, 1, origin or work.op_classes))
+
+    def observe_collective(
+        self, kind: str, tier: str, size: int, nbytes: float, seconds: float
+    ) -> None:
+        """Keeps what a collective was measured at.
+
+        Args:
+            kind: One of `raypar.sharding.convert.COLLECTIVES`.
+            tier: ``inside`` a node or ``across`` nodes.
+            size: Ranks that took part.
+            nbytes: Bytes of the larger side on one rank.
+            seconds: How long it took.
+
+        Raises:
+            ValueError: A figure is not finite and positive, or there are fewer than two ranks.
+        """
+        self.store.add(CollectiveRow(kind, tier, size, nbytes, seconds))
 
     def observe_step(
         self,
@@ -120,57 +158,148 @@ class LearnedCost(CostModel):
         rows = []
         for i, found in enumerate(measured.stages[: len(plan.stages)]):
             machine = machine_of(cluster, plan.stages[i].mesh, calibration)
-            seconds = (found.forward_s, found.backward_s, 0.0, 0.0, found.optimizer_s)
-            if not all(0.0 <= s < math.inf for s in seconds) or not max(seconds):
-                continue
-            work = stage_work(stage_code(lowered, plan, i))
-            rows.append(
-                StageRow(
-                    work, machine.kinds[0][0].name, seconds, TOGETHER, max(cluster.shape),
-                    plan.params_hash,
+            code = stage_code(lowered, plan, i)
+            cost = AnalyticCost().stage_cost(code, machine)
+            around = 0.0 if machine.is_gpu else CPU_OVERHEAD_S
+            seconds = (
+                _compute(found.forward_s, around + total_s(cost.forward_comm)),
+                _compute(found.backward_s, around + total_s(cost.backward_comm)),
+                0.0,
+                0.0,
+                _compute(found.optimizer_s, 0.0),
+            )
+            if max(seconds) > 0.0:
+                device = machine.kinds[0][0].name
+                ranks = max(Counter(cluster.device(d)[0] for d in plan.devices).values())
+                rows.append(
+                    StageRow(stage_work(code), device, seconds, TOGETHER, ranks, plan.params_hash)
                 )
-            )  # fmt: skip
         self.store.add(*rows)
 
     def refit(self) -> None:
-        """Takes what was observed since into account, for every machine that was asked for."""
+        """Takes what was observed since into account."""
         for _, _, fit in self._fits:
             fit.update(self.store.stages)
+        self._links.clear()
+        self._held = memory_factor(self.store.steps)
 
-    def _fit(self, machine: MeshMachine) -> _Fit:
-        device = machine.kinds[0][0].name
-        for calibration, name, fit in self._fits:
-            if name == device and (
-                calibration is machine.calibration or calibration == machine.calibration
-            ):
+    # -- inside -----------------------------------------------------------------------------
+
+    def _corrected(
+        self, cost: StageCost, times: Sequence[Predicted], machine: MeshMachine
+    ) -> StageCost:
+        forward, backward, first, second, step = (math.exp(p.log) for p in times)
+        links = self._link_fit(machine)
+        held = cost.resident_bytes + max(
+            cost.forward_peak_bytes, cost.saved_bytes + cost.backward_peak_bytes
+        )
+        return replace(
+            cost,
+            forward_s=cost.forward_s * forward,
+            backward_s=cost.backward_s * backward,
+            backward_input_s=cost.backward_input_s * first,
+            backward_weight_s=cost.backward_weight_s * second,
+            optimizer_s=cost.optimizer_s * step,
+            forward_comm=links.corrected(machine, cost.forward_comm),
+            backward_comm=links.corrected(machine, cost.backward_comm),
+            backward_input_comm=links.corrected(machine, cost.backward_input_comm),
+            backward_weight_comm=links.corrected(machine, cost.backward_weight_comm),
+            gather=links.corrected(machine, cost.gather),
+            sync=links.corrected(machine, cost.sync),
+            overhead_bytes=cost.overhead_bytes + int((self._held - 1.0) * held),
+        )
+
+    def _stage_fits(self, machine: MeshMachine) -> list[_StageFit]:
+        """One for each kind of device of a mesh."""
+        kinds = {machine.cluster.node_of(d).device.name: d for d in machine.mesh.devices}
+        found = []
+        for name, device in kinds.items():
+            fit = next(
+                (f for c, n, f in self._fits if n == name and _same(c, machine.calibration)), None
+            )
+            if fit is None:
+                mesh = MeshSlice((device,), (1,))
+                fit = _StageFit(machine_of(machine.cluster, mesh, machine.calibration))
+                fit.update(self.store.stages)
+                most = max(_MOST_FITS, len(kinds))
+                self._fits = [(machine.calibration, name, fit), *self._fits[: most - 1]]
+            found.append(fit)
+        return found
+
+    def _link_fit(self, machine: MeshMachine) -> CollectiveFit:
+        for calibration, cluster, fit in self._links:
+            if cluster == machine.cluster and _same(calibration, machine.calibration):
                 return fit
-        fit = _Fit(machine)
-        fit.update(self.store.stages)
-        self._fits = [(machine.calibration, device, fit), *self._fits[:3]]
+        fit = CollectiveFit(machine.cluster, machine.calibration, self.store.collectives)
+        own = (machine.calibration, machine.cluster, fit)
+        self._links = [own, *self._links[: _MOST_FITS - 1]]
         return fit
 
 
-class _Fit:
-    """A regression over the stages of a store, priced with one calibration."""
+def _same(a: Calibration, b: Calibration) -> bool:
+    return a is b or a == b
+
+
+def _together(cost: StageCost, times: Sequence[Predicted]) -> float:
+    """Sigma of forward and backward together.
+
+    What is not known of one stage's parts is mostly the same, so that their errors add up.
+    """
+    parts = [cost.forward_s * math.exp(times[0].log), cost.backward_s * math.exp(times[1].log)]
+    whole = sum(parts)
+    if not whole > 0.0:
+        return times[0].sigma
+    return sum(t * p.sigma for t, p in zip(parts, times, strict=False)) / whole
+
+
+_LEAST_COMPUTE = 0.5
+
+
+def _compute(seconds: float, around: float) -> float:
+    """What of a measured pass was compute; 0 (not known) where most of it was something else."""
+    own = seconds - around
+    return own if math.isfinite(seconds) and own > _LEAST_COMPUTE * seconds > 0.0 else 0.0
+
+
+_MEMORY_PRIOR, _MEMORY_NOISE = 0.05, 0.05
+
+
+def memory_factor(steps: Sequence[StepRow]) -> float:
+    """How much more memory ranks take than is simulated, 1 where no more or not known.
+
+    The mean of the logarithms of measured over simulated peaks, drawn towards 0 by a Gaussian
+    prior. A plan that is told to fit must fit: what is measured to be less changes nothing.
+    """
+    ratios = [
+        math.log(row.measured_bytes / row.simulated_bytes)
+        for row in steps
+        if row.measured_bytes > 0 and row.simulated_bytes > 0
+    ]
+    if not ratios:
+        return 1.0
+    weight = len(ratios) + (_MEMORY_NOISE / _MEMORY_PRIOR) ** 2
+    return math.exp(min(max(sum(ratios) / weight, 0.0), 1.0))
+
+
+class _StageFit:
+    """A regression over the stages of a store, priced on one device with one calibration."""
 
     def __init__(self, machine: MeshMachine) -> None:
-        mesh = MeshSlice(machine.mesh.devices[:1], (1,))
-        one = machine_of(machine.cluster, mesh, machine.calibration)
-        self._device = one.kinds[0][0].name
-        self._price = Pricer(one)
+        self._device = machine.kinds[0][0].name
+        self._price = Pricer(machine)
         self._priced: dict[str, PricedStage] = {}
         self._regression = WorkRegression()
         self._chosen_at = 0
 
     def update(self, stages: Sequence[StageRow]) -> None:
-        """Fits anew; how much may vary is chosen again when there is half as much more to see."""
+        """Fits anew; priors are chosen again when there is half as much more to see."""
         rows = [row for stage in stages for row in self._rows(stage)]
         choose = len(rows) >= 1.5 * self._chosen_at
         self._regression.fit(rows, choose=choose)
         if choose:
             self._chosen_at = len(rows)
 
-    def _rows(self, stage: StageRow) -> Iterable[Row]:
+    def _rows(self, stage: StageRow) -> Iterator[Row]:
         if stage.device != self._device:
             return
         key = stage.key
@@ -183,17 +312,11 @@ class _Fit:
             if measured > 0.0:
                 yield Row(seconds, traits, measured, stage.origin, float(stage.count))
 
-    def corrected(self, cost: StageCost, work: StageWork, ranks: int) -> tuple[StageCost, float]:
-        """An analytic cost with its seconds corrected, and its sigma."""
+    def predict(self, work: StageWork, ranks: int) -> list[tuple[float, Predicted]]:
+        """Per piece, the optimizer last: (seconds, factor on the analytic ones)."""
         priced = self._price(work, ranks)
         rows = [Row(s, t) for s, t in zip(priced.pieces, priced.traits, strict=True)]
-        _, sigma = self._regression.joint(rows[:2])
-        found = self._regression.predict(rows)
-        forward, backward, first, second, step = (math.exp(p.log) for p in found)
-        corrected = cost.with_seconds(
-            cost.forward_s * forward,
-            cost.backward_s * backward,
-            cost.backward_input_s * first,
-            cost.backward_weight_s * second,
-        )
-        return replace(corrected, optimizer_s=cost.optimizer_s * step), sigma
+        return [
+            (sum(row.seconds.values()) * math.exp(p.log), p)
+            for row, p in zip(rows, self._regression.predict(rows), strict=True)
+        ]

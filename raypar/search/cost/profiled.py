@@ -89,7 +89,7 @@ def profile(stage: StageCode, wire: Wire | None = None) -> Seconds:
     holders = list(stage.graph.find_nodes(op="placeholder"))
     generator = torch.Generator().manual_seed(0)
     inputs = [_random(node, generator) for node in holders]
-    with _one_thread(), _alone(dict(stage.axes)) as context, torch.no_grad():
+    with one_thread(), _alone(dict(stage.axes)) as context, torch.no_grad():
         return _measure(program, inputs, context)
 
 
@@ -241,7 +241,8 @@ def _alone(sizes: dict[str, int]) -> Iterator[_Alone]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Has torch work on one thread for a while."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
