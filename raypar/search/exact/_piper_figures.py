@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raypar.graph.workloads import LayerVariant, LayerWorkload
-from raypar.search.exact._piper_formula import Formula, Setting, bytes_in
+from raypar.search.exact._piper_formula import Formula, PiperSetting, bytes_in
 from raypar.search.exact._piper_knapsack import Choice, Steps, cheapest, steps_of
 from raypar.search.exact._piper_lattice import Family
 
@@ -53,7 +53,7 @@ class DegreeFigures:
     """
 
     def __init__(
-        self, workload: LayerWorkload, family: Family, setting: Setting, degree: int
+        self, workload: LayerWorkload, family: Family, setting: PiperSetting, degree: int
     ) -> None:
         self.family = family
         self.setting = setting

@@ -19,7 +19,7 @@ from raypar.search.exact._piper_lattice import Order
 
 
 @dataclass(frozen=True)
-class Setting:
+class PiperSetting:
     """The machine and the step that a workload is planned for.
 
     Attributes:
@@ -49,7 +49,7 @@ class Formula:
         setting: The machine.
     """
 
-    def __init__(self, workload: LayerWorkload, order: Order, setting: Setting) -> None:
+    def __init__(self, workload: LayerWorkload, order: Order, setting: PiperSetting) -> None:
         self.setting = setting
         n = len(order.layers)
         self._into: list[list[tuple[int, int, float]]] = [[] for _ in range(n)]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raypar.search.exact._piper_figures import DegreeFigures
-from raypar.search.exact._piper_formula import Setting
+from raypar.search.exact._piper_formula import PiperSetting
 from raypar.search.exact._piper_labels import (
     Array,
     Fronts,
@@ -76,7 +76,7 @@ class PiperSweep:
         self,
         family: Family,
         figures: Sequence[DegreeFigures],
-        setting: Setting,
+        setting: PiperSetting,
         replicas: Sequence[int],
         clock: Callable[[], None] = lambda: None,
     ) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from raypar.errors import PlanError
 from raypar.graph.workloads import LayerWorkload
 from raypar.search.exact._piper_figures import DegreeFigures
-from raypar.search.exact._piper_formula import Setting
+from raypar.search.exact._piper_formula import PiperSetting
 from raypar.search.exact._piper_lattice import Family, Order
 from raypar.search.exact._piper_sweep import Cut, PiperSweep
 
@@ -67,7 +67,7 @@ class PiperPipeline:
 
 def solve_piper(
     workload: LayerWorkload,
-    setting: Setting,
+    setting: PiperSetting,
     *,
     replicas: Sequence[int] | None = None,
     seconds: float = 8.0,
@@ -95,7 +95,7 @@ class _Solver:
     def __init__(
         self,
         workload: LayerWorkload,
-        setting: Setting,
+        setting: PiperSetting,
         replicas: Sequence[int] | None,
         seconds: float,
     ) -> None:
@@ -190,7 +190,7 @@ class _Solver:
         return PiperPipeline(tuple(stages), max(s.load for s in stages))
 
 
-def _check(setting: Setting) -> None:
+def _check(setting: PiperSetting) -> None:
     for name, value, whole in (
         ("devices", setting.devices, True),
         ("memory", setting.memory, False),
