@@ -5,15 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
+from dataclasses import replace
 from typing import NamedTuple
 
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
+from raypar.search.cache import PlanCache, question_of
 from raypar.search.config import SearchConfig
 from raypar.search.measure import Measurer
 from raypar.search.planners.base import get_planner
-from raypar.search.record import SearchRecord, TrialRecord
+from raypar.search.record import INTERRUPTED, SearchRecord, TrialRecord
+
+_DIRECT = ("uniform", "manual")
+"""Planners that search nothing: asking them again costs less than a look into the cache."""
 
 
 class Found(NamedTuple):
@@ -73,17 +78,52 @@ def search(
         ConfigError: No such planner.
     """
     config = config or SearchConfig()
-    if config.chosen_planner == "optuna":
-        from raypar.search.study.study import StudySearch
 
-        study = StudySearch(
-            graph, cluster, config, measurer=measurer, executor=executor, capture=capture,
-            progress=progress,
-        )  # fmt: skip
-        return study.run()
-    began = time.perf_counter()
-    made = get_planner(config.chosen_planner).plan(graph, cluster, config)
-    return Found(made, _alone(made, cluster, time.perf_counter() - began))
+    def run() -> Found:
+        if config.chosen_planner == "optuna":
+            from raypar.search.study.study import StudySearch
+
+            study = StudySearch(
+                graph, cluster, config, measurer=measurer, executor=executor, capture=capture,
+                progress=progress,
+            )  # fmt: skip
+            return study.run()
+        began = time.perf_counter()
+        made = get_planner(config.chosen_planner).plan(graph, cluster, config)
+        return Found(made, _alone(made, cluster, time.perf_counter() - began))
+
+    if config.seeds != "auto":
+        for name in config.seeds:
+            get_planner(name)
+    if not config.cache or config.chosen_planner in _DIRECT:
+        return run()
+    return _remembered(graph, cluster, config, measurer is not None, run)
+
+
+def _remembered(
+    graph: OpGraph,
+    cluster: Cluster,
+    config: SearchConfig,
+    measured: bool,
+    run: Callable[[], Found],
+) -> Found:
+    """What the plan cache holds, else what is found, which goes into it.
+
+    A search with a journal always runs, since it goes on from there.
+    """
+    cache = PlanCache()
+    question = question_of(graph, cluster, config, measured=measured)
+    note = ""
+    if config.storage is None:
+        known, note = cache.get(question, graph, cluster)
+        if known is not None:
+            return Found(known.plan, known.record)
+    found = run()
+    notes = [note]
+    if found.record.stopped != INTERRUPTED:
+        notes.append(cache.put(question, found.plan, found.record))
+    told = (*found.record.notes, *filter(None, notes))
+    return Found(found.plan, replace(found.record, notes=told))
 
 
 def _alone(made: Plan, cluster: Cluster, seconds: float) -> SearchRecord:

@@ -13,6 +13,8 @@ RECORD_FORMAT = 1
 FIDELITIES = ("quick", "simulated", "learned", "measured")
 """What a step time rests on, cheapest first: the sums that the solvers use; the plan lowered and
 played with the analytic cost model; the same with the learned one; steps that really ran."""
+INTERRUPTED = "interrupted"
+"""Why a search ended (`SearchRecord.stopped`) that the user stopped: it is no answer to keep."""
 STATES = ("kept", "pruned", "infeasible", "failed")
 
 Decision = str | int | float | bool

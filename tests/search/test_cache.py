@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import raypar
+from raypar.errors import ConfigError
 from raypar.graph.capture import capture
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.calibration import table_calibration
@@ -20,8 +21,11 @@ from raypar.plan import Plan
 from raypar.search import cache as cache_module
 from raypar.search.cache import PlanCache, Question, question_of
 from raypar.search.config import SearchConfig
+from raypar.search.plan import search
+from raypar.search.planners import base
+from raypar.search.planners.base import Planner
 from raypar.search.planners.uniform import UniformPlanner
-from raypar.search.record import SearchRecord, TrialRecord
+from raypar.search.record import INTERRUPTED, SearchRecord, TrialRecord
 
 CLUSTER = Cluster.virtual(1, 2)
 CONFIG = SearchConfig(cache=True)
@@ -213,3 +217,77 @@ def test_a_folder_that_cannot_be_made_is_told(
 def test_it_lies_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "own"))
     assert PlanCache().folder == tmp_path / "own" / "plans"
+
+
+# -- as `search` uses it -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    return tmp_path / "plans"
+
+
+class _Counting(Planner):
+    """Counts how often it is asked."""
+
+    name = "counting"
+    asked = 0
+
+    def plan(self, graph: OpGraph, cluster: Cluster, config: SearchConfig) -> Plan:
+        """What `uniform` makes."""
+        _Counting.asked += 1
+        return UniformPlanner().plan(graph, cluster, config)
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> type[_Counting]:
+    monkeypatch.setitem(base._PLANNERS, "counting", _Counting)
+    monkeypatch.setattr(_Counting, "asked", 0)
+    return _Counting
+
+
+def test_the_same_question_is_searched_for_once(
+    own_folder: Path, graph: OpGraph, counting: type[_Counting]
+) -> None:
+    config = SearchConfig(planner="counting", cache=True)
+    first = search(graph, CLUSTER, config)
+    again = search(graph_of(), CLUSTER, config)  # another capture of the same model
+    assert counting.asked == 1
+    assert again.plan == first.plan
+    assert again.record.notes[-1].endswith("--no-cache searches again")
+    assert not first.record.notes
+    search(graph, CLUSTER, dataclasses.replace(config, cache=False))
+    search(graph, CLUSTER, dataclasses.replace(config, storage="study.journal"))
+    assert counting.asked == 3
+    assert len(list(own_folder.iterdir())) == 1
+
+
+def test_a_corrupt_entry_is_told_and_written_again(
+    own_folder: Path, graph: OpGraph, counting: type[_Counting]
+) -> None:
+    config = SearchConfig(planner="counting", cache=True)
+    search(graph, CLUSTER, config)
+    (path,) = own_folder.iterdir()
+    path.write_text("{")
+    found = search(graph, CLUSTER, config)
+    assert "searched again" in found.record.notes[0]
+    assert counting.asked == 2
+    search(graph, CLUSTER, config)
+    assert counting.asked == 2
+
+
+def test_an_interrupted_search_is_no_answer_to_keep(own_folder: Path, graph: OpGraph) -> None:
+    def stop(trial: TrialRecord, best: TrialRecord | None) -> None:
+        if best is not None:
+            raise KeyboardInterrupt
+
+    config = SearchConfig(planner="optuna", cache=True, seeds=("alpa",), trials=4)
+    found = search(graph, CLUSTER, config, progress=stop)
+    assert found.record.stopped == INTERRUPTED
+    assert not own_folder.exists()
+
+
+def test_an_unknown_planner_among_the_seeds_is_refused(graph: OpGraph) -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'alpa'"):
+        search(graph, CLUSTER, SearchConfig(seeds=("alpha",)))
