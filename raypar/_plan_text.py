@@ -57,7 +57,18 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.predicted:
         figures = ", ".join(f"{_title(k)} {figure(k, v)}" for k, v in plan.predicted.items())
         lines.append(f"predicted: {figures}")
-    return lines
+    return [*lines, *certificate_lines(plan)]
+
+
+def certificate_lines(plan: Plan) -> list[str]:
+    """How good the plan can be told to be, in one line; none where nothing is known."""
+    gap, bound = plan.certificate.get("gap"), plan.certificate.get("lower_bound_s")
+    if gap is None or bound is None:
+        return []
+    return [
+        f"at most {100 * gap:.1f} % from the best possible under this cost model "
+        f"(no plan takes less than {duration(bound)})"
+    ]
 
 
 def plan_columns(plan: Plan, *, predicted: bool = True) -> list[Column]:

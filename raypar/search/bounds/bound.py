@@ -89,10 +89,9 @@ def lower_bound(
     """
     config = config or SearchConfig()
     calibration = calibration or table_calibration(cluster)
-    bounds = [
-        _Cut(graph, cluster, calibration, config, replicas, microbatches).bound()
-        for replicas, microbatches in _cuts(graph, cluster, config)
-    ]
+    cuts = list(_cuts(graph, cluster, config))
+    exactly = len(cuts) == 1
+    bounds = [_Cut(graph, cluster, calibration, config, *cut).bound(exactly) for cut in cuts]
     found = [bound for bound in bounds if bound is not None]
     if not found:
         raise PlanError(
@@ -133,10 +132,10 @@ class _Cut:
         self.local_batch = graph.global_batch // (replicas * microbatches)
         self.ranks = cluster.n_devices // replicas
 
-    def bound(self) -> Bound | None:
+    def bound(self, exactly: bool = False) -> Bound | None:
         """The bound, or None where the model cannot be run in such microbatches."""
         try:
-            kernels = kernels_of(self.graph, self.local_batch)
+            kernels = kernels_of(self.graph, self.local_batch, exactly=exactly)
         except PlanError:
             return None
         compute = self._compute_rows(kernels)

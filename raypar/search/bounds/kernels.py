@@ -9,7 +9,7 @@ the sake of strides come and go with the cuts, and are left out.
 from __future__ import annotations
 
 import operator
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import fx
 from raypar.graph.build import CleanGraph
 from raypar.graph.opgraph import OpGraph
 from raypar.graph.passes.emit import is_op, op_name
+from raypar.graph.turns import in_turn
 from raypar.search.cost.base import StageCode
 from raypar.search.cost.exact import StagePieces, stage_pieces
 from raypar.search.cost.machine import compute_dtype
@@ -56,28 +57,28 @@ class Kernel(NamedTuple):
     backward: bool
 
 
-def kernels_of(graph: OpGraph, local_batch: int) -> tuple[Kernel, ...]:
+def kernels_of(graph: OpGraph, local_batch: int, *, exactly: bool = False) -> tuple[Kernel, ...]:
     """The kernels of one microbatch of `local_batch` samples on one replica.
 
-    For a model whose samples do not meet, sizes grow with the batch as a constant and a share per
-    sample: two sizes are captured, all others lie on the line through them.
+    Args:
+        graph: The captured model.
+        local_batch: Samples.
+        exactly: Whether the model is captured at that size. Else, where samples do not meet, it is
+            captured at two sizes: a kernel's size is a constant and a share per sample, so that
+            all others lie on the line through them.
 
     Raises:
         PlanError: The model cannot be captured at that size.
     """
-    known = graph.memo.setdefault("bound kernels", {})
+    known: dict[int, tuple[Kernel, ...]] = graph.memo.setdefault("bound kernels", {})
     if local_batch not in known:
-        ends = [] if graph.feels_microbatches else _line(graph)
-        if local_batch not in ends and len(ends) == 2:
-            known[local_batch] = _between(
-                kernels_of(graph, ends[0]), kernels_of(graph, ends[1]), ends, local_batch
-            )
-        else:
-            known[local_batch] = _kernels(graph, local_batch)
-        if not known[local_batch]:
-            known[local_batch] = _kernels(graph, local_batch)
-    found: tuple[Kernel, ...] = known[local_batch]
-    return found
+        ends = [] if exactly or graph.feels_microbatches else _line(graph)
+        found: tuple[Kernel, ...] = ()
+        if ends and local_batch not in ends:
+            small, large = (kernels_of(graph, b, exactly=True) for b in ends)
+            found = _between(small, large, ends, local_batch)
+        known[local_batch] = found or _kernels(graph, local_batch)
+    return known[local_batch]
 
 
 def _line(graph: OpGraph) -> list[int]:
@@ -103,17 +104,42 @@ def _between(
     return tuple(found)
 
 
+@in_turn
 def _kernels(graph: OpGraph, local_batch: int) -> tuple[Kernel, ...]:
     clean = graph.local(local_batch)
     trainable = frozenset(n for n, (_, _, trained) in graph.params.items() if trained)
     counts: Counter[object] = Counter()
-    kernels: dict[object, tuple[Kernel, ...]] = {}
+    found: dict[object, tuple[Kernel, ...]] = {}
     for node, wants in _ops(clean, trainable):
-        key: object = (call_key(node) or node, wants, str(node.meta.get("autocast")))
+        told = call_key(node)
+        key: object = node if told is None else (told, wants, str(node.meta.get("autocast")))
         counts[key] += 1
-        if key not in kernels:
-            kernels[key] = tuple(_traced(node, wants))
-    return tuple(k._replace(times=counts[key]) for key, own in kernels.items() for k in own)
+        if key not in found and told is None:
+            found[key] = tuple(_traced(node, wants))
+        elif key not in found:
+            found[key] = _TRACED.find(key, node, wants)
+    return tuple(k._replace(times=counts[key]) for key, own in found.items() for k in own)
+
+
+class _Traces:
+    """The last ops that were traced, of any model."""
+
+    most = 2048
+
+    def __init__(self) -> None:
+        self.known: OrderedDict[object, tuple[Kernel, ...]] = OrderedDict()
+
+    def find(self, key: object, node: fx.Node, wants: _Wants) -> tuple[Kernel, ...]:
+        """Kernels of an op; `key` says all that they depend on."""
+        if key not in self.known:
+            self.known[key] = tuple(_traced(node, wants))
+            if len(self.known) > self.most:
+                self.known.popitem(last=False)
+        self.known.move_to_end(key)
+        return self.known[key]
+
+
+_TRACED = _Traces()
 
 
 class _Wants(NamedTuple):
