@@ -34,7 +34,8 @@ from raypar.train._warm_actor import Held, Turn, WarmActor
 from raypar.train.quiet import Step
 
 _GRACE_S = 1.0  # for the failures of other ranks, once one has failed
-_HEAL_S = 5.0  # for a rank to come to its end, before its process is killed
+_HEAL_S = 5.0  # for a rank that failed to come to its end, before its process is killed
+_UNLOAD_S = 30.0  # the same for one that is well
 _LOOK_S = 1.0
 
 
@@ -164,11 +165,14 @@ class WarmPool:
 
     def unload(self, loaded: Loaded) -> None:
         """Drops a plan; processes that do not obey are ended. Safe to call twice."""
+        self._unload(loaded, _UNLOAD_S)
+
+    def _unload(self, loaded: Loaded, patience_s: float) -> None:
         there = [p for p in loaded.processes if self._processes.get(p.device) is p]
         refs = {p.actor.unload.remote(loaded.world): p for p in there}
         if not refs:
             return
-        done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=_HEAL_S)
+        done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=patience_s)
         for ref, process in refs.items():
             if ref not in done or not _answered_well(ref):
                 self._kill(process)
@@ -310,7 +314,7 @@ class WarmPool:
         """Ends what a plan still does, and unloads it; processes that hang or died are dropped."""
         refs = [p.actor.abort.remote(loaded.world, reason) for p in loaded.processes]
         ray.wait(refs, num_returns=len(refs), timeout=_GRACE_S)
-        self.unload(loaded)
+        self._unload(loaded, _HEAL_S)
 
 
 def _value(ref: Any, rank: int) -> Any:

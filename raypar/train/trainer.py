@@ -100,7 +100,10 @@ class Trainer:
         """Trains, and writes the run's folder.
 
         The folder ``<storage_path>/<name>/`` holds ``plan.json``, ``metrics.jsonl`` (one line per
-        step), ``result.json`` and ``model.pt`` (the state dict under the model's own names).
+        step), ``result.json`` and ``model.pt`` (the state dict under the model's own names); where
+        a plan was searched also ``search.json``, what the search looked at. A search on Ray runs
+        some steps of plans that could be the best (`SearchConfig.measure`), on the first batch and
+        with the model as it is initialised; training then starts afresh.
 
         Returns:
             Metrics, folder and plan.
@@ -142,7 +145,7 @@ class Trainer:
             clock.mark("capture")
             cluster = self._reach_cluster(stack, plan, clock, arm)
             if plan is None:
-                plan = self._search(graph, cluster)
+                plan = self._search(graph, cluster, opened, path)
                 clock.mark("plan")
             _check_devices(plan, cluster, self._scaling)
             plan.save(path / "plan.json")
@@ -195,12 +198,34 @@ class Trainer:
             found *= n
         return found
 
-    def _search(self, graph: OpGraph, cluster: Cluster) -> Plan:
-        from raypar.search.plan import plan as search  # the one place where train/ needs a search
+    def _search(self, graph: OpGraph, cluster: Cluster, opened: Opened, path: Path) -> Plan:
+        # Only here does train/ need a search.
+        from raypar.search.config import SearchConfig
+        from raypar.search.plan import search
 
-        if self._search_config is None:
-            return search(graph, cluster)
-        return search(graph, cluster, self._search_config)
+        config = self._search_config or SearchConfig()
+        with _random_state_kept(), ExitStack() as stack:
+            measurer = None
+            if self._scaling.num_workers != 0 and config.measure != 0:
+                from raypar.train.measure import RayMeasurer
+
+                measurer = stack.enter_context(
+                    RayMeasurer(
+                        graph,
+                        cluster,
+                        opened.example,
+                        self._optimizer,
+                        seed=self._seed,
+                        clip_norm=self._clip_norm,
+                        scaling=self._scaling,
+                    )
+                )
+            found = search(graph, cluster, config, measurer=measurer)
+        (path / "search.json").write_text(found.record.to_json() + "\n")
+        if found.record.stopped == "interrupted":  # a search then ends with its best; a run ends
+            found.plan.save(path / "plan.json")
+            raise KeyboardInterrupt
+        return found.plan
 
     def _compile(self, graph: OpGraph, plan: Plan) -> list[RankSpec]:
         return compile_plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -68,6 +69,22 @@ def test_two_stages_of_two_replicas_on_actors_equal_one_process(
     )
     assert there.metrics["startup"]["start"] > 0
     assert there.metrics["driver_share"] >= 0
+    assert not held_groups()
+
+
+def test_a_search_runs_plans_and_training_starts_afresh(ray_session: str, tmp_path: Path) -> None:
+    two = {"scaling_config": rp.ScalingConfig(num_workers=2), "steps": 3}
+    search = rp.SearchConfig(planner="optuna", trials=3, seeds=("uniform",), measure=2)
+    random_state = torch.get_rng_state()
+    there = trainer(tmp_path / "ray", search_config=search, **two).fit()
+    assert torch.equal(torch.get_rng_state(), random_state)
+    two["scaling_config"] = rp.ScalingConfig(num_workers=0)
+    here = trainer(tmp_path / "local", plan=there.plan, **two).fit()
+    record = json.loads((there.path / "search.json").read_text())
+    assert record["measured_s"] > 0
+    torch.testing.assert_close(
+        dict(torch.load(there.path / "model.pt")), dict(torch.load(here.path / "model.pt"))
+    )
     assert not held_groups()
 
 
