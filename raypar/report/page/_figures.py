@@ -138,8 +138,9 @@ def _certificate(plan: Plan, played: Simulation, record: SearchRecord | None) ->
 
 
 def _origin(plan: Plan, record: SearchRecord | None) -> Figure:
-    if record is None:
-        return Figure("proposed by", plan.planner, "the planner that made the plan")
+    if record is None or len(record.trials) < 2:
+        took = "" if record is None else f" in {duration(record.seconds)}"
+        return Figure("proposed by", plan.planner, f"the planner that made the plan{took}")
     sampler = f", sampler {record.sampler}" if record.sampler else ""
     measured = f", {duration(record.measured_s)} of it measuring" if record.measured_s else ""
     return Figure(

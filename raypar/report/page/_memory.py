@@ -18,7 +18,7 @@ from raypar.report.page._svg import (
     stretched,
     svg,
 )
-from raypar.report.page._words import MEMORY
+from raypar.report.page._words import MEMORY, moment
 from raypar.search.simulation import MOVING, LaneReport, MemoryTimeline, Simulation
 
 _MOST = 12
@@ -96,7 +96,7 @@ def _chart(played: Simulation, own: list[int]) -> MemoryChart:
         words if near else f"{words}; the limit is far above this picture",
         full,
         drawing,
-        labels(x, duration, most=3),
+        labels(x, moment, most=3),
         labels(y, size, upwards=True, most=4),
     )
 

@@ -12,6 +12,7 @@ from raypar._plan_text import duration
 from raypar.plan import Plan
 from raypar.report.gantt import LETTERS, gantt_rows
 from raypar.report.page._svg import Scale, element, grid, joined, labels, share, svg
+from raypar.report.page._words import moment
 from raypar.schedules.instructions import COMPUTE, Instruction
 from raypar.search.simulation import Simulation, Span
 
@@ -20,8 +21,11 @@ _MOST_SPANS = 2600
 beginning, middle and end one by one."""
 _MOST_LANES = 32
 _COLUMNS = 240
-_LABELLED = 0.022
-"""Share of the width from which on a span carries its microbatch's number."""
+_SHADES = 3
+"""Chunks beyond the first that have a shade of their own."""
+_LABELLED = 0.022, 0.06
+"""Share of the width from which on a span carries its microbatch's number: of one drawing, and of
+three side by side."""
 _KIND = {letter: kind for kind, letter in LETTERS.items()}
 
 
@@ -78,8 +82,8 @@ def gantt_chart(plan: Plan, played: Simulation) -> Gantt:
     panels = [
         Panel(
             title,
-            _drawing(spans, Scale(start, end), height, chunks, title or "a step"),
-            labels(Scale(start, end), duration, most=3 if many else 8),
+            _Canvas(Scale(start, end), height, chunks, _LABELLED[many]).drawing(spans, title),
+            labels(Scale(start, end), moment, most=3 if many else 8),
         )
         for title, start, end in windows
     ]
@@ -152,18 +156,52 @@ def _windows(spans: Sequence[Sequence[Span]], step: float) -> list[tuple[str, fl
     return windows(width)
 
 
-def _drawing(
-    spans: Sequence[Sequence[Span]], x: Scale, height: int, chunks: Sequence[int], title: str
-) -> Markup:
-    """All lanes' spans that lie on the scale."""
-    parts = [grid(x, None)]
-    for row, lane in enumerate(spans):
-        parts.append(_background(row, height))
-        for span in lane:
-            if span.end > x.low and span.start < x.high and span.kind != "wait":
-                parts += _span(span, x, row, height, chunks)
-    name = f"Gantt chart of {title}: one row for each rank group, time from left to right"
-    return svg(parts, height=len(spans) * height, title=name, class_="gantt")
+@dataclass(frozen=True, slots=True)
+class _Canvas:
+    """How lanes are drawn.
+
+    Attributes:
+        x: The time axis.
+        height: Of a row, in pixels.
+        chunks: Of every stage, its chunk.
+        labelled: Share of the width from which on a span carries its microbatch's number.
+    """
+
+    x: Scale
+    height: int
+    chunks: Sequence[int]
+    labelled: float
+
+    def drawing(self, spans: Sequence[Sequence[Span]], title: str) -> Markup:
+        """All lanes' spans that lie on the time axis."""
+        parts = [grid(self.x, None)]
+        for row, lane in enumerate(spans):
+            parts.append(_background(row, self.height))
+            for span in lane:
+                if span.end > self.x.low and span.start < self.x.high and span.kind != "wait":
+                    parts += self._span(span, row)
+        name = f"Gantt chart of {title or 'a step'}: a row for each rank group, time to the right"
+        return svg(parts, height=len(spans) * self.height, title=name, class_="gantt")
+
+    def _span(self, span: Span, row: int) -> list[Markup]:
+        start, end = self.x.place(span.start), self.x.place(span.end)
+        once = span.name in ("OPTIMIZER", "GATHER")  # not part of an instruction list
+        now = None if once else Instruction.parse(span.name)
+        stage = now.stage if now is not None and now.kind in COMPUTE else None
+        chunk = 0 if stage is None else min(self.chunks[stage], _SHADES)
+        box = element(
+            "rect",
+            x=share(start),
+            y=row * self.height + 1,
+            width=share(max(end - start, 2e-4)),
+            height=self.height - 2,
+            class_=f"k-{span.kind} c{chunk}" if chunk else f"k-{span.kind}",
+            data_g=f"{span.name}|{moment(span.start)}|{duration(span.end - span.start)}",
+        )
+        if stage is None or now is None or end - start < self.labelled:
+            return [box]
+        middle, base = share((start + end) / 2), row * self.height + self.height // 2 + 4
+        return [box, element("text", [str(now.microbatch)], x=middle, y=base)]
 
 
 def _background(row: int, height: int) -> Markup:
@@ -172,31 +210,6 @@ def _background(row: int, height: int) -> Markup:
         "rect", x="0", y=row * height + 1, width="100%", height=height - 2, class_="k-wait",
         data_t="idle: waits for somebody who has not sent yet",
     )  # fmt: skip
-
-
-def _span(span: Span, x: Scale, row: int, height: int, chunks: Sequence[int]) -> list[Markup]:
-    start, end = x.place(span.start), x.place(span.end)
-    now = Instruction.parse(span.name) if span.name not in ("OPTIMIZER", "GATHER") else None
-    compute = now is not None and now.kind in COMPUTE
-    shade = ""
-    if compute and now is not None and now.stage is not None and chunks[now.stage]:
-        shade = f" c{min(chunks[now.stage], 3)}"
-    found = [
-        element(
-            "rect",
-            x=share(start),
-            y=row * height + 1,
-            width=share(max(end - start, 2e-4)),
-            height=height - 2,
-            class_=f"k-{span.kind}{shade}",
-            data_g=f"{span.name}|{duration(span.start)}|{duration(span.end - span.start)}",
-        )
-    ]
-    if compute and now is not None and end - start >= _LABELLED and height >= 14:
-        at = share((start + end) / 2)
-        text = element("text", [str(now.microbatch)], x=at, y=row * height + height // 2 + 4)
-        found.append(text)
-    return found
 
 
 def _whole(played: Simulation, chosen: Sequence[int], height: int) -> Panel:
@@ -228,4 +241,4 @@ def _whole(played: Simulation, chosen: Sequence[int], height: int) -> Panel:
         class_="gantt",
     )
     scale = Scale(0.0, played.step_s)
-    return Panel("the whole step", drawing, labels(scale, duration, most=8))
+    return Panel("the whole step", drawing, labels(scale, moment, most=8))

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from markupsafe import Markup
 
-from raypar._plan_text import duration, size
+from raypar._plan_text import size
 from raypar.report.page._record import best_trials, pareto_front, trial_words
 from raypar.report.page._svg import Scale, element, grid, labels, share, svg
-from raypar.report.page._words import FIDELITY
+from raypar.report.page._words import FIDELITY, moment
 from raypar.search.record import FIDELITIES, SearchRecord, TrialRecord
 
+_LEAST = 3
+"""Trials with a step time below which there is nothing to compare."""
 _MOST_DOTS = 600
 _COLOURS = 8
 """Proposers that have a colour of their own; further ones share the last."""
-_HEIGHT, _STRIP = 340, 46
-_PROGRESS_HEIGHT = 220
+_FAR = 100
+"""Times the best step time beyond which trials lie at the end of the time axis."""
+_HEIGHT, _STRIP, _PROGRESS_HEIGHT = 340, 46, 220
 SHAPES = {"quick": "circle", "simulated": "square", "learned": "triangle", "measured": "star"}
 """Fidelity of a trial's best figure → shape of its dot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A drawing with the texts of its axes."""
+
+    drawing: Markup
+    x_axis: Markup
+    y_axis: Markup
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,25 +43,17 @@ class TrialPlots:
 
     Attributes:
         pareto: Step time × peak memory.
-        pareto_x: Texts of its time axis.
-        pareto_y: Texts of its axis of bytes.
         strip: Trials that have no place in it, or None where all have.
         progress: Step time over trials, with the best so far.
-        progress_x: Texts of its axis of trials.
-        progress_y: Texts of its time axis.
         proposers: (name, style class) of all who proposed.
         fidelities: (name, shape, meaning) of those that were reached.
         tips: Trial number → hover text; in the page as data, once for all dots of a trial.
         left_out: What is not drawn, in words.
     """
 
-    pareto: Markup
-    pareto_x: Markup
-    pareto_y: Markup
+    pareto: Plot
     strip: Markup | None
-    progress: Markup
-    progress_x: Markup
-    progress_y: Markup
+    progress: Plot
     proposers: list[tuple[str, str]]
     fidelities: list[tuple[str, str, str]]
     tips: dict[int, str]
@@ -56,50 +61,30 @@ class TrialPlots:
 
 
 def trial_plots(record: SearchRecord) -> TrialPlots | None:
-    """Draws a search; None where no trial has a step time.
+    """Draws a search; None where too few trials have a step time.
 
     Args:
         record: What the search did.
     """
-    chosen = _shown(record)
-    timed = [(t, s) for t in chosen if (s := t.best_s) is not None and s > 0]
-    if not timed:
+    shown = _shown(record)
+    if sum(t.best_s is not None for t in shown) < _LEAST:
         return None
+    pen = _Pen(record, shown)
     counts = Counter(t.proposer for t in record.trials)
-    names = [name for name, _ in counts.most_common()]
-    style = {name: f"p{min(i, _COLOURS - 1)}" for i, name in enumerate(names)}
-    bound = [record.bound_s] if record.bound_s > 0 else []
-    kept = [s for t, s in timed if t.state == "kept"] or [s for _, s in timed]
-    x = Scale.around([*_without_far([s for _, s in timed], min(kept)), *bound])
-    placed = [(t, s) for t, s in timed if t.peak_bytes > 0]
-    y = Scale.around([float(t.peak_bytes) for t, _ in placed] or [1.0, 2.0])
-    best = {t.number for t in pareto_front(record.trials)}
-    homeless = [t for t in chosen if t.best_s is None or t.peak_bytes <= 0]
-    dots = [_dot(t, share(x.place(s)), share(1 - y.place(t.peak_bytes)), style, record, best)
-            for t, s in placed]  # fmt: skip
-    progress_x = Scale.around([-0.5, max(t.number for t in record.trials) + 0.5], room=0.0)
+    left_out = (
+        f"{len(shown)} of {len(record.trials)} trials are drawn: the best ones, and every so "
+        "manyth of the others"
+    )
     return TrialPlots(
-        pareto=svg(
-            [grid(x, y), *_bound(record, x, upwards=False), *_front(record, x, y), *dots],
-            height=_HEIGHT,
-            title="Step time and peak memory of every trial",
-            class_="trials",
-        ),
-        pareto_x=labels(x, duration),
-        pareto_y=labels(y, size, upwards=True),
-        strip=_strip(homeless, x, style, record) if homeless else None,
-        progress=_progress(timed, progress_x, x, style, record),
-        progress_x=labels(progress_x, lambda n: f"{n:.0f}", most=8),
-        progress_y=labels(x, duration, upwards=True, most=5),
-        proposers=[(f"{n} ({counts[n]})", style[n]) for n in names],
+        pareto=pen.pareto(),
+        strip=pen.strip(),
+        progress=pen.progress(),
+        proposers=[(f"{name} ({counts[name]})", style) for name, style in pen.styles.items()],
         fidelities=[
-            (n, SHAPES[n], FIDELITY[n]) for n in FIDELITIES if any(n in t.step_s for t in chosen)
+            (n, SHAPES[n], FIDELITY[n]) for n in FIDELITIES if any(n in t.step_s for t in shown)
         ],
-        tips={t.number: trial_words(t) for t in chosen},
-        left_out=""
-        if len(chosen) == len(record.trials)
-        else f"{len(chosen)} of {len(record.trials)} trials are drawn: the best ones, and every so "
-        "manyth of the others",
+        tips={t.number: trial_words(t) for t in shown},
+        left_out="" if len(shown) == len(record.trials) else left_out,
     )
 
 
@@ -108,106 +93,131 @@ def _shown(record: SearchRecord) -> list[TrialRecord]:
     trials = record.trials
     if len(trials) <= _MOST_DOTS:
         return list(trials)
-    front = {t.number for t in pareto_front(trials)} | {record.winner}
-    front |= {t.number for t in best_trials(record, _MOST_DOTS // 2)}
-    others = [t for t in trials if t.number not in front]
-    step = len(others) / max(1, _MOST_DOTS - len(front))
-    even = {others[int(i * step)].number for i in range(max(0, _MOST_DOTS - len(front)))}
-    return [t for t in trials if t.number in front | even]
+    best = {t.number for t in pareto_front(trials)} | {record.winner}
+    best |= {t.number for t in best_trials(record, _MOST_DOTS // 2)}
+    others = [t for t in trials if t.number not in best]
+    room = max(0, _MOST_DOTS - len(best))
+    even = {others[i * len(others) // room].number for i in range(room)} if others else set()
+    return [t for t in trials if t.number in best | even]
 
 
-def _without_far(seconds: Sequence[float], best: float) -> list[float]:
-    """What the time axis must show: not what takes more than 100 times the best."""
-    return [s for s in seconds if s <= 100 * best]
+class _Pen:
+    """Draws the trials of one record, alike in all pictures."""
 
+    def __init__(self, record: SearchRecord, shown: Sequence[TrialRecord]) -> None:
+        self.record, self.shown = record, shown
+        self.timed = [(t, s) for t in shown if (s := t.best_s) is not None]
+        names = [name for name, _ in Counter(t.proposer for t in record.trials).most_common()]
+        self.styles = {name: f"p{min(i, _COLOURS - 1)}" for i, name in enumerate(names)}
+        self.front = pareto_front(record.trials)
 
-def _dot(
-    trial: TrialRecord,
-    x: str,
-    y: str,
-    style: dict[str, str],
-    record: SearchRecord,
-    best: set[int],
-) -> Markup:
-    reached = [n for n in FIDELITIES if n in trial.step_s]
-    words = [style[trial.proposer] if trial.state == "kept" else f"s-{trial.state}"]
-    if trial.number == record.winner:
-        words.append("winner")
-    elif trial.number in best:
-        words.append("front")
-    shape = SHAPES[reached[-1]] if reached else "cross"
-    return element(
-        "use", href=f"#dot-{shape}", x=x, y=y, class_=" ".join(words), data_i=trial.number
-    )
+    @cached_property
+    def time(self) -> Scale:
+        """The axis of step times, of all pictures: all but hopeless trials, and the bound."""
+        kept = [s for t, s in self.timed if t.state == "kept"]
+        far = _FAR * min(kept or [s for _, s in self.timed])
+        bound = [self.record.bound_s] if self.record.bound_s > 0 else []
+        return Scale.around([*(s for _, s in self.timed if s <= far), *bound])
 
+    def pareto(self) -> Plot:
+        """Step time × peak memory of all trials that have both."""
+        placed = [(t, s) for t, s in self.timed if t.peak_bytes > 0]
+        y = Scale.around([float(t.peak_bytes) for t, _ in placed] or [1.0, 2.0])
+        corners = [
+            (share(self.time.place(t.best_s or 0.0)), share(1 - y.place(t.peak_bytes)))
+            for t in self.front
+        ]
+        lines = []
+        for (x1, y1), (x2, y2) in pairwise(corners):
+            lines.append(element("line", x1=x1, x2=x2, y1=y1, y2=y1, class_="front-line"))
+            lines.append(element("line", x1=x2, x2=x2, y1=y1, y2=y2, class_="front-line"))
+        marked = {t.number for t in self.front}
+        dots = [
+            self._dot(t, share(self.time.place(s)), share(1 - y.place(t.peak_bytes)), marked)
+            for t, s in self._on_top(placed)
+        ]
+        drawing = svg(
+            [grid(self.time, y), *self._bound(upwards=False), *lines, *dots],
+            height=_HEIGHT,
+            title="Step time and peak memory of every trial",
+        )
+        return Plot(drawing, labels(self.time, moment), labels(y, size, upwards=True))
 
-def _bound(record: SearchRecord, scale: Scale, *, upwards: bool) -> list[Markup]:
-    """The lower bound as a line."""
-    if record.bound_s <= 0:
-        return []
-    at = share(1 - scale.place(record.bound_s) if upwards else scale.place(record.bound_s))
-    ends = {"x1": "0", "x2": "100%", "y1": at, "y2": at}
-    if not upwards:
-        ends = {"x1": at, "x2": at, "y1": "0", "y2": "100%"}
-    text = (
-        f"lower bound: no plan takes less than {duration(record.bound_s)} a step under this cost "
-        "model"
-    )
-    return [element("line", class_="bound", data_t=text, **ends)]
+    def strip(self) -> Markup | None:
+        """Trials without a place: by their step time where they have one, else in order."""
+        trials = [t for t in self.shown if t.best_s is None or t.peak_bytes <= 0]
+        if not trials:
+            return None
+        rows, untimed, before = 3, sum(t.best_s is None for t in trials), 0
+        parts = []
+        for i, trial in enumerate(trials):
+            if trial.best_s is None:
+                at, before = (before + 0.5) / untimed, before + 1
+            else:
+                at = self.time.place(trial.best_s)
+            parts.append(self._dot(trial, share(at), f"{8 + 15 * (i % rows)}"))
+        title = f"{len(trials)} trials without step time or memory"
+        return svg(parts, height=_STRIP, title=title)
 
+    def progress(self) -> Plot:
+        """Every trial's step time by its number, and a line for the best kept one so far."""
+        x = Scale(-0.5, max(t.number for t in self.record.trials) + 0.5)
+        places = {
+            t.number: (share(x.place(t.number)), 1 - self.time.place(s)) for t, s in self.timed
+        }
+        lines: list[Markup] = []
+        best: tuple[str, float] | None = None
+        for trial, _ in self.timed:
+            at, height = places[trial.number]
+            if trial.state == "kept" and (best is None or height > best[1]):
+                lines += _step(*best, at, height) if best else []
+                best = (at, height)
+        lines += _step(*best, "100%", best[1]) if best else []
+        dots = [
+            self._dot(t, places[t.number][0], share(places[t.number][1]))
+            for t, _ in self._on_top(self.timed)
+        ]
+        drawing = svg(
+            [grid(x, self.time), *self._bound(upwards=True), *lines, *dots],
+            height=_PROGRESS_HEIGHT,
+            title="Step time of every trial, and the best so far",
+        )
+        numbers = labels(x, lambda n: f"{n:.0f}", most=8)
+        return Plot(drawing, numbers, labels(self.time, moment, upwards=True, most=5))
 
-def _front(record: SearchRecord, x: Scale, y: Scale) -> list[Markup]:
-    """The Pareto front as a staircase."""
-    corners = [
-        (share(x.place(t.best_s or 0.0)), share(1 - y.place(t.peak_bytes)))
-        for t in pareto_front(record.trials)
-    ]
-    lines = []
-    for (x1, y1), (x2, y2) in pairwise(corners):
-        lines.append(element("line", x1=x1, x2=x2, y1=y1, y2=y1, class_="front-line"))
-        lines.append(element("line", x1=x2, x2=x2, y1=y1, y2=y2, class_="front-line"))
-    return lines
+    def _on_top(
+        self, timed: Sequence[tuple[TrialRecord, float]]
+    ) -> list[tuple[TrialRecord, float]]:
+        """Kept trials after others, the front and the winner last: what comes last is on top."""
+        front = {t.number for t in self.front}
 
+        def rank(pair: tuple[TrialRecord, float]) -> tuple[bool, bool, bool]:
+            number = pair[0].number
+            return number == self.record.winner, number in front, pair[0].state == "kept"
 
-def _strip(
-    trials: Sequence[TrialRecord], x: Scale, style: dict[str, str], record: SearchRecord
-) -> Markup:
-    """Trials without a place: by their step time where they have one, else in order."""
-    rows, untimed, before = 3, sum(t.best_s is None for t in trials), 0
-    parts = []
-    for i, trial in enumerate(trials):
-        seconds = trial.best_s
-        if seconds is None:
-            at, before = (before + 0.5) / untimed, before + 1
-        else:
-            at = x.place(seconds)
-        parts.append(_dot(trial, share(at), f"{8 + 15 * (i % rows)}", style, record, set()))
-    title = f"{len(trials)} trials without step time or memory"
-    return svg(parts, height=_STRIP, title=title, class_="trials")
+        return sorted(timed, key=rank)
 
+    def _dot(self, trial: TrialRecord, x: str, y: str, front: Collection[int] = ()) -> Markup:
+        reached = [n for n in FIDELITIES if n in trial.step_s]
+        words = [self.styles[trial.proposer] if trial.state == "kept" else f"s-{trial.state}"]
+        if trial.number == self.record.winner:
+            words.append("winner")
+        elif trial.number in front:
+            words.append("front")
+        shape = f"#dot-{SHAPES[reached[-1]] if reached else 'cross'}"
+        return element("use", href=shape, x=x, y=y, class_=" ".join(words), data_i=trial.number)
 
-def _progress(
-    timed: Sequence[tuple[TrialRecord, float]],
-    x: Scale,
-    y: Scale,
-    style: dict[str, str],
-    record: SearchRecord,
-) -> Markup:
-    """Every trial's step time by its number, and a line for the best kept one so far."""
-    dots, lines = [], []
-    best: tuple[str, float] | None = None
-    for trial, seconds in sorted(timed, key=lambda one: one[0].number):
-        at, height = share(x.place(trial.number)), 1 - y.place(seconds)
-        dots.append(_dot(trial, at, share(height), style, record, set()))
-        if trial.state == "kept" and (best is None or height > best[1]):
-            if best is not None:
-                lines += _step(*best, at, height)
-            best = (at, height)
-    if best is not None:
-        lines += _step(*best, "100%", best[1])
-    parts = [grid(x, y), *_bound(record, y, upwards=True), *lines, *dots]
-    title = "Step time of every trial, and the best so far"
-    return svg(parts, height=_PROGRESS_HEIGHT, title=title, class_="trials progress")
+    def _bound(self, *, upwards: bool) -> list[Markup]:
+        """The lower bound as a line."""
+        bound = self.record.bound_s
+        if bound <= 0:
+            return []
+        at = self.time.place(bound)
+        ends = {"x1": share(at), "x2": share(at), "y1": "0", "y2": "100%"}
+        if upwards:
+            ends = {"x1": "0", "x2": "100%", "y1": share(1 - at), "y2": share(1 - at)}
+        words = f"lower bound: no plan takes less than {moment(bound)} a step under this cost model"
+        return [element("line", class_="bound", data_t=words, **ends)]
 
 
 def _step(x1: str, y1: float, x2: str, y2: float) -> list[Markup]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from raypar._plan_text import duration
+
 KINDS = {
     "F": ("forward", "a forward pass of one microbatch"),
     "B": ("backward", "a whole backward pass of one microbatch"),
@@ -41,3 +43,8 @@ STATE = {
     "failed": "an error",
 }
 """State of a trial → what it means."""
+
+
+def moment(seconds: float) -> str:
+    """Seconds with a unit, as on a time axis: its beginning is ``0``."""
+    return duration(seconds) if seconds else "0"
