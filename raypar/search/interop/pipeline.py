@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 _FINENESS = 2e-3
 """Relative distance to which the least feasible bound on the slowest stage is narrowed down."""
+_ROUNDING = 1e-12
 _LOOSER = (1.005, 1.01, 1.02, 1.05, 1.1, 1.2, 1.5)
 """Bounds above the least feasible one that are tried, as multiples of it."""
 
@@ -98,11 +100,14 @@ class WayTable:
         self.ways = list(ways)
         self.microbatches = microbatches
         self.n_units = len(ways[0].seconds)
-        self._seconds = np.stack([_spans(w.seconds) + w.entry[:, None] for w in ways])
-        self._once = np.stack([_spans(w.once) for w in ways])
-        self._fixed = np.stack([_spans(w.fixed) + _most(w.transient) for w in ways])
-        self._saved = np.stack([_spans(w.saved) + w.held[:, None] for w in ways])
-        self._memory = np.array([w.memory for w in ways])[:, None, None]
+        self._live = _not_beaten(self.ways, microbatches)
+        live = [self.ways[i] for i in self._live]
+        # Once-a-step costs are spread over the microbatches.
+        steps = [_spans(w.seconds + w.once / microbatches) + w.entry[:, None] for w in live]
+        self._time = np.stack(steps)
+        self._fixed = np.stack([_spans(w.fixed) + _most(w.transient) for w in live])
+        self._saved = np.stack([_spans(w.saved) + w.held[:, None] for w in live])
+        self._memory = np.array([w.memory for w in live])[:, None, None]
         self._tables: dict[int, tuple[Array, npt.NDArray[np.intp]]] = {}
 
     def least_bytes(self) -> float:
@@ -110,19 +115,52 @@ class WayTable:
         need = self._fixed + self._saved
         return float(need[:, 0, -1].min())
 
+    @cached_property
+    def _flights(self) -> tuple[Array, Array]:
+        """(most microbatches in flight that fit, for every way and range; all such numbers)."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            most = np.floor((self._memory - self._fixed) / self._saved * (1 + _ROUNDING))
+        most[np.isnan(most)] = np.inf  # nothing is held for a microbatch
+        most = np.where(self._fixed <= self._memory, most, -1.0)
+        return most, np.unique(most)
+
     def at(self, remaining: int) -> tuple[Array, npt.NDArray[np.intp]]:
         """(time, way) of stages ``[i, j)`` that have `remaining` stages, themselves included.
 
         Time is infinite where no way fits the memory; once-a-step costs are spread over the
         microbatches, so that a stage that syncs for long is a slow one.
         """
-        flight = min(remaining, self.microbatches)
-        if flight not in self._tables:
-            time = self._seconds + self._once / self.microbatches
-            time = np.where(self._fixed + flight * self._saved <= self._memory, time, np.inf)
+        most, numbers = self._flights
+        # Between two of the numbers, the same ways fit.
+        key = int(np.searchsorted(numbers, min(remaining, self.microbatches)))
+        if key not in self._tables:
+            least = numbers[key] if key < len(numbers) else np.inf
+            time = np.where(most >= least, self._time, np.inf)
             best = time.argmin(axis=0)
-            self._tables[flight] = (np.take_along_axis(time, best[None], 0)[0], best)
-        return self._tables[flight]
+            found = np.take_along_axis(time, best[None], 0)[0]
+            self._tables[key] = found, np.asarray(self._live)[best]
+        return self._tables[key]
+
+
+def _not_beaten(ways: Sequence[Way], microbatches: int) -> list[int]:
+    """Positions of the ways that no other one beats at every unit, in time and in memory."""
+    rows = np.stack(
+        [
+            np.concatenate(
+                [
+                    w.seconds + w.once / microbatches, w.entry, w.fixed, w.saved, w.transient,
+                    w.held, [-w.memory],
+                ]
+            )
+            for w in ways
+        ]
+    )  # fmt: skip
+    kept: list[int] = []
+    for i, row in enumerate(rows):
+        if any((rows[k] <= row).all() for k in kept):
+            continue
+        kept = [k for k in kept if not (row <= rows[k]).all()] + [i]
+    return kept
 
 
 def _spans(values: Array) -> Array:
@@ -170,15 +208,18 @@ def best_pipeline(
         The best one; without stages where none fits the memory or beats the limit.
     """
     best = Pipeline(step_s=limit_s)
+    least_sum = 0.0
 
     def consider(bound: float) -> float | None:
         """Slowest stage of the least sum under a bound; None where there is none."""
-        nonlocal best
+        nonlocal best, least_sum
         found = _least_sum(tables, devices, bound, most_stages, exactly)
         if found is None:
             return None
         slowest = max(s.seconds for s in found)
-        step = sum(s.seconds for s in found) + (microbatches - 1) * slowest
+        total = sum(s.seconds for s in found)
+        least_sum = least_sum or total  # the first bound is none
+        step = total + (microbatches - 1) * slowest
         if step < best.step_s:
             best = Pipeline(tuple(found), step)
         return slowest
@@ -186,9 +227,12 @@ def best_pipeline(
     high = consider(float("inf"))
     if high is None or microbatches == 1:
         return best
-    low = 0.0
+    # Nothing has a smaller sum than what was found, and no bound is below an equal share of it.
+    low = least_sum / min(most_stages, devices // min(tables))
+    if least_sum + (microbatches - 1) * low >= best.step_s:
+        return best
     while high > low * (1 + _FINENESS):
-        if (microbatches - 1) * low >= best.step_s:
+        if least_sum + (microbatches - 1) * low >= best.step_s:
             return best
         middle = math.sqrt(low * high) if low else high / 2
         slowest = consider(middle)
@@ -199,7 +243,7 @@ def best_pipeline(
         if high - low < 1e-12:
             break
     for factor in _LOOSER:
-        if (microbatches - 1) * high >= best.step_s:
+        if least_sum + (microbatches - 1) * high >= best.step_s:
             break
         consider(high * factor)
     return best

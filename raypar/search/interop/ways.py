@@ -173,6 +173,19 @@ class WayMaker:
                     found += self._assemble(split, size, machine, key, solved, state, wish)
         return found
 
+    def alone_s(self, split: Split, device: int) -> np.ndarray:
+        """Per unit, seconds of one microbatch on a device for itself, nothing recomputed.
+
+        Zero where rates fall beyond a size of an op, so that parts may be faster than the whole.
+        """
+        mesh = MeshSlice((device,), (1,), (DATA,))
+        machine = machine_of(self.cluster, mesh, self.calibration)
+        curves = [curve for _, rates in machine.kinds for curve in rates.memory.values()]
+        if any(curve.near > curve.far for curve in curves):
+            return np.zeros(len(self.units))
+        seconds = self._shard(split, (), (), machine).costs.seconds["none"]
+        return seconds[np.asarray(self.units.twin)]
+
     def sharding(
         self, split: Split, shape: tuple[int, ...], modes: tuple[str, ...], devices: Sequence[int]
     ) -> Mapping[int, Mapping[str, str]]:
@@ -190,10 +203,11 @@ class WayMaker:
         return mesh_shapes(size, per_node)
 
     def _zeros(self, devices: int, wish: Wish) -> tuple[int, ...]:
-        for fixed in (self.config.zero, wish.zero):
-            if fixed != "auto":
-                return (fixed,)
-        return (0, 2, 3) if devices > 1 else (0,)
+        if self.config.zero != "auto":
+            return (self.config.zero,)
+        if devices == 1:
+            return (0,)  # there is nobody to share with
+        return (0, 2, 3) if wish.zero == "auto" else (wish.zero,)
 
     def short(self, local_batch: int) -> _Short:
         """The short graph at a microbatch size."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 
+import numpy as np
+
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.calibration import Calibration
 from raypar.mesh.calibration_files import load_calibration
@@ -61,6 +63,7 @@ class Workbench:
         self.line = line_of_devices(cluster)
         self.alike = alike(cluster)
         self.per_node = max(node.devices for node in cluster.nodes)
+        self._least: dict[object, np.ndarray] = {}
 
     def like(self, config: SearchConfig) -> Workbench:
         """The same with other options."""
@@ -103,6 +106,26 @@ class Workbench:
         if not self.alike:
             found += [found[-1]] * (split.devices // unit - len(found))
         return found
+
+    def least_seconds(self, split: Split) -> np.ndarray:
+        """Per unit, seconds of one microbatch on one device that nothing shares or recomputes.
+
+        On n devices a unit takes at least an nth of it: products and memory traffic are shared at
+        best evenly, and what an op costs besides is paid by every device. Where different devices
+        are, those of the fastest kind count. Zero where the shares of an op may be faster than
+        they were together (rates that fall beyond a size).
+        """
+        key = ("least seconds", split.local_batch)
+        if key not in self._least:
+            alone = [self.maker.alone_s(split, d) for d in self._one_of_each_kind()]
+            self._least[key] = np.min(alone, axis=0)
+        return self._least[key]
+
+    def _one_of_each_kind(self) -> list[int]:
+        kinds: dict[str, int] = {}
+        for number, node in enumerate(self.cluster.nodes):
+            kinds.setdefault(node.device.name, self.cluster.devices_of(number)[0])
+        return list(kinds.values())
 
     def _kinds_of(self, devices: Sequence[int]) -> object:
         """What the costs of a mesh depend on: its devices' kinds, and which share a node."""

@@ -10,7 +10,7 @@ search, devices may differ, some may stay idle, and what is found is simulated b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from raypar.errors import PlanError
@@ -128,8 +128,8 @@ class AlpaSearch:
         worse = 0
         for _, group in sorted(by_size.items()):
             before = self._limit()
-            for split in sorted(group, key=lambda s: s.replicas):
-                self._try(split)
+            for _, split, sizes in sorted(self._promising(group), key=lambda one: one[0]):
+                self._try(split, sizes)
             # Larger microbatches only pay up to a point; two sizes without gain end the search.
             worse = worse + 1 if self.kept and self._limit() >= before else 0
             if worse == 2:
@@ -139,16 +139,40 @@ class AlpaSearch:
     def _limit(self) -> float:
         return self.kept[0].step_s if self.kept else float("inf")
 
-    def _try(self, split: Split) -> None:
+    def _worst(self) -> float:
+        """Seconds that a pipeline has to beat to be kept."""
+        return self.kept[-1].step_s if len(self.kept) == _KEPT else float("inf")
+
+    def _promising(self, group: Sequence[Split]) -> Iterator[tuple[float, Split, dict[int, float]]]:
+        """(least seconds of any size, split, size → seconds that no pipeline goes below)."""
         tensor = self.config.tensor
-        sizes = stage_sizes(split.devices, self.bench.per_node) if tensor == "auto" else [tensor]
-        if sizes[0] > split.devices:
-            return
+        for split in group:
+            if tensor == "auto":
+                sizes = stage_sizes(split.devices, self.bench.per_node)
+            else:
+                sizes = [tensor] if tensor <= split.devices else []
+            least = {size: self._least(split, size) for size in sizes}
+            if least:
+                yield min(least.values()), split, least
+
+    def _least(self, split: Split, size: int) -> float:
+        """Seconds of a step that no pipeline of stages of so many devices goes below."""
+        alone = self.bench.least_seconds(split)
+        slots = min(self.most_stages, split.devices // size, len(alone))
+        whole, unit = alone.sum() / size, alone.max() / size
+        return float(whole + (split.microbatches - 1) * max(whole / slots, unit))
+
+    def _try(self, split: Split, sizes: Mapping[int, float]) -> None:
         tables: dict[int, list[WayTable]] = {}
-        for size in sizes:
+        smallest = min(sizes)
+        if min(sizes.values()) >= self._worst():
+            return
+        for size, least in sorted(sizes.items()):
             if size > self.bench.per_node and self.kept:
                 break  # over nodes only where nothing else fits
-            found = self.bench.tables(split, size, sizes[0])
+            if least >= self._worst() and split.devices // smallest > _MIXED_SLOTS:
+                continue
+            found = self.bench.tables(split, size, smallest)
             if found:
                 tables[size] = found
         if not tables:
@@ -161,7 +185,7 @@ class AlpaSearch:
                 split.microbatches,
                 most_stages=most,
                 exactly=None if self.config.stages == "auto" else self.config.stages,
-                limit_s=self.kept[-1].step_s if len(self.kept) == _KEPT else float("inf"),
+                limit_s=self._worst(),
             )
             if pipeline.stages:
                 self._keep(Candidate(split, pipeline))
