@@ -90,7 +90,7 @@ class Ledger:
         if self.best is None or len(both) < _SURE:
             return {}
         over = max(quick / exact for quick, exact in both)
-        return {"quick": self.best.predicted_s * max(over, 1.0) * _SLACK}
+        return {"quick": self.best.predicted_s * over * _SLACK}
 
     def slowest_s(self) -> float:
         """The longest step that was predicted; 1 where there is none."""

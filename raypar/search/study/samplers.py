@@ -61,6 +61,10 @@ PARETO = ("nsga2",)
 """Samplers for step time × peak memory × devices; the others look at the step time alone."""
 
 
+WITHOUT_CONSTRAINTS = ("cmaes",)
+"""Samplers that know no constraints: what does not fit is told as a slow plan."""
+
+
 def sampler_of(name: str, seed: int, *, parallel: bool = False) -> BaseSampler:
     """An Optuna sampler.
 

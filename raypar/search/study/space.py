@@ -148,8 +148,10 @@ class Space:
             chunks = min(chunks, max(len(self.bench.units) // groups, 1))
         schedules = self.schedules if self.config.chunks == 1 else [_INTERLEAVED]
         schedule = _pick(trial, "schedule", schedules)
-        if chunks > 1 and _INTERLEAVED in (*schedules, schedule):
+        if chunks > 1:
             schedule = _INTERLEAVED
+        elif groups == 1:
+            schedule = schedules[0]
         forms: tuple[tuple[str, str], ...] = ()
         if self.patterns and devices != 1 and _pick(trial, "told", (False, True)):
             forms = self._forms(trial)

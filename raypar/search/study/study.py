@@ -16,7 +16,7 @@ from dataclasses import replace
 import optuna
 from optuna.trial import TrialState
 
-from raypar.errors import ConfigError
+from raypar.errors import ConfigError, PlanError
 from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.calibration import Calibration
@@ -32,12 +32,18 @@ from raypar.search.study.elsewhere import Elsewhere, Question
 from raypar.search.study.finals import Finals
 from raypar.search.study.judge import Judge, Outcome
 from raypar.search.study.ledger import Ledger
-from raypar.search.study.samplers import PARETO, quiet_optuna, sampler_of, storage_of
+from raypar.search.study.samplers import (
+    PARETO,
+    WITHOUT_CONSTRAINTS,
+    quiet_optuna,
+    sampler_of,
+    storage_of,
+)
 from raypar.search.study.seeds import seeds
 from raypar.search.study.space import Decisions
 
-_TRIALS, _BUDGET_S = 80, 60.0
-_PATIENCE = 32
+_TRIALS, _BUDGET_S = 64, 60.0
+_PATIENCE = 24
 """Proposals in a row without gain that end a search without a given number of trials."""
 _REPEATED = 100
 """Known proposals in a row after which nothing new is expected."""
@@ -244,9 +250,12 @@ class StudySearch:
         if outcome.reason:
             trial.set_user_attr("reason", outcome.reason)
         over = outcome.overfull or (2.0 if outcome.state in ("infeasible", "failed") else 0.0)
-        trial.set_constraint("memory", over - 1.0)
         worst = _PENALTY * self.ledger.slowest_s()
         step = self.finals.expected_s(outcome) if outcome.step_s else worst
+        if self.config.sampler in WITHOUT_CONSTRAINTS:
+            step *= max(over, 1.0) ** 2
+        else:
+            trial.set_constraint("memory", over - 1.0)
         if self._pareto:
             devices = len(outcome.plan.devices) if outcome.plan else self.bench.cluster.n_devices
             peak = float(outcome.peak_bytes or max(self._memories()) * max(over, 1.0))
@@ -280,6 +289,11 @@ class StudySearch:
     def _found(self) -> Found:
         """The winner, with its certificate and what else was looked at."""
         number = self.finals.winner
+        if not self.ledger.trials:
+            raise PlanError(
+                f"search.budget_s {self.config.budget_s} was used up before a single plan was "
+                "looked at; give more, for example 60, or set search.planner: uniform"
+            )
         if number < 0:
             raise does_not_fit(
                 self.bench.graph, self.bench.cluster, self.config, self.bench.calibration
@@ -305,7 +319,7 @@ class StudySearch:
             bound_parts=dict(self.bound.parts),
             importance=self._importance(),
             stopped=self.stopped,
-            notes=tuple(self.notes),
+            notes=(*self.notes, *self.finals.notes),
         )
         return Found(plan, record)
 
