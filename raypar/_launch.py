@@ -22,7 +22,7 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.report.explain import explain
 from raypar.search.config import SearchConfig
-from raypar.search.plan import plan as make_plan
+from raypar.search.plan import Found, search
 from raypar.train.config import RunConfig, ScalingConfig
 from raypar.train.result import Result
 from raypar.train.trainer import Trainer
@@ -183,10 +183,20 @@ def plan_of(
     config: Config, cluster_file: str | Path | None = None, plan_file: str | Path | None = None
 ) -> tuple[Plan, OpGraph, Cluster]:
     """Captures and plans, or reads the plan, without training and without Ray."""
-    given = None if plan_file is None else Plan.load(plan_file)
+    if plan_file is None:
+        found, graph, cluster = found_of(config, cluster_file)
+        return found.plan, graph, cluster
+    given = Plan.load(plan_file)
+    return given, capture_of(config), cluster_of(config, cluster_file)
+
+
+def found_of(
+    config: Config, cluster_file: str | Path | None = None
+) -> tuple[Found, OpGraph, Cluster]:
+    """Captures and plans, and tells how the plan was found."""
     cluster = cluster_of(config, cluster_file)
     graph = capture_of(config)
-    return given or make_plan(graph, cluster, search_of(config)), graph, cluster
+    return search(graph, cluster, search_of(config)), graph, cluster
 
 
 def shared_cores(cluster: Cluster, *, virtual: bool = False) -> int | None:

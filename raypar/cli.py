@@ -73,22 +73,33 @@ def train(config_file: str, overrides: tuple[str, ...], num_workers: int | None)
 @main.command()
 @click.argument("config_file", metavar="CONFIG")
 @click.option("-o", "--output", default="plan.json", show_default=True, help="Where to write it.")
+@click.option("--html", metavar="FILE", help="Also write the plan and its search as a page.")
 @_set_option
 @_cluster_option
 def plan(
-    config_file: str, output: str, overrides: tuple[str, ...], cluster_file: str | None
+    config_file: str,
+    output: str,
+    html: str | None,
+    overrides: tuple[str, ...],
+    cluster_file: str | None,
 ) -> None:
     """Plan what CONFIG says, without training; write the plan and explain it."""
     config = load_config(config_file, overrides)
-    from raypar._launch import explained, plan_of
+    from raypar._launch import explained, found_of
 
-    made, graph, cluster = plan_of(config, cluster_file)
+    (made, record), graph, cluster = found_of(config, cluster_file)
     click.echo(explained(config, made, graph, cluster, virtual=cluster_file is not None))
     try:
         made.save(output)
     except OSError as error:
         raise ConfigError(f"--output: cannot write {output!r}: {error.strerror}") from None
     click.echo(f"wrote {output}")
+    if html is not None:
+        from raypar._html import write_page
+
+        virtual = cluster_file is not None
+        write_page(config, made, record, graph, cluster, html, virtual=virtual)
+        click.echo(f"wrote {html}")
 
 
 @main.command()
