@@ -148,8 +148,8 @@ def test_unequal_nodes_may_be_left_out_or_taken_from_the_end() -> None:
     graph = rp.capture(case.model_fn, case.batch(0, 8), case.loss_fn, case.batch_dims)
     own = Judge(Workbench(graph, Cluster(nodes, "mixed"), SearchConfig(planner="optuna")))
     assert own.space.used == [4, 2]
-    plain = own.drafter.draft(Decisions(1, 8, devices=1, groups=2, used=4)).plan(own.bench)
-    turned = own.drafter.draft(Decisions(1, 8, devices=1, groups=2, used=4, turned=True))
+    plain = own.drafter.draft(Decisions(1, 8, devices=1, groups=4, used=4)).plan(own.bench)
+    turned = own.drafter.draft(Decisions(1, 8, devices=1, groups=4, used=4, turned=True))
     fewer = own.drafter.draft(Decisions(1, 8, devices=1, groups=2, used=2)).plan(own.bench)
     assert max(fewer.devices) < 2
     assert plain.stages[0].mesh.devices == (0,)
