@@ -66,6 +66,49 @@ class PairTable(Pairs):
     def prepare(self) -> None:
         """Works out every stage's fewest replicas."""
         self._number = self.sweep.number(self.divided, self.whole)
+        if len(self.sweep.figures) > 1:
+            self.sweep.rest = np.maximum(self.sweep.rest, self._completions())
+
+    def _completions(self) -> Index:
+        """Per downset the devices that its layers take at least, whatever stages lie behind it.
+
+        Every stage is given as few flights as the replicas behind it allow, and the seconds of
+        recomputation that its knapsack is known to need.
+        """
+        sweep = self.sweep
+        n, allowed = len(sweep.family), len(sweep.replicas)
+        behind = sweep.replicas_behind()
+        degree, low, high = np.nonzero(self._number < allowed)
+        number = self._number[degree, low, high]
+        at = (degree, low, high)
+        divided, whole, easy, most = (
+            table[at] for table in (self.divided, self.whole, self.easy, self.most)
+        )
+        after = behind[high]
+        number = np.maximum(number, sweep.lifted(after, most))
+        devices = np.full((len(sweep.figures), n, n), np.iinfo(np.int32).max, np.int64)
+        which = np.flatnonzero(number < allowed)
+        while len(which):
+            d = sweep.replicas[number[which]]
+            flights = 1 - (-after[which] // d)
+            extra = np.zeros(len(which))
+            hard = np.flatnonzero(flights > easy[which])
+            if len(hard):
+                w = which[hard]
+                stages = (low[w], high[w], degree[w], flights[hard])
+                extra[hard] = sweep.recompute.bounds(*stages)[0]
+            good = (divided[which] + extra) / d + whole[which] <= sweep.bound
+            done = which[good]
+            devices[degree[done], low[done], high[done]] = d[good] * sweep.degrees[degree[done]]
+            which = which[~good]
+            number[which] += 1
+            which = which[number[which] < allowed]
+        least = devices.min(axis=0)
+        needed = np.full(n, np.iinfo(np.int32).max, np.int64)
+        needed[n - 1] = 0
+        for one in range(n - 2, -1, -1):
+            needed[one] = (needed + least[:, one]).min()
+        return needed
 
     def in_front_of(self, rows: Index) -> Pending | None:
         """See `Pairs.in_front_of`."""

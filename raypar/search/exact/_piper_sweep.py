@@ -70,6 +70,10 @@ class PiperSweep:
 
     Attributes:
         least_work: Per downset the device-seconds that its layers take at least.
+        least_seconds: Per downset the seconds that one replica takes for its layers at least.
+        bound: The bound that is being tried, with room for rounding.
+        rest: Per downset the devices that its layers take at least under that bound.
+        labels: What is known under it.
     """
 
     def __init__(
@@ -85,7 +89,8 @@ class PiperSweep:
         self.clock = clock
         self._at_least = np.searchsorted(self.replicas, np.arange(int(self.replicas[-1]) + 2))
         self.degrees = np.array([f.degree for f in figures], dtype=np.int64)
-        self.least_work = self._least_work()
+        self.least_work = self._least_work(of_devices=True)
+        self.least_seconds = self._least_work(of_devices=False)
         self.recompute = Recompute(family, figures, setting.memory)
         dense = len(family) ** 2 * len(figures) <= _DENSE
         self._pairs = (PairTable if dense else FreshPairs)(self)
@@ -93,10 +98,10 @@ class PiperSweep:
         self._tight: tuple[float, Labels] | None = None
         self._loose: tuple[float, Labels] | None = None
 
-    def _least_work(self) -> Array:
+    def _least_work(self, *, of_devices: bool) -> Array:
         per_layer = [
             min(
-                (f.degree * v.seconds for f in self.figures for v in f.variants[at]),
+                ((f.degree if of_devices else 1) * v.seconds for f in self.figures for v in f.variants[at]),
                 default=math.inf,
             )
             for at in range(self.family.members.shape[1])
@@ -139,7 +144,6 @@ class PiperSweep:
     def _walk(self, bound: float) -> None:
         n = len(self.family)
         self.pairs = self._pairs
-        self._pairs.prepare()
         self.fronts = Fronts(n, self.setting.devices)
         tight = self._tight[1] if self._tight and self._tight[0] <= bound else None
         loose = self._loose[1] if self._loose and self._loose[0] >= bound else None
@@ -152,6 +156,8 @@ class PiperSweep:
             part = slice(0, loose.count)
             self._limits.note(loose.down[part], loose.replicas[part], loose.devices[part])
             self._limited = (loose.number > 0) & (loose.number <= 2)
+        self._limited_at_all = loose is not None
+        self._pairs.prepare()
         wanted = self.rest < self.setting.devices
         if loose is not None:
             wanted &= loose.number > 0
@@ -230,6 +236,26 @@ class PiperSweep:
         inside &= self.fronts.improved(low, total, devices)
         return inside
 
+    def lifted(self, after: Index, most: Array) -> Index:
+        """Number of the fewest replicas with no more than `most` flights.
+
+        Args:
+            after: Replicas of the stages behind.
+            most: Most flights.
+        """
+        wanted = np.divide(after, most - 1, out=np.where(after > 0, np.inf, 0.0), where=most > 1)
+        limit = len(self._at_least) - 1
+        found: Index = self._at_least[np.minimum(np.ceil(wanted), limit).astype(np.int64)]
+        return found
+
+    def replicas_behind(self) -> Index:
+        """Per downset no more than the replicas of the stages outside it."""
+        work = (self.least_seconds[0] - self.least_seconds) / self.bound
+        least = np.ceil(np.minimum(work, 2.0**40) * (1 - 1e-9)).astype(np.int64)
+        if self._limited_at_all:
+            least = np.maximum(least, self._limits.few >> 32)
+        return least
+
     def ready(self, pending: Pending, most: Array) -> Pending:
         """Raises replicas to where the leanest variants fit; leaves out what cannot matter.
 
@@ -238,11 +264,9 @@ class PiperSweep:
             most: Most flights with which their leanest variants may fit.
         """
         after = self.labels.replicas[pending.label]
-        wanted = np.divide(after, most - 1, out=np.where(after > 0, np.inf, 0.0), where=most > 1)
         limit = len(self._at_least) - 1  # more replicas than are allowed
-        lifted = self._at_least[np.minimum(np.ceil(wanted), limit).astype(np.int64)]
-        pending.number = np.maximum(pending.number, lifted)
-        if self._limited.any():
+        pending.number = np.maximum(pending.number, self.lifted(after, most))
+        if self._limited_at_all:
             # A looser bound needs so many replicas and devices already.
             few = (self._limits.few[pending.low] >> 32) - after
             lean = (self._limits.lean[pending.low] >> 32) - self.labels.devices[pending.label]

@@ -9,6 +9,7 @@ load of the best pipeline so far, and proven by asking for anything better.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -113,13 +114,16 @@ class _Solver:
             return self.best
         masks = self.order.all_downsets(_MOST_DOWNSETS)
         assert masks is not None
-        family = Family(self.order, masks)
+        with contextlib.suppress(_OutOfTime):
+            self._search(Family(self.order, masks))
+        return self.best
+
+    def _search(self, family: Family) -> None:
         degrees = [t for t in self.workload.degrees if t <= self.setting.devices]
         if len(degrees) > 1:
             # One degree is far quicker, and often all that the best pipeline uses.
             self.minimise(self.sweep(family, degrees[:1]))
-        self.minimise(self.sweep(family, degrees))
-        return self.best
+        self.bound = self.minimise(self.sweep(family, degrees))
 
     def sweep(self, family: Family, degrees: Sequence[int]) -> PiperSweep:
         """The dynamic program over a family of downsets."""
@@ -136,8 +140,12 @@ class _Solver:
         if not low < math.inf:
             return low
         if self.best.stages:
-            if not self.attempt(sweep, self.best.objective * _BETTER):
-                return self.best.objective * _BETTER
+            # Another family or fewer degrees gave this pipeline: there may be little to gain.
+            for step in (1e-11, 1e-3, 4e-3, 1.6e-2, 6e-2):
+                bound = self.best.objective * (1 - step)
+                if bound > low and not self.attempt(sweep, bound):
+                    low = bound
+                    break
         else:
             for step in _GALLOP:
                 if self.attempt(sweep, low * (1 + step)):
