@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from raypar.graph.workloads import LayerVariant, LayerWorkload
 from raypar.search.exact._piper_formula import Formula, PiperSetting, bytes_in
-from raypar.search.exact._piper_knapsack import Choice, Steps, cheapest, steps_of
+from raypar.search.exact._piper_knapsack import Choice, Steps, cheapest, steps_of, steps_of_pairs
 from raypar.search.exact._piper_lattice import Family
 
 Array = npt.NDArray[np.float64]
@@ -64,9 +64,8 @@ class DegreeFigures:
             layer.variants.get(degree, ()) for layer in layers
         ]
         self.exact = all(_alike(variants) for variants in self.variants)
-        self._steps: dict[int, Steps] = {}
-        self._bytes: dict[int, tuple[Array, Array]] = {}
-        members = family.members.astype(np.float64)
+        self._pairs = self._as_pairs()
+        members = self._members = family.members.astype(np.float64)
         self.missing = members @ self._per_layer(lambda v: 0.0, 1.0)
         self.seconds = members @ self._per_layer(lambda v: v.seconds)
         self.parameters = members @ self._per_layer(lambda v: v.parameter_bytes)
@@ -158,12 +157,10 @@ class DegreeFigures:
 
     def steps(self, flights: int) -> Steps:
         """Steps to leaner variants with that many microbatches in flight."""
-        known = self._steps.get(flights)
-        if known is None:
-            known = self._steps[flights] = steps_of(
-                [self.choices(v, flights) for v in self.variants]
-            )
-        return known
+        if self._pairs is None:
+            return steps_of([self.choices(v, flights) for v in self.variants])
+        seconds, slope, always = self._pairs
+        return steps_of_pairs(seconds, slope * flights + always)
 
     def choices(self, variants: tuple[LayerVariant, ...], flights: int) -> Choice:
         """(seconds, bytes) of a layer's variants."""
@@ -189,13 +186,33 @@ class DegreeFigures:
 
     def bytes_of(self, flights: int) -> tuple[Array, Array]:
         """Per downset the bytes of its layers' cheapest and of their leanest variants."""
-        known = self._bytes.get(flights)
-        if known is None:
+        if self._pairs is not None:
+            seconds, slope, always = self._pairs
+            nbytes = slope * flights + always
+            lean = nbytes.min(axis=1)
+            first, second = nbytes.T
+            fast = np.where(seconds[:, 0] < seconds[:, 1], first, second)
+            fast = np.where(seconds[:, 0] == seconds[:, 1], lean, fast)
+        else:
             table = [self.choices(v, flights) for v in self.variants]
             fast = np.array([cheapest(c)[1] if c else 0.0 for c in table])
             lean = np.array([min(m for _, m in c) if c else 0.0 for c in table])
-            known = self._bytes[flights] = (self.family.members @ fast, self.family.members @ lean)
-        return known
+        found = self._members @ np.stack([fast, lean], axis=1)
+        return found[:, 0], found[:, 1]
+
+    def _as_pairs(self) -> tuple[Array, Array, Array] | None:
+        """(seconds, bytes per flight, bytes always), ``[layer, variant]``.
+
+        None where a layer has more than two variants. One variant is given twice, none is nothing.
+        """
+        if any(len(variants) > 2 for variants in self.variants):
+            return None
+        both = [(v[0], v[-1]) if v else () for v in self.variants]
+        return (
+            np.array([[v.seconds for v in pair] or [0.0, 0.0] for pair in both]),
+            np.array([[v.bytes_per_flight for v in pair] or [0.0, 0.0] for pair in both]),
+            np.array([[v.bytes_always for v in pair] or [0.0, 0.0] for pair in both]),
+        )
 
 
 def _alike(variants: tuple[LayerVariant, ...]) -> bool:

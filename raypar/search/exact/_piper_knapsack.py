@@ -66,6 +66,22 @@ def steps_of(choices: Sequence[Choice]) -> Steps:
     )
 
 
+def steps_of_pairs(seconds: Array, nbytes: Array) -> Steps:
+    """As `steps_of`, for layers of two variants.
+
+    Args:
+        seconds: ``[layer, variant]``.
+        nbytes: Likewise.
+    """
+    cost = np.abs(seconds[:, 1] - seconds[:, 0])
+    saving = np.where(seconds[:, 0] < seconds[:, 1], 1.0, -1.0) * (nbytes[:, 0] - nbytes[:, 1])
+    layer = np.flatnonzero((cost > 0) & (saving > 0))
+    cost, saving = cost[layer], saving[layer]
+    order = np.lexsort((saving, cost, cost / saving))
+    kind = np.unique(saving, return_inverse=True)[1]
+    return Steps(layer[order], cost[order], saving[order], kind[order])
+
+
 def cheapest(choice: Choice) -> tuple[float, float]:
     """(cost, bytes) of the variant with the least cost; of equals the leanest."""
     return min(choice)

@@ -92,6 +92,7 @@ class PiperSweep:
         self.least_work = self._least_work(of_devices=True)
         self.least_seconds = self._least_work(of_devices=False)
         self.recompute = Recompute(family, figures, setting.memory)
+        self._closely = _CLOSELY if len(figures) == 1 else 8 * _CLOSELY
         dense = len(family) ** 2 * len(figures) <= _DENSE
         self._pairs = (PairTable if dense else FreshPairs)(self)
         self._forbidden: set[tuple[int, int, int, int]] = set()
@@ -101,7 +102,11 @@ class PiperSweep:
     def _least_work(self, *, of_devices: bool) -> Array:
         per_layer = [
             min(
-                ((f.degree if of_devices else 1) * v.seconds for f in self.figures for v in f.variants[at]),
+                (
+                    (f.degree if of_devices else 1) * v.seconds
+                    for f in self.figures
+                    for v in f.variants[at]
+                ),
                 default=math.inf,
             )
             for at in range(self.family.members.shape[1])
@@ -187,7 +192,7 @@ class PiperSweep:
             self.fronts.note(*columns[0][:3])
         pending = self.pairs.in_front_of(unknown)
         if pending is not None:
-            columns += self._settle(pending, _CLOSELY * len(unknown))
+            columns += self._settle(pending, self._closely * len(unknown))
         if columns:
             self._add([np.concatenate(parts) for parts in zip(*columns, strict=True)])
 
@@ -311,7 +316,15 @@ class PiperSweep:
 
     def _with_more_replicas(self, pending: Pending) -> Pending:
         """Every stage with its replicas and with any more that are allowed, as stages apart."""
-        more = len(self.replicas) - pending.number
+        left = self.setting.devices - self.labels.devices[pending.label] - self.rest[pending.low]
+        largest = np.minimum(left // self.degrees[pending.degree], int(self.replicas[-1]))
+        end = self._at_least[largest + 1]
+        # With so many replicas a stage needs no recomputation, and no more of them can help.
+        easy = self.lifted(self.labels.replicas[pending.label], pending.easy)
+        end = np.minimum(end, np.maximum(pending.number, easy) + 1)
+        if self._forbidden or not all(f.exact for f in self.figures):
+            end = self._at_least[largest + 1]
+        more = np.maximum(end - pending.number, 0)
         skip = np.repeat(np.cumsum(more) - more, more)
         expanded = pending.take(np.repeat(np.arange(len(more)), more))
         expanded.number = expanded.number + np.arange(len(skip)) - skip
