@@ -8,7 +8,7 @@ What is left to the solvers is called ``solver``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -34,6 +34,11 @@ _FURTHEST = 3
 _MOST_CHUNKS = 8
 _MODES = (SOLVER, "batch", "tensor")
 _INTERLEAVED = "interleaved_1f1b"
+_PLAIN = (
+    "replicas", "local_batch", "used", "devices", "groups", "chunks", "schedule", "recompute",
+    "zero", "modes", "turned",
+)  # fmt: skip
+"""Decisions for the whole plan, not for one layer or stage."""
 
 
 class Trial(Protocol):
@@ -201,6 +206,47 @@ class Space:
                 for i in range(groups * chunks)
             )
         return (), ()
+
+    def neighbours(self, params: Mapping[str, Any], groups: int) -> Iterator[dict[str, Any]]:
+        """Proposals that differ from one in a single decision, those that mostly pay first.
+
+        Args:
+            params: Optuna's parameters of that one.
+            groups: How many rank groups its plan has.
+        """
+        base = {k: v for k, v in params.items() if k in _PLAIN} | {"told": False, "own": "none"}
+        if len(self.groups) > 1:
+            base["groups"] = groups if groups in self.groups else _FREE
+        ordered: Mapping[str, Sequence[Any]] = {
+            "chunks": self.chunks,
+            "groups": self.groups,
+            "devices": self.devices,
+            "replicas": self.replicas,
+        }
+        unordered: Mapping[str, Sequence[Any]] = {
+            "schedule": self.schedules,
+            "recompute": self.recompute,
+            "zero": self.zero,
+            "modes": self.modes,
+            "turned": self.turned,
+            "used": self.used,
+        }
+        for step in (1, 2):
+            for name, choices in ordered.items():
+                if len(choices) > 1 and base.get(name) in choices:
+                    at = choices.index(base[name])
+                    for other in (at + step, at - step):
+                        if 0 <= other < len(choices):
+                            yield {**base, name: choices[other]}
+            if "local_batch" in base:
+                for other in (base["local_batch"] + step, base["local_batch"] - step):
+                    if 0 <= other < len(self.local_batches):
+                        yield {**base, "local_batch": other}
+            if step == 1:
+                for name, choices in unordered.items():
+                    for choice in choices:
+                        if len(choices) > 1 and choice != base.get(name):
+                            yield {**base, name: choice}
 
     def nearest_batch(self, replicas: int, wanted: int) -> int:
         """The size of microbatches that is possible for so many replicas and nearest to one."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import replace
+from typing import Any
 
 import optuna
 from optuna.trial import TrialState
@@ -51,6 +52,8 @@ _GAIN = 0.002
 """Relative: what counts as gain, and a gap to the bound at which nothing is left to find."""
 _SEED_SHARE = 0.5
 """Of the budget, after which no further planner is asked for a seed."""
+NEIGHBOUR = "neighbour"
+"""Proposer of what differs from the best so far in one decision."""
 _PENALTY = 10.0
 """Step time of a proposal without a plan, as a multiple of the slowest one that was seen."""
 _FEW = 10
@@ -99,6 +102,8 @@ class StudySearch:
         self.bound = lower_bound(graph, cluster, self.bench.calibration, config)
         self._known: dict[Decisions, Outcome] = {}
         self._repeated = 0
+        self._near: Iterator[dict[str, Any]] = iter(())
+        self._near_of, self._near_turn = -1, False
         self._asked: dict[int, int] = {}  # number in the ledger → number in Optuna's study
         self._limited = config.budget_s != "auto" or config.trials == "auto"
         budget = _BUDGET_S if config.budget_s == "auto" else config.budget_s
@@ -195,17 +200,18 @@ class StudySearch:
 
     def _propose(self, trials: int) -> None:
         """Proposals until the budget is spent, or nothing is left to gain."""
-        waiting: dict[Future[Outcome], tuple[optuna.Trial, Decisions]] = {}
+        waiting: dict[Future[Outcome], tuple[optuna.Trial, Decisions, str]] = {}
         width = self.lookout.width if self.lookout else 1
         while True:
             while len(waiting) < width and not self._over(trials - len(waiting)):
+                proposer = self._ask_near()
                 trial = self.study.ask()
                 decisions = self.judge.space.suggest(trial)
                 known = self._known.get(decisions)
                 if known is None:
-                    waiting[self._look(decisions)] = (trial, decisions)
+                    waiting[self._look(decisions)] = (trial, decisions, proposer)
                     continue
-                self._tell(trial, self.config.sampler, known)
+                self._tell(trial, proposer, known)
                 self._repeated += 1
                 if self._repeated >= _REPEATED:
                     self.stopped = "only known proposals were made"
@@ -213,12 +219,31 @@ class StudySearch:
             if not waiting:
                 return
             for done in wait(waiting, return_when=FIRST_COMPLETED).done:
-                trial, decisions = waiting.pop(done)
+                trial, decisions, proposer = waiting.pop(done)
                 outcome = self._known[decisions] = done.result()
                 self._repeated = 0
-                record = self.ledger.add(self.config.sampler, decisions, outcome)
+                record = self.ledger.add(proposer, decisions, outcome)
                 self._asked[record.number] = trial.number
-                self._tell(trial, self.config.sampler, outcome)
+                self._tell(trial, proposer, outcome)
+
+    def _ask_near(self) -> str:
+        """Every other proposal changes one decision of the best; returns who proposes the next."""
+        best = self.ledger.best_number
+        if best < 0 or best not in self._asked or self.config.sampler == "random":
+            return self.config.sampler
+        self._near_turn = not self._near_turn
+        if best != self._near_of:
+            self._near_of = best
+            plan = self.ledger.outcomes[best].plan
+            assert plan is not None
+            groups = len({group for group, _ in plan.schedule.placement})
+            params = self.study.trials[self._asked[best]].params
+            self._near = self.judge.space.neighbours(params, groups)
+        near = next(self._near, None) if self._near_turn else None
+        if near is None:
+            return self.config.sampler
+        self.study.enqueue_trial(near)
+        return NEIGHBOUR
 
     def _look(self, decisions: Decisions) -> Future[Outcome]:
         if self.lookout is not None:
