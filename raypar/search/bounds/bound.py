@@ -6,20 +6,17 @@ open; for each, what any plan has to pay is added up, and the least sum is the b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from raypar.errors import PlanError
 from raypar.graph.opgraph import OpGraph
-from raypar.graph.replay import gradient_flow
 from raypar.mesh.calibration import Calibration, table_calibration
 from raypar.mesh.cluster import Cluster
 from raypar.search._sim_setting import CPU_OVERHEAD_S
-from raypar.search.bounds.kernels import Kernel, kernels_of
+from raypar.search.bounds.kernels import Kernel, kernels_of, trained_bytes
 from raypar.search.bounds.rates import Devices, linear_s
 from raypar.search.config import SearchConfig
 
@@ -167,12 +164,12 @@ class _Cut:
         that device adds its gradient to the sum once per microbatch.
         """
         rows = []
-        for nbytes in _trained_bytes(self.graph):
+        for nbytes, count in trained_bytes(self.graph, self.local_batch).items():
             row = []
             for _, rates in self.devices.kinds:
                 adding = rates.overhead + linear_s(rates.bytes_curve("plain"), 3.0 * nbytes)
                 step = linear_s(rates.optimizer, nbytes) + rates.optimizer_overhead
-                row.append(step + self.microbatches * adding)
+                row.append(count * (step + self.microbatches * adding))
             rows.append(row)
         return np.array(rows, dtype=float).reshape(len(rows), len(self.devices.kinds))
 
@@ -181,23 +178,3 @@ class _Cut:
         if any(kind.is_gpu for kind, _ in self.devices.kinds):
             return 0.0
         return 2 * self.microbatches * CPU_OVERHEAD_S
-
-
-def _trained_bytes(graph: OpGraph) -> tuple[int, ...]:
-    """Bytes of every parameter that receives a gradient."""
-    known: tuple[int, ...] | None = graph.memo.get("bound parameters")
-    if known is None:
-        flow = gradient_flow(graph.clean, {n: t for n, (_, _, t) in graph.params.items()})
-        known = graph.memo["bound parameters"] = tuple(
-            math.prod(shape) * _torch_dtype(dtype).itemsize
-            for name, (shape, dtype, _) in graph.params.items()
-            if f"param:{name}" in flow
-        )
-    return known
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    """The dtype of that name, as ``float32``."""
-    found = getattr(torch, name)
-    assert isinstance(found, torch.dtype)
-    return found

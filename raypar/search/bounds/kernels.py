@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from raypar.graph.build import CleanGraph
 from raypar.graph.opgraph import OpGraph
 from raypar.graph.passes.emit import is_op, op_name
 from raypar.graph.turns import in_turn
@@ -104,21 +102,57 @@ def _between(
     return tuple(found)
 
 
+def trained_bytes(graph: OpGraph, local_batch: int) -> dict[int, int]:
+    """Bytes of a parameter that receives a gradient → how many such there are.
+
+    Args:
+        graph: The captured model.
+        local_batch: Samples of a size whose kernels are known.
+    """
+    kernels_of(graph, local_batch)
+    found: dict[int, int] = graph.memo["bound parameters"]
+    return found
+
+
 @in_turn
 def _kernels(graph: OpGraph, local_batch: int) -> tuple[Kernel, ...]:
+    """Goes through the ops backwards, from the loss, with the gradients that arrive."""
     clean = graph.local(local_batch)
     trainable = frozenset(n for n, (_, _, trained) in graph.params.items() if trained)
+    read = read_graph(clean, trainable)
+    arrived: set[Value] = {value for value, _ in read.outputs if value in read.flow}
     counts: Counter[object] = Counter()
-    found: dict[object, tuple[Kernel, ...]] = {}
-    for node, wants in _ops(clean, trainable):
-        told = call_key(node)
-        key: object = node if told is None else (told, wants, str(node.meta.get("autocast")))
+    found: dict[object, _Traced] = {}
+    for op in reversed(read.ops):
+        operands = tuple(_value(operand, read) for operand in op.all_input_nodes)
+        wants = _Wants(
+            tuple(value in read.flow for value in operands),
+            tuple(value in arrived for value in read.makes[op]),
+        )
+        told = call_key(op)
+        key: object = op if told is None else (told, wants, str(op.meta.get("autocast")))
         counts[key] += 1
-        if key not in found and told is None:
-            found[key] = tuple(_traced(node, wants))
-        elif key not in found:
-            found[key] = _TRACED.find(key, node, wants)
-    return tuple(k._replace(times=counts[key]) for key, own in found.items() for k in own)
+        if key not in found:
+            found[key] = _TRACES.find(key, op, wants) if told is not None else _traced(op, wants)
+        given = zip(operands, found[key].gives, strict=True)
+        arrived.update(value for value, gives in given if gives and value is not None)
+    params = [v for v in arrived if v.id.startswith("param:")]
+    graph.memo["bound parameters"] = dict(Counter(v.nbytes for v in params))
+    return tuple(k._replace(times=counts[key]) for key, own in found.items() for k in own.kernels)
+
+
+class _Wants(NamedTuple):
+    """Which operands of an op want a gradient, and for which tensor results one arrives."""
+
+    operands: tuple[bool, ...]
+    results: tuple[bool, ...]
+
+
+class _Traced(NamedTuple):
+    """The kernels of an op, and for which operands it makes a gradient."""
+
+    kernels: tuple[Kernel, ...]
+    gives: tuple[bool, ...]
 
 
 class _Traces:
@@ -127,34 +161,19 @@ class _Traces:
     most = 2048
 
     def __init__(self) -> None:
-        self.known: OrderedDict[object, tuple[Kernel, ...]] = OrderedDict()
+        self.known: OrderedDict[object, _Traced] = OrderedDict()
 
-    def find(self, key: object, node: fx.Node, wants: _Wants) -> tuple[Kernel, ...]:
+    def find(self, key: object, node: fx.Node, wants: _Wants) -> _Traced:
         """Kernels of an op; `key` says all that they depend on."""
         if key not in self.known:
-            self.known[key] = tuple(_traced(node, wants))
+            self.known[key] = _traced(node, wants)
             if len(self.known) > self.most:
                 self.known.popitem(last=False)
         self.known.move_to_end(key)
         return self.known[key]
 
 
-_TRACED = _Traces()
-
-
-class _Wants(NamedTuple):
-    """What of an op takes part in the backward pass: its operands, and its tensor results."""
-
-    operands: tuple[bool, ...]
-    results: tuple[bool, ...]
-
-
-def _ops(clean: CleanGraph, trainable: frozenset[str]) -> Iterator[tuple[fx.Node, _Wants]]:
-    read: Graph = read_graph(clean, trainable)
-    for op in read.ops:
-        operands = tuple(_value(operand, read) in read.flow for operand in op.all_input_nodes)
-        results = tuple(value in read.flow for value in read.makes[op])
-        yield op, _Wants(operands, results)
+_TRACES = _Traces()
 
 
 def _value(operand: fx.Node, read: Graph) -> Value | None:
@@ -170,22 +189,29 @@ def _value(operand: fx.Node, read: Graph) -> Value | None:
     return made[place] if place < len(made) else None
 
 
-def _traced(node: fx.Node, wants: _Wants) -> Iterator[Kernel]:
+def _traced(node: fx.Node, wants: _Wants) -> _Traced:
     """The kernels of one op: its forward, and what its own autograd formula adds."""
+    nothing = (False,) * len(wants.operands)
     if not all(map(_sized, (node, *node.all_input_nodes))):
-        return  # how much it does is known when it runs
+        # How much it does is known when it runs; its operands get gradients as far as can be told.
+        return _Traced((), wants.operands if any(wants.results) else nothing)
     pieces = stage_pieces(_alone(node, wants))
     rewritten = find_localiser(op_name(node)) is not None
     forward = set(pieces.forward.nodes)
-    nodes = list(pieces.forward.nodes) if pieces.joint is None else list(pieces.joint.graph.nodes)
+    joint = pieces.joint
+    nodes = list(pieces.forward.nodes) if joint is None else list(joint.graph.nodes)
     sums = _bias_sums(node, pieces)
+    kernels = []
     for one in nodes:
         if one.op == "call_function" and is_op(one):
             backward = one not in forward
             certain = one.target is node.target if not backward else one in sums
             found = _kernel(one, rewritten, backward, certain)
-            if found is not None:
-                yield found
+            kernels += [] if found is None else [found]
+    if joint is None:
+        return _Traced(tuple(kernels), nothing)
+    made = {at for at, g in zip(joint.wrt, joint.gradients, strict=True) if g is not None}
+    return _Traced(tuple(kernels), tuple(i in made for i in range(len(wants.operands))))
 
 
 def _sized(node: fx.Node) -> bool:

@@ -1,0 +1,44 @@
+"""Every plan that a test of this room simulates is held against its lower bound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from raypar.search import simulate as module
+from raypar.search.bounds import lower_bound
+from raypar.search.config import SearchConfig
+
+
+@pytest.fixture(autouse=True)
+def _bounds_hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Wraps what `simulate` calls, so that it does not matter how a caller imported it.
+
+    The bound is that of the plan's own replicas and microbatches, without memory: a tighter one
+    than that of all plans. Plans played by another cost model, or with fewer cores than devices,
+    have no bound.
+    """
+    make, play = module.setting_of, module.simulate_lists
+    asked: dict[int, tuple[Any, ...]] = {}
+
+    def setting_of(*given: Any) -> Any:
+        setting = make(*given)
+        asked[id(setting)] = (setting, *given)
+        return setting
+
+    def simulate_lists(lists: Any, setting: Any, **more: Any) -> Any:
+        played = play(lists, setting, **more)
+        known = asked.pop(id(setting), None)
+        if known is not None:
+            _, graph, plan, _, cluster, calibration, cost, cores, _ = known
+            if cost == "analytic" and cores is None:
+                told = SearchConfig(replicas=plan.replicas, microbatches=plan.microbatches)
+                bound = lower_bound(graph, cluster, calibration, told, memory=False)
+                assert bound.step_s <= played.step_s, (bound, played.step_s, plan)
+        return played
+
+    monkeypatch.setattr(module, "setting_of", setting_of)
+    monkeypatch.setattr(module, "simulate_lists", simulate_lists)
+    yield
