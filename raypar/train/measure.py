@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -34,8 +34,9 @@ _WARM_UP = 2  # the first steps allocate, and make the optimizer's states
 _LEAST = 5  # steps that count, where a step is not longer than what is asked for
 _FEW = 2
 _CALL_S = 0.4  # disturbance is told for the steps of one call together
-_ROUNDS = 6
 _TURN = 3
+
+OnTurn = Callable[[int, list[Step]], None]
 
 
 class RayMeasurer:
@@ -57,6 +58,7 @@ class RayMeasurer:
             plan that takes longer is ended, and counts as failed.
         start_timeout_s: Deadline of starting processes, and of loading a plan, in seconds.
         at_once: Most plans that `measure_together` holds at a time.
+        rounds: Turns that it gives each of them.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class RayMeasurer:
         step_timeout_s: float = 60.0,
         start_timeout_s: float = 120.0,
         at_once: int = 8,
+        rounds: int = 6,
     ) -> None:
         self._graph = graph
         self._optimizer = optimizer
@@ -80,6 +83,7 @@ class RayMeasurer:
         self._scaling = scaling or ScalingConfig()
         self._step_timeout_s = step_timeout_s
         self._at_once = at_once
+        self._rounds = rounds
         tensors = [x for x in pytree.tree_leaves(batch) if isinstance(x, torch.Tensor)]
         settings = PoolSettings(
             use_gpu=self._scaling.use_gpu,
@@ -108,17 +112,24 @@ class RayMeasurer:
             finally:
                 running.unload()
 
-    def measure_together(self, plans: list[Plan], *, seconds: float) -> list[Measured | Exception]:
+    def measure_together(
+        self, plans: list[Plan], *, seconds: float, on_turn: OnTurn | None = None
+    ) -> list[Measured | Exception]:
         """Runs plans in turns; see `Measurer.measure_together`.
 
         A plan that fails beside others is tried again alone: what failed may have been its
         neighbours' (memory that they filled, a process that they ended).
+
+        Args:
+            plans: Plans that are to be compared.
+            seconds: About how long each runs in all.
+            on_turn: Called after every turn with the plan's index and the steps that count.
         """
         found: list[Measured | Exception] = []
         for first in range(0, len(plans), self._at_once):
             part = plans[first : first + self._at_once]
             with self._exclusive():
-                answers = self._in_turns(part, seconds)
+                answers = self._in_turns(part, seconds, first, on_turn)
             for plan, answer in zip(part, answers, strict=True):
                 if isinstance(answer, Exception) and len(part) > 1:
                     try:
@@ -128,7 +139,9 @@ class RayMeasurer:
                 found.append(answer)
         return found
 
-    def _in_turns(self, plans: Sequence[Plan], seconds: float) -> list[Measured | Exception]:
+    def _in_turns(
+        self, plans: Sequence[Plan], seconds: float, first: int, on_turn: OnTurn | None
+    ) -> list[Measured | Exception]:
         answers: dict[int, Measured | Exception] = {}
         running: dict[int, _Running] = {}
         try:
@@ -137,12 +150,14 @@ class RayMeasurer:
                     running[index] = self._start(plan)
                 except RayparError as error:
                     answers[index] = error
-            for number in range(_ROUNDS):
+            for number in range(self._rounds):
                 order = list(running)
                 turn = number % max(1, len(order))
                 for index in [*order[turn:], *order[:turn]]:
                     try:
-                        running[index].take_turn(seconds / _ROUNDS)
+                        steps = running[index].take_turn(seconds / self._rounds)
+                        if on_turn is not None:
+                            on_turn(first + index, steps)
                     except RayparError as error:
                         answers[index] = error
                         running.pop(index).unload()
@@ -246,11 +261,13 @@ class _Running:
         self._steps += self._run(count)
         self._took += time.perf_counter() - began
 
-    def take_turn(self, seconds: float) -> None:
+    def take_turn(self, seconds: float) -> list[Step]:
         """Trains some steps; the first, which finds the caches cold, does not count."""
         began = time.perf_counter()
-        self._steps += self._run(1 + max(_TURN, self.steps_in(seconds)))[1:]
+        steps = self._run(1 + max(_TURN, self.steps_in(seconds)))[1:]
+        self._steps += steps
         self._took += time.perf_counter() - began
+        return steps
 
     def steps_in(self, seconds: float) -> int:
         """Steps that take about so long."""
