@@ -32,6 +32,7 @@ from raypar.search.exact._piper_labels import (
 from raypar.search.exact._piper_lattice import Family
 from raypar.search.exact._piper_pairs import FreshPairs, PairTable
 from raypar.search.exact._piper_recompute import Recompute
+from raypar.search.exact._piper_rest import Rest
 
 _DENSE = 1_500_000
 """Up to so many (pair of downsets, degree), figures of all pairs are kept."""
@@ -93,6 +94,7 @@ class PiperSweep:
         self.least_seconds = self._least_work(of_devices=False)
         self.recompute = Recompute(family, figures, setting.memory)
         self._closely = _CLOSELY if len(figures) == 1 else 8 * _CLOSELY
+        self._rests = Rest(family, figures, setting)
         dense = len(family) ** 2 * len(figures) <= _DENSE
         self._pairs = (PairTable if dense else FreshPairs)(self)
         self._forbidden: set[tuple[int, int, int, int]] = set()
@@ -116,8 +118,8 @@ class PiperSweep:
     def pipeline(self, bound: float) -> list[Cut] | None:
         """Stages, first to last, with no load above `bound` (finite); None where there are none."""
         self.bound = bound * (1 + 1e-13)
-        rest = np.minimum(self.least_work / bound, 2.0**40)
-        self.rest = np.ceil(rest * (1 - 1e-9)).astype(np.int64)
+        self._rests.update(self.bound)
+        self.rest = self._rests.table[:, 0]
         labels = self.labels = Labels(len(self.family))
         zero = np.zeros(1, np.int64)
         nothing = np.zeros((1, 2), np.int64)
@@ -236,7 +238,9 @@ class PiperSweep:
         d = self.replicas[np.minimum(number, len(self.replicas) - 1)]
         total = self.labels.replicas[label] + d
         devices = self.labels.devices[label] + d * self.degrees[degree]
-        inside &= devices + self.rest[low] <= self.setting.devices
+        k = self.setting.devices
+        rest = np.maximum(self.rest[low], self._rests.of(low, np.minimum(total, k + 1)))
+        inside &= devices + rest <= k
         inside &= total <= self.setting.microbatches
         inside &= self.fronts.improved(low, total, devices)
         return inside
