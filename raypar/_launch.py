@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from raypar.compat import pytree
-from raypar.config import IN_A_PLAN_FILE, Config, resolve_target
+from raypar.config import IN_A_PLAN_FILE, STUDY_KEYS, Config, SearchSection, resolve_target
 from raypar.errors import ConfigError, DataError, OptimizerError
 from raypar.graph.capture import capture
 from raypar.graph.opgraph import OpGraph
@@ -22,7 +22,8 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.report.explain import explain
 from raypar.search.config import SearchConfig
-from raypar.search.plan import Found, search
+from raypar.search.ladder import Ladder, Rung, ladder, sizes_of
+from raypar.search.plan import Found, Progress, search
 from raypar.train.config import RunConfig, ScalingConfig
 from raypar.train.result import Result
 from raypar.train.trainer import Trainer
@@ -135,8 +136,12 @@ def optimizer_of(config: Config) -> BuildOptimizer:
 
 
 def search_of(config: Config) -> SearchConfig:
-    """The search settings that `config` stands for."""
-    return SearchConfig(
+    """The search settings that `config` stands for.
+
+    Raises:
+        ConfigError: An option of the study is given, and the planner makes none.
+    """
+    wanted = SearchConfig(
         planner=config.search.planner,
         stages=config.search.stages,
         replicas=config.search.replicas,
@@ -159,6 +164,15 @@ def search_of(config: Config) -> SearchConfig:
         cache=config.search.cache,
         manual=config.search.manual,
     )
+    if wanted.chosen_planner != "optuna":
+        for name in STUDY_KEYS:
+            if getattr(config.search, name) != SearchSection.model_fields[name].default:
+                raise ConfigError(
+                    f"search.{name} is {getattr(config.search, name)!r}, but planner "
+                    f"{wanted.chosen_planner!r} makes one plan and would ignore it: set "
+                    f"search.planner: optuna, or remove search.{name}"
+                )
+    return wanted
 
 
 def cluster_of(config: Config, cluster_file: str | Path | None = None) -> Cluster:
@@ -191,12 +205,36 @@ def plan_of(
 
 
 def found_of(
-    config: Config, cluster_file: str | Path | None = None
+    config: Config, cluster_file: str | Path | None = None, progress: Progress | None = None
 ) -> tuple[Found, OpGraph, Cluster]:
-    """Captures and plans, and tells how the plan was found."""
+    """Captures and plans, and tells how the plan was found; `progress` hears of every trial."""
+    options = search_of(config)
     cluster = cluster_of(config, cluster_file)
     graph = capture_of(config)
-    return search(graph, cluster, search_of(config)), graph, cluster
+    return search(graph, cluster, options, progress=progress), graph, cluster
+
+
+def ladder_of(
+    config: Config,
+    sizes: str,
+    cluster_file: str | Path | None = None,
+    progress: Callable[[Rung], None] | None = None,
+) -> Ladder:
+    """Captures once and plans for several sizes of the cluster.
+
+    Args:
+        config: The run; its budget is that of one size.
+        sizes: As people write them, such as ``2..16``.
+        cluster_file: The largest cluster; default: the one that the configuration would get.
+        progress: Is told of every size.
+
+    Raises:
+        ConfigError: The sizes are no sizes, or the cluster does not have them.
+    """
+    options = search_of(config)
+    cluster = cluster_of(config, cluster_file)
+    wanted = sizes_of(sizes, cluster.n_devices)
+    return ladder(capture_of(config), cluster, wanted, options, progress=progress)
 
 
 def shared_cores(cluster: Cluster, *, virtual: bool = False) -> int | None:
@@ -320,6 +358,8 @@ def write_resolved(config: Config, made: Plan, folder: Path) -> None:
         for section, name in IN_A_PLAN_FILE:
             fields = type(getattr(config, section)).model_fields
             became[f"{section}.{name}"] = fields[name].default
+        for name in STUDY_KEYS:
+            became[f"search.{name}"] = SearchSection.model_fields[name].default
         became["search.planner"] = "manual"
         became["search.manual"] = str(folder / "plan.json")
     (folder / "config.resolved.yaml").write_text(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,7 @@ from raypar.config import Config, default_yaml, load_config
 from raypar.errors import ConfigError, RayparError
 
 if TYPE_CHECKING:
+    from raypar.search.rungs import Rung
     from raypar.train.result import Result
 
 # torch, Ray and what imports them are imported inside the commands: `raypar --help` is instant.
@@ -70,36 +74,112 @@ def train(config_file: str, overrides: tuple[str, ...], num_workers: int | None)
     _print_result(train_config(config))
 
 
+def _search_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that stand for keys of section ``search``; given as ``search_keys`` overrides."""
+
+    @functools.wraps(command)
+    def with_keys(no_cache: bool, **given: Any) -> None:
+        keys = {name: given.pop(name) for name in ("trials", "budget_s", "sampler", "seed")}
+        overrides = [f"search.{name}={value}" for name, value in keys.items() if value is not None]
+        storage = given.pop("storage")
+        if storage is not None:  # a path is no YAML
+            overrides.append(f"search.storage={json.dumps(storage)}")
+        if no_cache:
+            overrides.append("search.cache=false")
+        command(overrides=(*given.pop("overrides"), *overrides), **given)
+
+    options = [
+        click.option("--trials", metavar="N", help="Plans that the study looks at."),
+        click.option("--budget", "budget_s", metavar="SECONDS", help="Seconds of search."),
+        click.option("--sampler", metavar="NAME", help="tpe, gp, cmaes, nsga2 or random."),
+        click.option("--seed", metavar="N", help="Seed of the sampler."),
+        click.option("--storage", metavar="FILE", help="Journal: a search goes on from there."),
+        click.option("--no-cache", is_flag=True, help="Search, even if the plan is known."),
+    ]
+    return functools.reduce(lambda made, option: option(made), reversed(options), with_keys)
+
+
 @main.command()
 @click.argument("config_file", metavar="CONFIG")
-@click.option("-o", "--output", default="plan.json", show_default=True, help="Where to write it.")
+@click.option(
+    "-o", "--output", metavar="PATH", help="Where to write it; default: plan.json, or ladder/."
+)
 @click.option("--html", metavar="FILE", help="Also write the plan and its search as a page.")
+@click.option("--save-record", metavar="FILE", help="Also write all that was looked at (JSON).")
+@click.option(
+    "--ladder",
+    "sizes",
+    metavar="SIZES",
+    help="Plan for every size of the cluster: 2..16, 2..16:2 or 2,4,8.",
+)
+@_search_options
 @_set_option
 @_cluster_option
 def plan(
     config_file: str,
-    output: str,
+    output: str | None,
     html: str | None,
+    save_record: str | None,
+    sizes: str | None,
     overrides: tuple[str, ...],
     cluster_file: str | None,
 ) -> None:
-    """Plan what CONFIG says, without training; write the plan and explain it."""
-    config = load_config(config_file, overrides)
-    from raypar._launch import explained, found_of
+    """Plan what CONFIG says, without training; write the plan and explain it.
 
-    (made, record), graph, cluster = found_of(config, cluster_file)
+    Ctrl-C ends the search with the best plan so far. With --ladder, a folder is written: a plan for
+    every size of the cluster (whole nodes in their order, then a part of the next) and ladder.json.
+    """
+    config = load_config(config_file, overrides)
+    if sizes is not None:
+        if html is not None or save_record is not None:
+            raise ConfigError(
+                "--html and --save-record tell of one plan: leave them out, or plan for one size "
+                "with --set mesh.num_workers=N"
+            )
+        _plan_ladder(config, sizes, output or "ladder", cluster_file)
+        return
+    from raypar._launch import explained, found_of
+    from raypar._search_view import SearchView, ended
+
+    output = output or "plan.json"
+    with SearchView() as view:
+        (made, record), graph, cluster = found_of(config, cluster_file, view)
     click.echo(explained(config, made, graph, cluster, virtual=cluster_file is not None))
+    for line in ended(record):
+        click.echo(line)
     try:
         made.save(output)
     except OSError as error:
         raise ConfigError(f"--output: cannot write {output!r}: {error.strerror}") from None
     click.echo(f"wrote {output}")
+    if save_record is not None:
+        try:
+            Path(save_record).write_text(record.to_json() + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"--save-record: cannot write {save_record!r}: {error.strerror}"
+            ) from None
+        click.echo(f"wrote {save_record}")
     if html is not None:
         from raypar._html import write_page
 
         virtual = cluster_file is not None
         write_page(config, made, record, graph, cluster, html, virtual=virtual)
         click.echo(f"wrote {html}")
+
+
+def _plan_ladder(config: Config, sizes: str, output: str, cluster_file: str | None) -> None:
+    from raypar._launch import ladder_of
+    from raypar._plan_text import duration
+
+    def tell(rung: Rung) -> None:
+        found = duration(rung.step_s) if rung.plan is not None else "no plan"
+        click.echo(f"{rung.devices} devices: {found}, after {duration(rung.seconds)}", err=True)
+
+    made = ladder_of(config, sizes, cluster_file, tell)
+    click.echo(made.text())
+    click.echo(f"{len(made.rungs)} sizes planned in {duration(made.seconds)}")
+    click.echo(f"wrote {made.save(output)}")
 
 
 @main.command()

@@ -39,6 +39,8 @@ IN_A_PLAN_FILE = (
     ("train", "microbatches"),
     ("train", "schedule"),
 )
+STUDY_KEYS = ("sampler", "trials", "budget_s", "seed", "seeds", "measure", "storage")
+"""Keys of section ``search`` that planner optuna alone obeys."""
 
 
 class _Section(BaseModel):

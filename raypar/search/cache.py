@@ -37,6 +37,14 @@ _FORMAT = 1
 MOST_ENTRIES = 200
 _NO_QUESTION = ("cache", "storage")
 """Options that say how to search, not what for."""
+_PLANNING = (
+    *(
+        f"{room}/**/*.py"
+        for room in ("graph", "sharding", "programs", "mesh", "schedules", "search")
+    ),
+    *("plan.py", "lowered.py"),
+)
+"""What of raypar's source decides which plan is found."""
 _TMP_AGE_S = 3600.0
 
 Question = dict[str, Any]
@@ -231,10 +239,10 @@ def _digest(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _code() -> str:
-    """Hash of raypar's own source: a changed planner finds other plans under the same version."""
+    """Hash of the source that plans: a changed planner finds other plans under the same version."""
     digest = hashlib.sha256()
     root = Path(raypar.__file__).parent
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(file for name in _PLANNING for file in root.glob(name)):
         digest.update(str(path.relative_to(root)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]

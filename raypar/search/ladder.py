@@ -160,7 +160,8 @@ def sizes_of(text: str, most: int) -> tuple[int, ...]:
             wrong = first if first < 1 else last
             raise ConfigError(
                 f"--ladder {text}: {wrong} devices are asked for, the cluster has {most}; give "
-                f"sizes from 1 to {most}, for example --ladder {max(1, min(2, most))}..{most}"
+                f"sizes from 1 to {most}, for example --ladder {max(1, min(2, most))}..{most}, or "
+                "a larger cluster with --cluster FILE or mesh.num_workers"
             )
         found.update(range(first, last + 1, step))
     return tuple(sorted(found))
