@@ -24,6 +24,8 @@ _PATH = {
     "norm": ("k-norm", "the norm over all ranks"),
 }
 
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True, slots=True)
 class Figure:
@@ -129,6 +131,12 @@ def _certificate(plan: Plan, played: Simulation, record: SearchRecord | None) ->
             "certificate", "none", "no lower bound is known of this plan's model and cluster"
         )
     gap = plan.certificate.get("gap", played.step_s / bound - 1)
+    if gap < -_ROUNDING:
+        return Figure(
+            "certificate",
+            "none",
+            f"the search's lower bound ({duration(bound)}) rests on other costs than this step",
+        )
     return Figure(
         "certificate",
         f"≤ {max(gap, 0.0):.1%} from best",

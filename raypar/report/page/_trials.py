@@ -21,8 +21,9 @@ _LEAST = 3
 _MOST_DOTS = 600
 _COLOURS = 8
 """Proposers that have a colour of their own; further ones share the last."""
-_FAR = 100
-"""Times the best step time beyond which trials lie at the end of the time axis."""
+_FAR = 2.5
+"""Times the best step time beyond which trials lie at the end of the time axis: where the others
+are is what one wants to see."""
 _HEIGHT, _STRIP, _PROGRESS_HEIGHT = 340, 46, 220
 SHAPES = {"quick": "circle", "simulated": "square", "learned": "triangle", "measured": "star"}
 """Fidelity of a trial's best figure → shape of its dot."""
@@ -48,7 +49,7 @@ class TrialPlots:
         proposers: (name, style class) of all who proposed.
         fidelities: (name, shape, meaning) of those that were reached.
         tips: Trial number → hover text; in the page as data, once for all dots of a trial.
-        left_out: What is not drawn, in words.
+        notes: What is not drawn, or not where it would be expected, in words.
     """
 
     pareto: Plot
@@ -57,7 +58,7 @@ class TrialPlots:
     proposers: list[tuple[str, str]]
     fidelities: list[tuple[str, str, str]]
     tips: dict[int, str]
-    left_out: str
+    notes: list[str]
 
 
 def trial_plots(record: SearchRecord) -> TrialPlots | None:
@@ -71,10 +72,6 @@ def trial_plots(record: SearchRecord) -> TrialPlots | None:
         return None
     pen = _Pen(record, shown)
     counts = Counter(t.proposer for t in record.trials)
-    left_out = (
-        f"{len(shown)} of {len(record.trials)} trials are drawn: the best ones, and every so "
-        "manyth of the others"
-    )
     return TrialPlots(
         pareto=pen.pareto(),
         strip=pen.strip(),
@@ -84,7 +81,7 @@ def trial_plots(record: SearchRecord) -> TrialPlots | None:
             (n, SHAPES[n], FIDELITY[n]) for n in FIDELITIES if any(n in t.step_s for t in shown)
         ],
         tips={t.number: trial_words(t) for t in shown},
-        left_out="" if len(shown) == len(record.trials) else left_out,
+        notes=pen.notes(),
     )
 
 
@@ -112,12 +109,32 @@ class _Pen:
         self.front = pareto_front(record.trials)
 
     @cached_property
+    def far_s(self) -> float:
+        """Seconds beyond which trials lie at the end of the time axis."""
+        kept = [s for t, s in self.timed if t.state == "kept"]
+        return _FAR * min(kept or [s for _, s in self.timed])
+
+    @cached_property
     def time(self) -> Scale:
         """The axis of step times, of all pictures: all but hopeless trials, and the bound."""
-        kept = [s for t, s in self.timed if t.state == "kept"]
-        far = _FAR * min(kept or [s for _, s in self.timed])
         bound = [self.record.bound_s] if self.record.bound_s > 0 else []
-        return Scale.around([*(s for _, s in self.timed if s <= far), *bound])
+        return Scale.around([*(s for _, s in self.timed if s <= self.far_s), *bound])
+
+    def notes(self) -> list[str]:
+        """What is not where it would be expected, in words."""
+        far = sum(s > self.far_s for _, s in self.timed)
+        found = []
+        if len(self.shown) < len(self.record.trials):
+            found.append(
+                f"{len(self.shown)} of {len(self.record.trials)} trials are drawn: the best ones, "
+                "and every so manyth of the others."
+            )
+        if far:
+            found.append(
+                f"What takes more than {_FAR:g} times the best lies at the end of the axis of step "
+                f"times ({far})."
+            )
+        return found
 
     def pareto(self) -> Plot:
         """Step time × peak memory of all trials that have both."""
