@@ -18,7 +18,7 @@ from raypar.plan import DATA, MemoryPolicy, MeshSlice, Plan
 from raypar.search.config import SearchConfig
 from raypar.search.interop.contest import in_words
 from raypar.search.planners.base import get_planner
-from raypar.search.simulate import simulate
+from raypar.search.simulate import Simulation, simulate
 
 AS_IT_IS = "as it is"
 _LEANER = (("full", 0), ("full", 1), ("full", 3))
@@ -70,6 +70,8 @@ class _Change:
     carried: Callable[[Plan], Iterator[Carried]]
     first_fits: bool = True
     """Whether the ways to carry a plan over come fastest first."""
+    memory_only: bool = False
+    """Whether a step takes as long as before: just what fits is different."""
 
 
 def what_if(
@@ -99,22 +101,22 @@ def what_if(
         optimizer_states: Tensors that the optimizer keeps per parameter (Adam: 2).
         memory_fraction: Share of a device's memory that a plan may fill.
         cores: As in `raypar.search.simulate.simulate`.
-        limit_s: No new plan is begun after so many seconds.
+        limit_s: After so many seconds no new plan is begun, and of the ways to carry the plan over
+            only the first is looked at.
 
     Raises:
         PlanError: The plan does not fit the graph or the cluster.
         ConfigError: No such planner.
     """
     calibration = calibration or load_calibration(cluster)
-    player = _Player(graph, plan, calibration, optimizer_states, memory_fraction, cores)
-    before_s, _ = player.play(plan, cluster)
-    begun = time.monotonic()
+    player = _Player(graph, plan, cluster, calibration, optimizer_states, memory_fraction, cores)
+    deadline = time.monotonic() + limit_s
     found = []
     for change in _changes(graph, cluster):
-        row = player.carry(change, before_s)
+        row = player.carry(change, deadline)
         if config is not None:
-            used_up = time.monotonic() - begun > limit_s
-            why = f"not tried: {limit_s:g} s for new plans were used up"
+            used_up = time.monotonic() > deadline
+            why = f"not tried: {limit_s:g} s were used up"
             row = replace(row, replanned=why) if used_up else player.plan_anew(row, change, config)
             row = replace(row, planner=config.chosen_planner)
         found.append(row)
@@ -128,6 +130,7 @@ class _Player:
         self,
         graph: OpGraph,
         plan: Plan,
+        cluster: Cluster,
         calibration: Calibration,
         optimizer_states: int,
         memory_fraction: float,
@@ -136,57 +139,69 @@ class _Player:
         self.graph, self.calibration, self.cores = graph, calibration, cores
         self.optimizer_states, self.memory_fraction = optimizer_states, memory_fraction
         self.plan, self.lowered = plan, lower_plan(graph, plan)
+        self.before = self.play(plan, cluster)
 
-    def carry(self, change: _Change, before_s: float) -> WhatIf:
-        """The fastest of the ways to carry the plan over that run and fit."""
+    def carry(self, change: _Change, deadline: float) -> WhatIf:
+        """The fastest of the ways to carry the plan over that run and fit.
+
+        After the deadline only the first way is looked at.
+        """
         found: list[tuple[float, str]] = []
         reason = "it does not run there"
-        for carried, how in change.carried(self.plan):
+        for i, (carried, how) in enumerate(change.carried(self.plan)):
+            if i and time.monotonic() > deadline:
+                reason += "; there was no time to try more"
+                break
             try:
-                seconds, over = self.play(carried, change.cluster)
+                known = carried is self.plan and change.memory_only
+                played = self.before if known else self.play(carried, change.cluster)
             except RayparError as error:
                 reason = str(error)
                 continue
+            over = self.over(played, change.cluster)
             if over:
                 reason = f"{how}: {over}"
                 continue
-            found.append((seconds, how))
+            found.append((played.step_s, how))
             if change.first_fits:
                 break
         best: tuple[float | None, str] = min(found, default=(None, reason))
-        return WhatIf(change.name, change.detail, before_s, *best)
+        return WhatIf(change.name, change.detail, self.before.step_s, *best)
 
     def plan_anew(self, row: WhatIf, change: _Change, config: SearchConfig) -> WhatIf:
         """The row with what a planner makes for the changed cluster."""
         planner = get_planner(config.chosen_planner)
         try:
             made = planner.plan(self.graph, change.cluster, config)
-            seconds, over = self.play(made, change.cluster)
+            played = self.play(made, change.cluster)
         except RayparError as error:
             return replace(row, replanned=str(error))
+        over = self.over(played, change.cluster)
         if over:
             return replace(row, replanned=over)
-        return replace(row, replanned_s=seconds, replanned=in_words(made))
+        return replace(row, replanned_s=played.step_s, replanned=in_words(made))
 
-    def play(self, plan: Plan, cluster: Cluster) -> tuple[float, str]:
-        """(seconds of a step, what does not fit or an empty text)."""
-        lowered = self.lowered if plan is self.plan else lower_plan(self.graph, plan)
-        played = simulate(
+    def play(self, plan: Plan, cluster: Cluster) -> Simulation:
+        """A step of a plan."""
+        return simulate(
             self.graph,
             plan,
             cluster,
             calibration=self.calibration,
-            lowered=lowered,
+            lowered=self.lowered if plan is self.plan else lower_plan(self.graph, plan),
             cores=self.cores,
             optimizer_states=self.optimizer_states,
         )
+
+    def over(self, played: Simulation, cluster: Cluster) -> str:
+        """What does not fit the memory of a cluster, in words; empty where all does."""
+        limits = [min(cluster.memory(d) for d in lane.devices) for lane in played.lanes]
         peak, limit = max(
-            zip(played.peak_bytes, (lane.memory_limit for lane in played.lanes), strict=True),
-            key=lambda pair: pair[0] / pair[1],
+            zip(played.peak_bytes, limits, strict=True), key=lambda pair: pair[0] / pair[1]
         )
-        fits = peak <= self.memory_fraction * limit
-        words = f"needs {size(peak)} of {size(self.memory_fraction * limit)} that it may fill"
-        return played.step_s, "" if fits else words
+        if peak <= self.memory_fraction * limit:
+            return ""
+        return f"needs {size(peak)} of {size(self.memory_fraction * limit)} that it may fill"
 
 
 def _changes(graph: OpGraph, cluster: Cluster) -> Iterator[_Change]:
@@ -207,12 +222,14 @@ def _changes(graph: OpGraph, cluster: Cluster) -> Iterator[_Change]:
         "every device has half its memory",
         _with_memory(cluster, 1, 2),
         lambda plan: _with_policies(plan, leaner=True),
+        memory_only=True,
     )
     yield _Change(
         "2 × memory",
         "every device has twice its memory",
         _with_memory(cluster, 2, 1),
         lambda plan: _with_policies(plan, leaner=False),
+        memory_only=True,
     )
 
 
