@@ -6,6 +6,7 @@ import gc
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -40,10 +41,12 @@ class Held:
     Attributes:
         resident: From step to step: parameters, gradients, the optimizer's states.
         peak: The most at any time since it was loaded, where the device tells (a GPU); else 0.
+        free: Bytes of the device (on CPUs: of the machine) that nobody uses.
     """
 
     resident: int
     peak: int
+    free: int
 
 
 class WarmActor:
@@ -102,7 +105,7 @@ class WarmActor:
         found = self._ranks[world].tensors("memory")
         if isinstance(found, Failure):
             return found
-        return Held(found["total"], max(0, _peak() - self._before))
+        return Held(found["total"], max(0, _peak() - self._before), _free())
 
     def unload(self, world: str) -> Failure | None:
         """Drops a rank with all that it holds; also one that is not there."""
@@ -147,6 +150,18 @@ def _peak() -> int:
     import torch
 
     return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_initialized() else 0
+
+
+def _free() -> int:
+    import torch
+
+    if torch.cuda.is_initialized():
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # nobody tells: as much as anyone could want
+        return 1 << 62
 
 
 def _return_memory() -> None:

@@ -102,7 +102,9 @@ class WarmPool:
         self._batch: Any = None
         self._groups: list[BundleRange] = []
         self._seats: dict[int, tuple[BundleRange, int]] = {}
+        self._starting: dict[int, Any] = {}
         self._processes: dict[int, _Process] = {}
+        self._patience_s = settings.placement_timeout_s
         self._numbers = itertools.count()
 
     # ---- plans ----------------------------------------------------------------------------
@@ -179,6 +181,13 @@ class WarmPool:
 
     # ---- processes ------------------------------------------------------------------------
 
+    def begin(self, devices: Sequence[int]) -> None:
+        """Begins to start the processes of `devices`, where there is room, and does not wait."""
+        if ray.is_initialized():
+            # Devices that others hold are waited for when a plan asks for them.
+            with contextlib.suppress(ClusterError):
+                self._start(devices, _LOOK_S)
+
     def _open(self, devices: Sequence[int]) -> tuple[_Process, ...]:
         """The processes of `devices`; those that are missing are started."""
         if not ray.is_initialized():
@@ -186,56 +195,67 @@ class WarmPool:
                 "this process is not connected to Ray: call ray.init() or "
                 "raypar.train.session.connect(address) first"
             )
-        self._reserve([d for d in devices if d not in self._seats])
+        self._start(devices, self._patience_s)
+        self._await([d for d in devices if d in self._starting])
+        return tuple(self._processes[device] for device in devices)
+
+    def _start(self, devices: Sequence[int], patience_s: float) -> None:
+        self._reserve([d for d in devices if d not in self._seats], patience_s)
         if self._batch is None:
             self._batch = ray.put(self._tensors)
         make = actor_class(WarmActor, {"control": 2})
-        started: dict[int, Any] = {}
-        try:
-            for device in devices:
-                if device not in self._processes:
-                    group, position = self._seats[device]
-                    options = group.actor_options(position)
-                    name = f"{self._name}/device-{device}-{next(self._numbers)}"
-                    started[device] = make.options(**options, name=name).remote(self._batch)
-            self._await(started)
-        except BaseException:
-            for device, actor in started.items():
-                if device not in self._processes:
-                    ray.kill(actor, no_restart=True)
-            raise
-        return tuple(self._processes[device] for device in devices)
+        for device in devices:
+            if device not in self._processes and device not in self._starting:
+                group, position = self._seats[device]
+                options = group.actor_options(position)
+                name = f"{self._name}/device-{device}-{next(self._numbers)}"
+                self._starting[device] = make.options(**options, name=name).remote(self._batch)
 
-    def _await(self, started: dict[int, Any]) -> None:
-        refs = {actor.info.remote(): (device, actor) for device, actor in started.items()}
-        if not refs:
+    def _await(self, devices: Sequence[int]) -> None:
+        """Waits for processes that were begun; all of them are given up if one does not come."""
+        if not devices:
             return
+        begun = {device: self._starting.pop(device) for device in devices}
+        try:
+            at = self._answers({actor.info.remote(): device for device, actor in begun.items()})
+            check_nodes({device: info.node_id for device, info in at.items()}, self._cluster)
+        except BaseException:
+            for actor in begun.values():
+                ray.kill(actor, no_restart=True)
+            raise
+        for device, info in at.items():
+            self._processes[device] = _Process(device, begun[device], info)
+
+    def _answers(self, refs: dict[Any, int]) -> dict[int, ActorInfo]:
         seconds = self._settings.start_timeout_s
         done, late = ray.wait(list(refs), num_returns=len(refs), timeout=seconds)
         if late:
             raise RayparError(
                 f"{self._name}: no answer from the processes of devices "
-                f"{sorted(refs[ref][0] for ref in late)} within {seconds:g} s; is the cluster "
+                f"{sorted(refs[ref] for ref in late)} within {seconds:g} s; is the cluster "
                 "overloaded? Raise start_timeout_s"
             )
+        found: dict[int, ActorInfo] = {}
         for ref in done:
-            device, actor = refs[ref]
             try:
-                self._processes[device] = _Process(device, actor, ray.get(ref))
+                found[refs[ref]] = ray.get(ref)
             except RayError as error:
-                info = RankInfo(0, device=device)
+                info = RankInfo(0, device=refs[ref])
                 raise to_exception([lost_call(error, 0, None)], [info], Positions()) from error
-        check_nodes(
-            {device: self._processes[device].at.node_id for device in started}, self._cluster
-        )
+        return found
 
-    def _reserve(self, devices: Sequence[int]) -> None:
+    def _reserve(self, devices: Sequence[int], patience_s: float) -> None:
         if not devices:
             return
         name = f"raypar/{self._name}/devices-{','.join(map(str, devices))}"
         mesh = DeviceMesh(name, tuple(devices), (len(devices),))
         request = mesh.request(self._cluster, cpus_per_device=self._settings.cpus_per_rank)
-        (group,) = acquire([request], self._settings.placement_timeout_s)
+        try:
+            (group,) = acquire([request], patience_s)
+        except ClusterError:
+            if patience_s == self._patience_s:
+                self._patience_s = min(patience_s, _LOOK_S)  # not the same wait for every plan
+            raise
         bundles = BundleRange.own(name, group)
         self._groups.append(bundles)
         self._seats.update({device: (bundles, i) for i, device in enumerate(devices)})
@@ -254,13 +274,14 @@ class WarmPool:
     def close(self) -> None:
         """Ends all processes and gives the devices back; safe to call twice."""
         processes, self._processes = list(self._processes.values()), {}
+        starting, self._starting = list(self._starting.values()), {}
         groups, self._groups = self._groups, []
         self._seats, self._batch = {}, None
         if not ray.is_initialized():
             return
-        for process in processes:
+        for actor in [*starting, *(process.actor for process in processes)]:
             with contextlib.suppress(RayError):
-                ray.kill(process.actor, no_restart=True)
+                ray.kill(actor, no_restart=True)
         release([group.group for group in groups])
         self._await_exit(processes)
 

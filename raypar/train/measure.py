@@ -33,6 +33,8 @@ from raypar.train.quiet import CountedRank, Step
 _WARM_UP = 2  # the first steps allocate, and make the optimizer's states
 _LEAST = 5  # steps that count, where a step is not longer than what is asked for
 _FEW = 2
+_LONG_S = 5.0  # the first of such steps is not that much longer than the others
+_ROOM = 1.5  # free memory that a plan wants, as a multiple of what the last one took
 _CALL_S = 0.4  # disturbance is told for the steps of one call together
 _TURN = 3
 
@@ -77,6 +79,7 @@ class RayMeasurer:
         rounds: int = 6,
     ) -> None:
         self._graph = graph
+        self._cluster = cluster
         self._optimizer = optimizer
         self._seed = seed
         self._clip_norm = clip_norm
@@ -95,6 +98,11 @@ class RayMeasurer:
         self._pool = WarmPool(cluster, tensors, settings)
         self._turn = threading.Lock()
         self._closed = False
+
+    def prepare(self) -> None:
+        """Begins to start the processes of all devices, where there is room, and does not wait."""
+        with self._exclusive():
+            self._pool.begin(range(self._cluster.n_devices))
 
     def measure(self, plan: Plan, *, seconds: float) -> Measured:
         """Runs a plan for about `seconds`; see `Measurer.measure`.
@@ -126,14 +134,14 @@ class RayMeasurer:
             on_turn: Called after every turn with the plan's index and the steps that count.
         """
         found: list[Measured | Exception] = []
-        for first in range(0, len(plans), self._at_once):
-            part = plans[first : first + self._at_once]
+        while len(found) < len(plans):
             with self._exclusive():
-                answers = self._in_turns(part, seconds, first, on_turn)
-            for plan, answer in zip(part, answers, strict=True):
-                if isinstance(answer, Exception) and len(part) > 1:
+                answers = self._in_turns(plans[len(found) :], seconds, len(found), on_turn)
+            alone = len(answers) == 1
+            for answer in answers:
+                if isinstance(answer, Exception) and not alone:
                     try:
-                        answer = self.measure(plan, seconds=seconds)
+                        answer = self.measure(plans[len(found)], seconds=seconds)
                     except RayparError as error:
                         answer = error
                 found.append(answer)
@@ -142,10 +150,16 @@ class RayMeasurer:
     def _in_turns(
         self, plans: Sequence[Plan], seconds: float, first: int, on_turn: OnTurn | None
     ) -> list[Measured | Exception]:
+        """The first of `plans`, as many as there is room for at a time."""
         answers: dict[int, Measured | Exception] = {}
         running: dict[int, _Running] = {}
+        taken = 0
         try:
             for index, plan in enumerate(plans):
+                last = next(reversed(running.values()), None)
+                if last and (len(running) == self._at_once or not last.leaves_room):
+                    break
+                taken = index + 1
                 try:
                     running[index] = self._start(plan)
                 except RayparError as error:
@@ -169,7 +183,7 @@ class RayMeasurer:
         finally:
             for one in running.values():
                 one.unload()
-        return [answers[index] for index in range(len(plans))]
+        return [answers[index] for index in range(taken)]
 
     def _start(self, plan: Plan) -> _Running:
         began = time.perf_counter()
@@ -248,7 +262,8 @@ class _Running:
         try:
             first = self._run(1)
             self._saved = [rank.most_saved for rank in first[0].ranks] if first else []
-            self._run(_WARM_UP - 1)
+            if self._each < _LONG_S:
+                self._run(_WARM_UP - 1)
             self._held = pool.held(loaded)
         except BaseException:
             pool.unload(loaded)
@@ -302,6 +317,16 @@ class _Running:
         return measured_of(
             self._graph, self._plan, self._steps, self._held, self._saved, self._took
         )
+
+    @property
+    def leaves_room(self) -> bool:
+        """Whether one more plan of this size would have fitted when this one was loaded."""
+        beside = len(self._held)  # ranks on one machine share what is free there
+        for held, saved in zip(self._held, self._saved, strict=False):
+            needed = held.peak or beside * (held.resident + saved)
+            if held.free < _ROOM * needed:
+                return False
+        return True
 
     def unload(self) -> None:
         """Drops the plan."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -29,6 +29,9 @@ from raypar.train.metrics import Display, MetricsLog, tokens_of
 from raypar.train.optimizer import check_optimizer, check_optimizer_on
 from raypar.train.result import Result
 from raypar.train.signals import terminating
+
+if TYPE_CHECKING:
+    from raypar.train.measure import RayMeasurer
 
 
 class Trainer:
@@ -204,28 +207,31 @@ class Trainer:
         from raypar.search.plan import search
 
         config = self._search_config or SearchConfig()
+        measures = config.chosen_planner == "optuna" and config.measure != 0
         with _random_state_kept(), ExitStack() as stack:
             measurer = None
-            if self._scaling.num_workers != 0 and config.measure != 0:
-                from raypar.train.measure import RayMeasurer
-
-                measurer = stack.enter_context(
-                    RayMeasurer(
-                        graph,
-                        cluster,
-                        opened.example,
-                        self._optimizer,
-                        seed=self._seed,
-                        clip_norm=self._clip_norm,
-                        scaling=self._scaling,
-                    )
-                )
+            if measures and self._scaling.num_workers != 0:
+                measurer = stack.enter_context(self._measurer(graph, cluster, opened))
+                measurer.prepare()
             found = search(graph, cluster, config, measurer=measurer)
         (path / "search.json").write_text(found.record.to_json() + "\n")
         if found.record.stopped == "interrupted":  # a search then ends with its best; a run ends
             found.plan.save(path / "plan.json")
             raise KeyboardInterrupt
         return found.plan
+
+    def _measurer(self, graph: OpGraph, cluster: Cluster, opened: Opened) -> RayMeasurer:
+        from raypar.train.measure import RayMeasurer
+
+        return RayMeasurer(
+            graph,
+            cluster,
+            opened.example,
+            self._optimizer,
+            seed=self._seed,
+            clip_norm=self._clip_norm,
+            scaling=self._scaling,
+        )
 
     def _compile(self, graph: OpGraph, plan: Plan) -> list[RankSpec]:
         return compile_plan(

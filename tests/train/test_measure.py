@@ -108,6 +108,7 @@ class FakePool:
     endless: int = 10**9
     there: set[int] = field(default_factory=set)
     deaths: int = 0
+    free: int = 1 << 40
 
     def load(self, specs: Sequence[Any], runner: Any) -> FakeLoaded:
         name = specs[0].microbatches
@@ -128,7 +129,7 @@ class FakePool:
         ] * left
 
     def held(self, loaded: FakeLoaded) -> list[Held]:
-        return [Held(100, 0)]
+        return [Held(100, 0, self.free)]
 
     def unload(self, loaded: FakeLoaded) -> None:
         self.there.discard(loaded.name)
@@ -157,6 +158,14 @@ def test_plans_take_turns_that_move_on_from_round_to_round(fake: FakePool) -> No
     assert turns[: len(warm) + 12] == [*warm, 1, 2, 2, 1, 1, 2, 2, 1, 1, 2, 2, 1]
     assert set(turns[len(warm) + 12 :]) == {4}
     assert not fake.there
+
+
+def test_plans_that_do_not_fit_side_by_side_follow_one_another(fake: FakePool) -> None:
+    fake.free = 149  # each holds 100, and half as much is kept free
+    found = measurer().measure_together([plan(m) for m in (1, 2, 4)], seconds=0.01)
+    assert [f.step_s for f in found if isinstance(f, Measured)] == [0.001, 0.002, 0.004]
+    names = [name for _, name in fake.log]
+    assert names == sorted(names)
 
 
 def test_a_plan_that_fails_beside_others_is_tried_alone(fake: FakePool) -> None:

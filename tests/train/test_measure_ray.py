@@ -77,6 +77,7 @@ def pool(ray_session: str) -> Iterator[WarmPool]:
     for module in (fakes, test_measure_ray):
         ray.cloudpickle.register_pickle_by_value(module)
     made = WarmPool(CLUSTER, list(batch()), PoolSettings())
+    made.begin(range(2))
     yield made
     made.close()
     made.close()
