@@ -122,9 +122,48 @@ class Family:
         return result
 
 
-def prefixes(sequence: Sequence[int]) -> list[int]:
-    """Downsets that a topological order of positions passes through."""
-    masks = [0]
-    for position in sequence:
-        masks.append(masks[-1] | 1 << position)
-    return masks
+def thinned(family: Family, weights: Sequence[float], most: int) -> Family:
+    """A coarse part of a family: neighbours that weigh little together are not cut apart.
+
+    Args:
+        family: The downsets.
+        weights: Per layer what it matters where it lies.
+        most: About as many downsets are left.
+    """
+    members = family.members.astype(bool)
+    kept = np.ones(len(family), dtype=bool)
+    group = list(range(len(weights)))
+    weight = list(weights)
+    edges = {(u, v) for u, targets in enumerate(family.order.after) for v in targets}
+    while edges and kept.sum() > most:
+        pairs = {(group[u], group[v]) for u, v in edges}
+        _, one, other = min((weight[a] + weight[b], a, b) for a, b in pairs)
+        kept &= members[:, one] == members[:, other]
+        weight[one] += weight[other]
+        group = [one if g == other else g for g in group]
+        edges = {(u, v) for u, v in edges if group[u] != group[v]}
+    return Family(family.order, [family.masks[i] for i in np.flatnonzero(kept)])
+
+
+def nearest(
+    family: Family, masks: Sequence[int], weights: Sequence[float], most: int
+) -> Family:
+    """The part of a family that is nearest to some downsets.
+
+    Args:
+        family: The downsets.
+        masks: Some of them.
+        weights: Per layer what it matters where it lies.
+        most: How many there may be.
+    """
+    weight = np.array(weights)
+    members = family.members.astype(np.float64)
+    total = members @ weight
+    near = np.full(len(family), np.inf)
+    for mask in masks:
+        inside = np.array([mask >> v & 1 for v in range(len(weight))])
+        difference = total + inside @ weight - 2 * (members @ (weight * inside))
+        near = np.minimum(near, difference)
+    near[[0, -1]] = 0.0
+    chosen = np.argsort(near, kind="stable")[:most]
+    return Family(family.order, [family.masks[i] for i in chosen])

@@ -40,7 +40,7 @@ class Rest:
         k = setting.devices
         sums = np.unique(np.geomspace(1, k + 1, _MOST_SUMS).astype(np.int64) - 1)
         self.at = np.searchsorted(sums, np.arange(k + 2), "right") - 1
-        self.memory = setting.memory
+        self.memory, self.devices = setting.memory, k
         self.prices = self._prices(figures)
         columns = [self._least(figures, price, int(s)) for price in self.prices for s in sums]
         weights = family.members.astype(np.float64) @ np.stack(columns, axis=1)
@@ -74,6 +74,10 @@ class Rest:
         scale = bound + self.prices * self.memory
         devices = (self._weights / scale[None, :, None]).max(axis=1)
         self.table = np.ceil(np.minimum(devices, 2.0**40) * (1 - 1e-9)).astype(np.int64)
+
+    def least_bound(self) -> float:
+        """Least bound on the load under which the whole model needs no more than the devices."""
+        return float((self._weights[0, :, 0] / self.devices - self.prices * self.memory).max())
 
     def of(self, downsets: Index, behind: Index) -> Index:
         """Devices that downsets need with so many replicas behind them."""

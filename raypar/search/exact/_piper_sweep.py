@@ -115,6 +115,10 @@ class PiperSweep:
         ]
         return self.family.members @ np.array(per_layer)
 
+    def least_bound(self) -> float:
+        """No pipeline has a load below this."""
+        return self._rests.least_bound()
+
     def pipeline(self, bound: float) -> list[Cut] | None:
         """Stages, first to last, with no load above `bound` (finite); None where there are none."""
         self.bound = bound * (1 + 1e-13)

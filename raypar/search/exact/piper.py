@@ -19,14 +19,18 @@ from raypar.errors import PlanError
 from raypar.graph.workloads import LayerWorkload
 from raypar.search.exact._piper_figures import DegreeFigures
 from raypar.search.exact._piper_formula import PiperSetting
-from raypar.search.exact._piper_lattice import Family, Order
+from raypar.search.exact._piper_lattice import Family, Order, nearest, thinned
 from raypar.search.exact._piper_sweep import Cut, PiperSweep
 
 _MOST_DOWNSETS = 60_000
+_LARGE, _COARSE, _FINE = 1_600, 500, 900
+"""Downsets above which parts of the lattice are searched first: a coarse one, then fine ones."""
 _BETTER = 1 - 1e-11
 """A pipeline is better if its load is less than this share of the best one's."""
 _GALLOP = (1e-4, 2e-3, 3e-2, 0.3, 0.6)
 """Steps above the lower bound that are tried before bisection."""
+_GAINS = (1e-11, 1e-3, 4e-3, 1.6e-2, 6e-2)
+"""Steps below a pipeline of another search that are tried before bisection."""
 _ANYTHING = 1e300
 
 
@@ -119,11 +123,41 @@ class _Solver:
         return self.best
 
     def _search(self, family: Family) -> None:
+        if len(family) <= _LARGE:
+            self._solve(family)
+            return
+        part = thinned(family, self._weights(), _COARSE)
+        gained = True
+        while gained:
+            before = self.best.objective
+            self._solve(part)
+            cuts = self._cuts()
+            gained = self.best.objective < before * _BETTER and bool(cuts)
+            part = nearest(family, cuts, self._weights(), _FINE) if gained else part
+        self._solve(family, upwards=True)
+
+    def _solve(self, family: Family, *, upwards: bool = False) -> None:
         degrees = [t for t in self.workload.degrees if t <= self.setting.devices]
         if len(degrees) > 1:
             # One degree is far quicker, and often all that the best pipeline uses.
-            self.minimise(self.sweep(family, degrees[:1]))
-        self.bound = self.minimise(self.sweep(family, degrees))
+            self.minimise(self.sweep(family, degrees[:1]), upwards=upwards)
+        self.bound = self.minimise(self.sweep(family, degrees), upwards=upwards)
+
+    def _weights(self) -> list[float]:
+        """Per layer what it matters where it lies."""
+        seconds = [
+            min(v.seconds for variants in layer.variants.values() for v in variants)
+            for layer in self.order.layers
+        ]
+        little = sum(seconds) / len(seconds) / 10 or 1.0
+        return [s + little for s in seconds]
+
+    def _cuts(self) -> list[int]:
+        """Downsets between the stages of the best pipeline, as bit masks."""
+        masks = [0]
+        for stage in self.best.stages:
+            masks.append(masks[-1] | sum(1 << self.order.position[one] for one in stage.layers))
+        return masks
 
     def sweep(self, family: Family, degrees: Sequence[int]) -> PiperSweep:
         """The dynamic program over a family of downsets."""
@@ -134,23 +168,30 @@ class _Solver:
         if time.process_time() > self.deadline:
             raise _OutOfTime
 
-    def minimise(self, sweep: PiperSweep) -> float:
-        """Improves `best` to the optimum over a family; returns a bound for the family."""
-        low = float(sweep.least_work[0]) / self.setting.devices
+    def minimise(self, sweep: PiperSweep, *, upwards: bool) -> float:
+        """Improves `best` to the optimum over a family; returns a bound for the family.
+
+        Args:
+            sweep: The dynamic program over the family.
+            upwards: Begin at the lower bound, even where a pipeline is known: in a large family
+                that is quicker than to ask what lies just below that pipeline.
+        """
+        low = sweep.least_bound()
         if not low < math.inf:
             return low
-        if self.best.stages:
+        if self.best.stages and not upwards:
             # Another family or fewer degrees gave this pipeline: there may be little to gain.
-            for step in (1e-11, 1e-3, 4e-3, 1.6e-2, 6e-2):
+            for step in _GAINS:
                 bound = self.best.objective * (1 - step)
                 if bound > low and not self.attempt(sweep, bound):
                     low = bound
                     break
         else:
             for step in _GALLOP:
-                if self.attempt(sweep, low * (1 + step)):
+                bound = low * (1 + step)
+                if bound >= self.best.objective * _BETTER or self.attempt(sweep, bound):
                     break
-                low *= 1 + step
+                low = bound
             if not self.best.stages and not self.attempt(sweep, _ANYTHING):
                 return math.inf
         stuck = 0
