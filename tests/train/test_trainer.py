@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import raypar as rp
+from raypar.search.plan import Found, search
+from raypar.search.record import SearchRecord
 from raypar.train.trainer import first_devices
 
 
@@ -96,6 +99,23 @@ def test_a_plan_file_is_run_as_it_is(fit: Callable[..., rp.Result], tmp_path: Pa
     again = fit(plan=str(first.path / "plan.json"), search_config=None)
     assert again.plan == first.plan
     assert again.metrics["loss"] == first.metrics["loss"]
+
+
+def test_an_interrupted_search_ends_the_run_and_keeps_its_best_plan(
+    fit: Callable[..., rp.Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*given: Any, measurer: Any) -> Found:
+        assert measurer is None  # nothing is measured where there is no Ray
+        found = search(*given)
+        return Found(found.plan, replace(found.record, stopped="interrupted"))
+
+    monkeypatch.setattr("raypar.search.plan.search", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit()
+    (path,) = tmp_path.glob("**/plan.json")
+    assert rp.Plan.load(path).planner == "uniform"
+    assert SearchRecord.from_json((path.parent / "search.json").read_text()).stopped
+    assert "KeyboardInterrupt" in (path.parent / "result.json").read_text()
 
 
 def test_a_shuffling_loader_is_repeated_over_epochs_in_the_seeds_order(
