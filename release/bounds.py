@@ -4,8 +4,8 @@
 
 An instance is a random small model (widths, depth, kind of layers, batch), a random cluster (one
 kind of device or two, one node or two, memory that may be short) and random options. Planner
-`exhaustive` plays all of its plans; the bound of the same options has to be at most the fastest one
-that fits the memory, and the bound without memory at most every one. Exits with 1 where one is not.
+`exhaustive` plays all of its plans; the bound of the same options has to be at most the fastest of
+them, whether it fits the memory or not. Exits with 1 where one is not.
 
 The large models are GPT-39B on 64 V100 and GPT-175B on 512 A100, 1,024 H100 and 3,072 A100; printed
 are the bound and its parts, its processor seconds (captures included), and the gap of the plan that
@@ -42,8 +42,9 @@ from raypar.search.planners.exhaustive import ExhaustiveSearch
 from release.workloads import ALPA_GPT, GPT_175B, Workload
 
 RESULTS = Path(__file__).parent / "results" / "bounds.json"
-MOST_PLANS = 250
+MOST_PLANS = 80
 """Plans of one instance; options are fixed one by one until there are no more."""
+_DRIVER_BYTES = 950 << 20
 LARGE: dict[str, tuple[Workload, int, str]] = {
     "39B": (ALPA_GPT["39B"], 8, "V100"),
     "512": (GPT_175B, 64, "A100"),
@@ -164,8 +165,11 @@ def _options(
 ) -> SearchConfig:
     """Fixes options in random order until the space is small."""
     config = SearchConfig(planner="exhaustive", trials=most)
-    share = rng.choice((0.9, 0.9, 1e-3, 2e-4, 5e-5))  # the last ones make memory short
-    config = replace(config, memory_fraction=share)
+    if rng.random() < 0.5:  # memory is short: a few MB beside what drivers take
+        least = min(node.device_memory for node in cluster.nodes)
+        gpu = all(node.device.is_gpu for node in cluster.nodes)
+        few = 10 ** rng.uniform(5.5, 7.5) + (_DRIVER_BYTES if gpu else 0)
+        config = replace(config, memory_fraction=few / least)
     open_: dict[str, tuple[Any, ...]] = {
         "zero": (0, 1, 2, 3), "recompute": ("none", "selective", "full"), "replicas": (1, 2),
         "microbatches": (1, 2), "schedule": ("1f1b", "gpipe", "zero_bubble_h1"), "stages": (1, 2),
@@ -194,8 +198,6 @@ class Held:
         best_s: The fastest of those; 0 where none fits.
         fastest_s: The fastest of all.
         bound_s: The bound.
-        free_s: The bound without memory.
-        holds: Whether both hold.
     """
 
     seed: int
@@ -205,12 +207,11 @@ class Held:
     best_s: float
     fastest_s: float
     bound_s: float
-    free_s: float
 
     @property
     def holds(self) -> bool:
-        """Whether both bounds are at most what they speak of."""
-        return self.free_s <= self.fastest_s and (not self.fitting or self.bound_s <= self.best_s)
+        """Whether no plan is faster than the bound."""
+        return self.bound_s <= self.fastest_s
 
     @property
     def gap(self) -> float:
@@ -229,13 +230,12 @@ def hold(seed: int, most: int = MOST_PLANS) -> Held | None:
         bound = lower_bound(one.graph, one.cluster, one.calibration, one.config)
     except PlanError:
         return None
-    free = lower_bound(one.graph, one.cluster, one.calibration, one.config, memory=False)
     if not entries:
         return None
     fitting = [e.step_s for e in entries if e.overfull <= 1.0]
     return Held(
         seed, one.cluster.describe(), len(entries), len(fitting), min(fitting, default=0.0),
-        min(e.step_s for e in entries), bound.step_s, free.step_s,
+        min(e.step_s for e in entries), bound.step_s,
     )  # fmt: skip
 
 

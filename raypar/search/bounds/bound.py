@@ -17,11 +17,13 @@ from raypar.mesh.calibration import Calibration, table_calibration
 from raypar.mesh.cluster import Cluster
 from raypar.search._sim_setting import CPU_OVERHEAD_S
 from raypar.search.bounds.kernels import Kernel, kernels_of, trained_bytes
-from raypar.search.bounds.rates import Devices, linear_s
+from raypar.search.bounds.rates import Devices, Floats, linear_s
 from raypar.search.config import SearchConfig
 
 _ROUNDING = 1 - 1e-9
 """Sums in another order differ in their last digits."""
+_WEIGHTS = (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
+"""Weights of the chain in the means that are tried."""
 
 
 @dataclass(frozen=True)
@@ -64,22 +66,25 @@ def lower_bound(
     cluster: Cluster,
     calibration: Calibration | None = None,
     config: SearchConfig | None = None,
-    *,
-    memory: bool = True,
 ) -> Bound:
     """Seconds that no plan for a model on a cluster goes below.
 
-    It holds for every plan that `raypar.fit.check_plan` takes and that has the options which
-    `config` fixes (replicas, microbatches), whatever its stages, meshes, shardings, ZeRO levels,
-    recomputation, schedule and interleaving, as `raypar.search.simulate.simulate` plays it with
-    the analytic cost model, all cores and this calibration.
+    It holds for every plan that `raypar.fit.check_plan` takes, fits it the memory or not, and that
+    has the options which `config` fixes (replicas, microbatches; the devices that stages and
+    tensor leave), whatever its stages, meshes, shardings, ZeRO levels, recomputation, schedule and
+    interleaving, as `raypar.search.simulate.simulate` plays it with the analytic cost model, a
+    core for every CPU device, and this calibration.
+
+    What it does not count, since there are plans without it: bubbles (any of them shrinks with
+    more interleaving), collectives and messages (stages of one rank per replica need no
+    collectives, and messages travel while ranks compute), and recomputation (memory can be had by
+    keeping fewer microbatches in flight).
 
     Args:
         graph: The captured model.
         cluster: The devices.
         calibration: What they reach; default: the device table.
         config: What is fixed; default: nothing.
-        memory: Only plans that fit the memory count; False: any plan.
 
     Raises:
         PlanError: The options leave no way to cut the batch.
@@ -124,32 +129,80 @@ class _Cut:
         microbatches: int,
     ) -> None:
         self.graph, self.cluster, self.config = graph, cluster, config
-        self.devices = Devices.of(cluster, calibration)
         self.replicas, self.microbatches = replicas, microbatches
         self.local_batch = graph.global_batch // (replicas * microbatches)
-        self.ranks = cluster.n_devices // replicas
+        every = Devices.of(cluster, calibration)
+        used = every.total // replicas
+        if config.stages != "auto" and config.tensor != "auto":
+            used = min(used, config.stages * config.tensor)  # of one replica
+        self.devices = every.at_most(used * replicas)
+        self.ranks = used if config.tensor == "auto" else min(used, config.tensor)
 
     def bound(self, exactly: bool = False) -> Bound | None:
-        """The bound, or None where the model cannot be run in such microbatches."""
+        """The bound, or None where the model cannot be run in such microbatches.
+
+        Two things hold of every plan, and so does every mean of them. Devices are busy with all
+        kernels: the time is at least their device-seconds over the devices. And one microbatch
+        goes through a chain of kernels, forward to the loss and back, one after the other. Few
+        ranks for each op make the first small, many the second; for a given mean, the best number
+        of ranks of each op (and kind of device) is that of its own summand, so that the sum of
+        the least summands is a bound; the largest over some means is taken.
+        """
         try:
             kernels = kernels_of(self.graph, self.local_batch, exactly=exactly)
         except PlanError:
             return None
-        compute = self._compute_rows(kernels)
-        state = self._state_rows()
-        computing = self.devices.balanced_s(compute)
-        with_state = self.devices.balanced_s(np.concatenate([compute, state]))
-        launching = self._launching_s()
-        parts = {
-            "compute": _ROUNDING * computing,
-            "optimizer": _ROUNDING * max(0.0, with_state - computing),
-            "interpreter": _ROUNDING * launching,
-        }
-        words = (
-            f"the products and kernels of {self.microbatches} microbatches of {self.local_batch} "
-            f"samples on {self.replicas} replicas keep {self.cluster.n_devices} devices busy"
+        compute, state = self._compute_rows(kernels), self._state_rows()
+        prices = self.devices.prices(np.concatenate([compute, state]))
+        computing = float((compute * prices).min(axis=1).sum())
+        keeping = float((state * prices).min(axis=1).sum())
+        launch = 0.0 if any(kind.is_gpu for kind, _ in self.devices.kinds) else CPU_OVERHEAD_S
+        best, share = computing + keeping + 2 * self.microbatches * launch, 0.0
+        for weight in _WEIGHTS:
+            mixed = self._mixed_s(kernels, prices, weight) + (1 - weight) * keeping
+            mixed += 2 * (weight + (1 - weight) * self.microbatches) * launch
+            if mixed > best:
+                best, share = mixed, weight
+        launching = 2 * (share + (1 - share) * self.microbatches) * launch
+        parts = {"compute": computing, "optimizer": keeping}
+        if share:
+            parts["optimizer"] = (1 - share) * keeping
+            parts["compute"] = min(computing, best - launching - parts["optimizer"])
+            parts["chain"] = best - launching - parts["optimizer"] - parts["compute"]
+        if launch:
+            parts["interpreter"] = launching
+        parts = {name: _ROUNDING * seconds for name, seconds in parts.items()}
+        return Bound(
+            sum(parts.values()), parts, self._words(share), self.replicas, self.microbatches
         )
-        return Bound(sum(parts.values()), parts, words, self.replicas, self.microbatches)
+
+    def _words(self, share: float) -> str:
+        cut = (
+            f"{self.microbatches} microbatches of {self.local_batch} samples on {self.replicas} "
+            "replicas"
+        )
+        if share > 0.5:
+            return f"{cut} are few: each goes through its ops one after the other"
+        busy = f"the kernels of {cut} keep {self.devices.total} devices busy"
+        return f"{busy}, and each microbatch goes through them one by one" if share else busy
+
+    def _mixed_s(self, kernels: tuple[Kernel, ...], prices: Floats, weight: float) -> float:
+        """The least mean of the chain (by `weight`) and of device-seconds at given prices."""
+        ranks = _ranks(self.ranks)
+        seconds = self.devices.latencies(kernels, ranks)
+        fewest = np.array(ranks, dtype=float)
+        # Between two numbers of ranks that are looked at: no faster than on the larger, and no
+        # fewer device-seconds than on the smaller.
+        later = np.concatenate([seconds[..., 1:], seconds[..., -1:]], axis=2)
+        apart = np.diff([*ranks, self.ranks + 1]) > 1
+        chain = np.where(apart, later, seconds)
+        busy = seconds * fewest * (self.microbatches * self.replicas)
+        priced = (1 - weight) * busy * prices[None, :, None]
+        alone = priced.min(axis=(1, 2))
+        together = (priced + weight * chain).min(axis=(1, 2))
+        chained = np.array([k.chained for k in kernels], dtype=float)
+        times = np.array([k.times for k in kernels], dtype=float)
+        return float(chained @ together + (times - chained) @ alone)
 
     def _compute_rows(self, kernels: tuple[Kernel, ...]) -> np.ndarray:
         """Device-seconds of each kernel in a step, on each kind of device."""
@@ -173,8 +226,10 @@ class _Cut:
             rows.append(row)
         return np.array(rows, dtype=float).reshape(len(rows), len(self.devices.kinds))
 
-    def _launching_s(self) -> float:
-        """What the interpreter of a CPU rank adds around a forward and a backward."""
-        if any(kind.is_gpu for kind, _ in self.devices.kinds):
-            return 0.0
-        return 2 * self.microbatches * CPU_OVERHEAD_S
+
+def _ranks(most: int) -> list[int]:
+    """Numbers of ranks that are looked at: all small ones, then in steps of a twelfth."""
+    found = list(range(1, min(most, 48) + 1))
+    while found[-1] * 13 // 12 < most:
+        found.append(found[-1] * 13 // 12)
+    return found if found[-1] == most else [*found, most]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,8 @@ class Kernel(NamedTuple):
         kind: Class as in `raypar.search.cost.work.Work`, or `ANY_KIND`.
         calls: Small ops that it runs inside, one after the other.
         backward: Whether it belongs to the backward pass.
+        chained: How many of them one microbatch goes through one after the other: on a path from
+            an input to the loss and, as far as gradients follow it, back.
     """
 
     times: int
@@ -53,6 +56,7 @@ class Kernel(NamedTuple):
     kind: str
     calls: float
     backward: bool
+    chained: int = 0
 
 
 def kernels_of(graph: OpGraph, local_batch: int, *, exactly: bool = False) -> tuple[Kernel, ...]:
@@ -122,6 +126,7 @@ def _kernels(graph: OpGraph, local_batch: int) -> tuple[Kernel, ...]:
     read = read_graph(clean, trainable)
     arrived: set[Value] = {value for value, _ in read.outputs if value in read.flow}
     counts: Counter[object] = Counter()
+    keys: dict[fx.Node, object] = {}
     found: dict[object, _Traced] = {}
     for op in reversed(read.ops):
         operands = tuple(_value(operand, read) for operand in op.all_input_nodes)
@@ -132,13 +137,53 @@ def _kernels(graph: OpGraph, local_batch: int) -> tuple[Kernel, ...]:
         told = call_key(op)
         key: object = op if told is None else (told, wants, str(op.meta.get("autocast")))
         counts[key] += 1
+        keys[op] = key
         if key not in found:
             found[key] = _TRACES.find(key, op, wants) if told is not None else _traced(op, wants)
         given = zip(operands, found[key].gives, strict=True)
         arrived.update(value for value, gives in given if gives and value is not None)
     params = [v for v in arrived if v.id.startswith("param:")]
     graph.memo["bound parameters"] = dict(Counter(v.nbytes for v in params))
-    return tuple(k._replace(times=counts[key]) for key, own in found.items() for k in own.kernels)
+    chain = _chain(read, {op: found[key] for op, key in keys.items()})
+    kernels = []
+    for key, own in found.items():
+        forward, back = (sum(keys[op] == key for op in ops) for ops in chain)
+        for kernel, alone in zip(own.kernels, own.alone, strict=True):
+            on = forward if not kernel.backward else back * alone
+            kernels.append(kernel._replace(times=counts[key], chained=on))
+    return tuple(kernels)
+
+
+def _chain(read: Graph, traced: Mapping[fx.Node, _Traced]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Ops on a path to the loss, and those of them that the gradient passes on its way back.
+
+    Any path will do; this one has the most work.
+    """
+    longest: dict[fx.Node, float] = {}
+    before: dict[fx.Node, fx.Node] = {}
+    for op in read.ops:
+        sources = [v.node for v in read.reads[op] if v.node in longest]
+        own = sum(k.flops + k.nbytes + k.calls for k in traced[op].kernels)
+        longest[op] = own + max((longest[s] for s in sources), default=0.0)
+        if sources:
+            before[op] = max(sources, key=longest.__getitem__)
+    ends = [v.node for v, _ in read.outputs if v.node in longest]
+    if not ends:
+        return [], []
+    path = [max(ends, key=longest.__getitem__)]
+    back, follows = [], True
+    while path[-1] in before:
+        op, source = path[-1], before[path[-1]]
+        operands = [_value(operand, read) for operand in op.all_input_nodes]
+        gives = traced[op].gives
+        follows = follows and any(
+            value is not None and value.node is source and given
+            for value, given in zip(operands, gives, strict=True)
+        )
+        if follows:
+            back.append(op)
+        path.append(source)
+    return path, back
 
 
 class _Wants(NamedTuple):
@@ -149,9 +194,17 @@ class _Wants(NamedTuple):
 
 
 class _Traced(NamedTuple):
-    """The kernels of an op, and for which operands it makes a gradient."""
+    """What an op runs.
+
+    Attributes:
+        kernels: Its kernels.
+        alone: Per kernel whether it makes gradients of values only: what makes one of a parameter
+            may be put off or, where it makes both, be taken apart (zero bubble schedules).
+        gives: Per operand whether it gets a gradient.
+    """
 
     kernels: tuple[Kernel, ...]
+    alone: tuple[bool, ...]
     gives: tuple[bool, ...]
 
 
@@ -194,24 +247,49 @@ def _traced(node: fx.Node, wants: _Wants) -> _Traced:
     nothing = (False,) * len(wants.operands)
     if not all(map(_sized, (node, *node.all_input_nodes))):
         # How much it does is known when it runs; its operands get gradients as far as can be told.
-        return _Traced((), wants.operands if any(wants.results) else nothing)
+        return _Traced((), (), wants.operands if any(wants.results) else nothing)
     pieces = stage_pieces(_alone(node, wants))
     rewritten = find_localiser(op_name(node)) is not None
     forward = set(pieces.forward.nodes)
     joint = pieces.joint
     nodes = list(pieces.forward.nodes) if joint is None else list(joint.graph.nodes)
     sums = _bias_sums(node, pieces)
-    kernels = []
+    late = _for_parameters(node, pieces)
+    kernels: list[Kernel] = []
+    alone: list[bool] = []
     for one in nodes:
         if one.op == "call_function" and is_op(one):
             backward = one not in forward
             certain = one.target is node.target if not backward else one in sums
             found = _kernel(one, rewritten, backward, certain)
-            kernels += [] if found is None else [found]
+            if found is not None:
+                kernels.append(found)
+                alone.append(one not in late)
     if joint is None:
-        return _Traced(tuple(kernels), nothing)
+        return _Traced(tuple(kernels), tuple(alone), nothing)
     made = {at for at, g in zip(joint.wrt, joint.gradients, strict=True) if g is not None}
-    return _Traced(tuple(kernels), tuple(i in made for i in range(len(wants.operands))))
+    return _Traced(
+        tuple(kernels), tuple(alone), tuple(i in made for i in range(len(wants.operands)))
+    )
+
+
+def _for_parameters(node: fx.Node, pieces: StagePieces) -> set[fx.Node]:
+    """What the gradients of parameters are made of."""
+    if pieces.joint is None:
+        return set()
+    operands = node.all_input_nodes
+    stack = [
+        gradient
+        for at, gradient in zip(pieces.joint.wrt, pieces.joint.gradients, strict=True)
+        if gradient is not None and operands[at].op == "placeholder"
+    ]
+    found: set[fx.Node] = set()
+    while stack:
+        made = stack.pop()
+        if made not in found:
+            found.add(made)
+            stack += made.all_input_nodes
+    return found
 
 
 def _sized(node: fx.Node) -> bool:

@@ -64,8 +64,34 @@ class Devices:
             [[kernel_s(k, kind, rates, most_ranks) for kind, rates in self.kinds] for k in kernels]
         ).reshape(len(kernels), len(self.kinds))
 
+    def latencies(self, kernels: Sequence[Kernel], ranks: Sequence[int]) -> Floats:
+        """Least seconds of each kernel on one rank of so many: ``[kernels, kinds, ranks]``."""
+        found = np.zeros((len(kernels), len(self.kinds), len(ranks)))
+        parts = np.array(ranks, dtype=float)
+        for i, kernel in enumerate(kernels):
+            for j, (kind, rates) in enumerate(self.kinds):
+                launch = kernel.calls * rates.overhead
+                alone = _work_s(kernel, kind, rates, 1, False)
+                one, two = (_work_s(kernel, kind, rates, n, True) for n in (1, 2))
+                # A product is a constant and a share; the larger of two such is at least one.
+                constant = max(0.0, two - one)
+                found[i, j] = launch + np.where(
+                    parts == 1, alone, constant + (one - constant) / parts
+                )
+        return found
+
+    def at_most(self, devices: int) -> Devices:
+        """Where no more than so many devices are used: as many of each kind at the most."""
+        return Devices(self.kinds, tuple(min(count, devices) for count in self.counts))
+
     def balanced_s(self, work: Floats) -> float:
-        """Least time in which all kinds together can do some work, shared out as it suits them.
+        """Least time in which all kinds together can do some work; see `prices`."""
+        if not len(work):
+            return 0.0
+        return float((work * self.prices(work)).min(axis=1).sum())
+
+    def prices(self, work: Floats) -> Floats:
+        """Prices of a second of a device of each kind: work costs at least the time it takes.
 
         The linear program ``min T: every row is done, no kind works longer than T on each of its
         devices`` is bounded from below by its dual at any prices y >= 0 of a second of a device
@@ -75,25 +101,24 @@ class Devices:
         Args:
             work: Device-seconds of each row on each kind.
         """
-        if not len(work):
-            return 0.0
         counts = np.array(self.counts, dtype=float)
-        if len(counts) == 1:
-            return float(work.sum() / counts[0])
         prices = 1.0 / np.maximum(work.sum(axis=0), 1e-30)
+        found = prices = prices / (counts @ prices)
         best = 0.0
-        for round_ in range(_ROUNDS):
+        rows = np.arange(len(work))
+        for round_ in range(_ROUNDS if len(counts) > 1 else 0):
             prices = prices / (counts @ prices)
             weighted = work * prices
+            total = float(weighted.min(axis=1).sum())
+            if total > best:
+                best, found = total, prices
             choice = weighted.argmin(axis=1)
-            best = max(best, float(weighted.min(axis=1).sum()))
-            rows = np.arange(len(work))
             load = np.bincount(choice, work[rows, choice], minlength=len(counts)) / counts
             if load.max() <= 0:
                 break
             # A kind that is loaded more than others becomes dearer, by less and less.
-            prices = prices * np.exp((load / load.max() - load.mean() / load.max()) / (4 + round_))
-        return best
+            prices = prices * np.exp((load - load.mean()) / load.max() / (4 + round_))
+        return found
 
 
 def kernel_s(kernel: Kernel, kind: DeviceKind, rates: DeviceRates, most_ranks: int) -> float:
