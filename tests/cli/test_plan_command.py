@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from raypar._launch import search_of, write_resolved
 from raypar._search_view import SearchView, ended
@@ -17,7 +20,7 @@ from raypar.mesh.calibration_files import CACHE_VARIABLE
 from raypar.plan import Plan
 from raypar.search.ladder import Ladder
 from raypar.search.record import SearchRecord, TrialRecord
-from raypar.search.study.judge import Judge
+from raypar.search.study.judge import Judge, Outcome
 
 CONFIG = """
 model: {target: "examples.models:gpt", kwargs: {layers: 1, width: 8, heads: 2, seq_len: 4}}
@@ -75,13 +78,14 @@ def test_a_plan_is_searched_for_once_and_its_record_written(folder: Path) -> Non
 
 
 def test_ctrl_c_gives_the_best_so_far(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, calls = Judge.look, []
+    own = Judge.look
+    calls: list[Any] = []
 
-    def look(*args, **kwargs):
+    def look(judge: Judge, *args: Any) -> Outcome:
         calls.append(args)
         if len(calls) > 1:
             raise KeyboardInterrupt
-        return own(*args, **kwargs)
+        return own(judge, *args)
 
     monkeypatch.setattr(Judge, "look", look)
     done = plan(folder, "--set", "search.seeds=[alpa]")
@@ -205,7 +209,11 @@ def test_on_a_terminal_one_line_is_drawn() -> None:
         view(TRIALS[1], None)
         view(TRIALS[0], TRIALS[0])
         assert view._live is not None
-        assert str(view._live.renderable) == "2 trials in 0 s; best step 500 ms by alpa: 1 stage"
+        console = Console(record=True, width=100, file=io.StringIO())
+        console.print(view._live.get_renderable())
+        assert console.export_text().split() == (
+            "2 trials in 0 s; best step 500 ms by alpa: 1 stage".split()
+        )
 
 
 def test_how_a_search_ended() -> None:

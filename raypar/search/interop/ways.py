@@ -138,15 +138,17 @@ class WayMaker:
         """How many integer programs were solved."""
         return sum(1 for solved in self._solved.values() if solved.texts)
 
-    def like(self, config: SearchConfig) -> WayMaker:
+    def like(self, config: SearchConfig, cluster: Cluster | None = None) -> WayMaker:
         """One for other options that knows every sharding that this one knows, and shares more.
 
         Args:
             config: Options with the same number of optimizer states.
+            cluster: Another cluster of the same kinds of devices and the same calibration.
         """
         assert config.optimizer_states == self.config.optimizer_states
         other = copy(self)
         other.config = config
+        other.cluster = cluster or self.cluster
         return other
 
     def ways(self, split: Split, size: int, devices: Sequence[int], wish: Wish = ANY) -> list[Way]:

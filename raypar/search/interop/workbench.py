@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 
 import numpy as np
 
@@ -204,10 +205,15 @@ class Workbench:
 def _maker(
     graph: OpGraph, cluster: Cluster, config: SearchConfig, calibration: Calibration, least: int
 ) -> WayMaker:
-    """A maker that knows what was worked out before for this graph on such devices."""
-    key = ("ways", repr(cluster), repr(calibration), config.optimizer_states, least)
+    """A maker that knows what was worked out before for this graph on such devices.
+
+    How many there are does not matter: a sharding belongs to the links of one mesh.
+    """
+    kinds = sorted({repr(node.device) for node in cluster.nodes})
+    rates = replace(calibration, note="", fingerprint="")
+    key = ("ways", *kinds, repr(rates), config.optimizer_states, least)
     if key not in graph.memo:
         units = find_units(graph, least=least)
         graph.memo[key] = WayMaker(graph, cluster, calibration, config, units)
     known: WayMaker = graph.memo[key]
-    return known.like(config)
+    return known.like(config, cluster)
