@@ -21,6 +21,7 @@ from raypar.search.planners.base import get_planner
 from raypar.search.simulate import Simulation, simulate
 
 AS_IT_IS = "as it is"
+_NO_TIME = "; there was no time to try more"
 _LEANER = (("full", 0), ("full", 1), ("full", 3))
 """(recomputation, least ZeRO level) tried in turn where a plan does not fit half the memory."""
 _FULLER = ("none", "selective")
@@ -144,16 +145,16 @@ class _Player:
     def carry(self, change: _Change, deadline: float) -> WhatIf:
         """The fastest of the ways to carry the plan over that run and fit.
 
-        After the deadline only the first way is looked at.
+        After the deadline only the first way is looked at, and what needs no simulation.
         """
         found: list[tuple[float, str]] = []
         reason = "it does not run there"
         for i, (carried, how) in enumerate(change.carried(self.plan)):
-            if i and time.monotonic() > deadline:
-                reason += "; there was no time to try more"
-                break
+            known = carried is self.plan and change.memory_only
+            if i and not known and time.monotonic() > deadline:
+                reason = f"{reason.removesuffix(_NO_TIME)}{_NO_TIME}"
+                continue
             try:
-                known = carried is self.plan and change.memory_only
                 played = self.before if known else self.play(carried, change.cluster)
             except RayparError as error:
                 reason = str(error)
