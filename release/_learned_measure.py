@@ -23,7 +23,7 @@ from raypar.search.cost.profiled import Seconds, profile
 from raypar.search.cost.work import Work
 from release.learned_models import Configuration, configurations
 
-LEAST_S, MOST_S = 1e-3, 0.15
+LEAST_S, MOST_S = 3e-3, 0.15
 """Stages that take less or more than this (forward and backward, by the analytic model) are left
 out: a plan has none of the small ones, and the large ones take long to measure."""
 DISTURBED = 0.04

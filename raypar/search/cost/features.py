@@ -32,6 +32,10 @@ OPTIMIZER = "optimizer"
 _ADDING = "add_gradients"
 """Class of the additions of gradients to those of earlier microbatches; rates are those of plain
 element-wise ops."""
+_EXCHANGE = "exchange"
+"""Class of the collectives inside a program: what they take of the device itself."""
+EXTRA = "extra"
+"""Family of columns that the analytic model knows nothing of: it says 0 seconds."""
 
 Counts = tuple[int, int, int, int]
 
@@ -84,8 +88,11 @@ def stage_work(stage: StageCode) -> StageWork:
     counts: dict[Work, Counter[int]] = {}
     for at, nodes in enumerate(programs):
         for node in nodes:
-            if move_of(node) is None:
-                counts.setdefault(node_work(node), Counter())[at] += 1
+            move = move_of(node)
+            work = (
+                node_work(node) if move is None else Work(0.0, float(move.nbytes), kind=_EXCHANGE)
+            )
+            counts.setdefault(work, Counter())[at] += 1
     if params.optimized and parts is not None:
         # Reads two gradients and writes one, as `params.accumulation_s` has it.
         adding = Work(0.0, 3.0 * params.gradient_bytes / params.optimized, kind=_ADDING)
@@ -106,8 +113,8 @@ class Column(NamedTuple):
 
     Attributes:
         device: Device kind.
-        family: ``product``, ``memory`` or ``call``: classes of a family are corrected alike where
-            little is known.
+        family: ``product``, ``memory``, ``call`` or ``extra``: classes of a family are corrected
+            alike where little is known.
         kind: Class of op.
         size: Position on the scale of sizes (`KNOTS`), -1 where sizes do not count.
         density: Position on the scale of FLOPs per byte (`DENSITIES`) for products, else -1.
@@ -127,7 +134,14 @@ which speeds are interpolated: from what fits into a first cache to what fits in
 DENSITIES = (0.5, 1.0, 1.5, 2.0)
 """The same for FLOPs per byte of products: few of them wait for memory, however large."""
 
+_EXCHANGE_CALLS = 10.0
+
 Seconds = dict[Column, float]
+
+
+def analytic_s(seconds: Mapping[Column, float]) -> float:
+    """What the analytic model says."""
+    return sum(s for column, s in seconds.items() if column.family != EXTRA)
 
 
 def _spread(value: float, knots: tuple[float, ...]) -> tuple[tuple[int, float], ...]:
@@ -142,6 +156,13 @@ def _spread(value: float, knots: tuple[float, ...]) -> tuple[tuple[int, float], 
 def _columns_of(work: Work, machine: MeshMachine) -> Seconds:
     """Analytic seconds of one op by column."""
     device = machine.kinds[0][0].name
+    if work.kind == _EXCHANGE:
+        # Calling it, and laying out what it brings: about what so many small ops and a copy take.
+        rest = machine.compute_s(0.0, work.nbytes, work.dtype, False, "copy") - machine.overhead_s
+        return {
+            Column(device, EXTRA, "calls"): _EXCHANGE_CALLS * machine.overhead_s,
+            Column(device, EXTRA, "bytes"): max(rest, 0.0),
+        }
     whole = work.seconds(machine)
     if work.kind == "view":
         return {Column(device, "call", "view"): whole}
@@ -205,6 +226,7 @@ class Pricer:
         """
         pieces: list[Seconds] = [{} for _ in PIECES]
         footprint = [1.0] * len(PIECES)
+        traffic = [0.0] * len(PIECES)
         for one, counts in work.works:
             columns = self._known.get(one)
             if columns is None:
@@ -212,9 +234,12 @@ class Pricer:
             for at, count in enumerate(counts):
                 if count:
                     footprint[at] += count * one.nbytes
+                    traffic[at] += count * one.nbytes if one.matmul else 0.0
                     own = pieces[at]
                     for column, seconds in columns.items():
                         own[column] = own.get(column, 0.0) + count * seconds
+        for at, nbytes in enumerate(traffic):
+            pieces[at].update(self._traffic(nbytes, footprint[at]))
         pieces.append(self._optimizer(work))
         footprint.append(1.0 + work.optimized_bytes)
         together = math.log2(max(ranks, 1))
@@ -222,6 +247,20 @@ class Pricer:
             _traits(at, seconds, footprint[at], work, together) for at, seconds in enumerate(pieces)
         )
         return PricedStage(tuple(pieces), traits)
+
+    def _traffic(self, nbytes: float, footprint: float) -> Seconds:
+        """What products wait for memory besides, where a program touches more than caches hold.
+
+        The analytic model has products and their traffic overlap fully.
+        """
+        if not nbytes:
+            return {}
+        device = self._machine.kinds[0][0].name
+        whole = self._machine.compute_s(0.0, nbytes, matmul=False, kind="plain")
+        return {
+            Column(device, EXTRA, "traffic", knot): share * whole
+            for knot, share in _spread(footprint / 10.0, KNOTS)
+        }
 
     def _optimizer(self, work: StageWork) -> Seconds:
         if not work.optimized:
@@ -238,7 +277,7 @@ class Pricer:
 def _traits(
     at: int, seconds: Mapping[Column, float], footprint: float, work: StageWork, together: float
 ) -> tuple[float, ...]:
-    whole = sum(seconds.values())
+    whole = analytic_s(seconds)
     share = {"call": 0.0, "product": 0.0}
     for column, part in seconds.items():
         if column.family in share:

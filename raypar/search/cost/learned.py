@@ -28,7 +28,7 @@ from raypar.search.cost.base import (
     total_s,
 )
 from raypar.search.cost.collectives import CollectiveFit
-from raypar.search.cost.features import PricedStage, Pricer, StageWork, stage_work
+from raypar.search.cost.features import PricedStage, Pricer, StageWork, analytic_s, stage_work
 from raypar.search.cost.machine import MeshMachine, machine_of
 from raypar.search.cost.profiled import Seconds
 from raypar.search.cost.regression import Predicted, Row, WorkRegression
@@ -317,6 +317,6 @@ class _StageFit:
         priced = self._price(work, ranks)
         rows = [Row(s, t) for s, t in zip(priced.pieces, priced.traits, strict=True)]
         return [
-            (sum(row.seconds.values()) * math.exp(p.log), p)
+            (analytic_s(row.seconds) * math.exp(p.log), p)
             for row, p in zip(rows, self._regression.predict(rows), strict=True)
         ]

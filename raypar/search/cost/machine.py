@@ -129,6 +129,14 @@ class MeshMachine:
             default=0.0,
         )
 
+    def crosses_nodes(self, axis: str) -> bool:
+        """Whether devices that differ along an axis are on several nodes.
+
+        Raises:
+            ClusterError: The mesh has no such axis.
+        """
+        return any(line.nodes > 1 for line in self._lines(axis))
+
     def _lines(self, axis: str) -> tuple[_Line, ...]:
         """The different lines of an axis that have more than one device."""
         found = self._axes.get(axis)

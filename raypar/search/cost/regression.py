@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from raypar.search.cost.features import Column
+from raypar.search.cost.features import EXTRA, Column, analytic_s
 from raypar.search.cost.profiled import one_thread
 
 _DEGREES = 4.0
@@ -63,34 +62,40 @@ class Priors:
         common: Of a factor that all columns of a device share.
         family: Of one that a family of columns shares.
         kind: Of one that all sizes of a kind share.
+        loose: How many times as much calls and extra columns may vary: analytic models know least
+            of them, and they are small.
         size: Of what differs between sizes of a kind.
         trait: Of the effect of one unit of a trait.
         smooth: Of the smooth remainder.
+        group: Of what all rows of a group share and no other has.
         length: Distance, in standard deviations of the traits, over which the remainder varies.
         noise: Of one measurement.
     """
 
-    common: float = 0.15
-    family: float = 0.15
-    kind: float = 0.3
-    size: float = 0.25
+    common: float = 0.1
+    family: float = 0.05
+    kind: float = 0.1
+    loose: float = 3.0
+    size: float = 0.08
     trait: float = 0.05
-    smooth: float = 0.1
+    smooth: float = 0.12
+    group: float = 0.1
     length: float = 2.0
-    noise: float = 0.04
+    noise: float = 0.1
 
     def spread(self) -> float:
         """Of one column's factor in all: how wrong the analytic model may be about it."""
-        return math.sqrt(self.common**2 + self.family**2 + self.kind**2 + self.size**2)
+        return math.sqrt(
+            self.common**2 + self.family**2 + self.kind**2 + self.size**2 + self.group**2
+        )
 
 
-CANDIDATES = tuple(
-    Priors(kind=kind, family=kind / 2, size=0.8 * kind, smooth=smooth, length=length, noise=noise)
-    for kind, (smooth, length), noise in product(
-        (0.2, 0.4, 0.7), ((0.0, 2.0), (0.06, 2.0), (0.12, 1.5)), (0.03, 0.06)
-    )
+CHOICES: tuple[tuple[dict[str, float], ...], ...] = (
+    ({"noise": 0.07}, {"noise": 0.1}, {"noise": 0.14}),
+    ({"group": 0.05}, {"group": 0.1}, {"group": 0.15}),
+    ({"smooth": 0.06}, {"smooth": 0.12}, {"smooth": 0.18}),
 )
-"""Priors among which a fit chooses."""
+"""What a fit chooses between, one thing after the other."""
 
 
 @dataclass
@@ -134,8 +139,11 @@ def _prior_covariance(columns: Sequence[Column], priors: Priors) -> Tensor:
     kind = _same([c[:3] for c in columns])
     place = _vector([[c.size, c.density] for c in columns])
     near = torch.exp(-0.5 * ((place[:, None] - place[None]) ** 2).sum(-1))
-    found = priors.common**2 * common + priors.family**2 * family
-    found = found + kind * (priors.kind**2 + priors.size**2 * near)
+    found = priors.common**2 * common
+    loose = _vector([priors.loose if c.family in ("call", EXTRA) else 1.0 for c in columns])
+    loose = loose[:, None] * loose[None]
+    found = found + priors.family**2 * loose * family
+    found = found + kind * (priors.kind**2 * loose + priors.size**2 * near)
     return found + 1e-9 * torch.eye(len(columns), dtype=torch.float64)
 
 
@@ -156,16 +164,16 @@ class _Design:
 
     Attributes:
         seconds: [rows, columns].
-        traits: [rows, traits], scaled.
-        smooth: [rows, inducing points].
+        rest: [rows, traits + inducing points + groups] what acts on the logarithm linearly.
         missing: [rows] share of the remainder's variance that the inducing points do not explain.
+        extra: [rows] seconds that the analytic model does not count.
         unknown: [rows] seconds in columns that were not there when it was fitted.
     """
 
     seconds: Tensor
-    traits: Tensor
-    smooth: Tensor
+    rest: Tensor
     missing: Tensor
+    extra: Tensor
     unknown: Tensor
 
 
@@ -200,17 +208,20 @@ class Predicted(NamedTuple):
 
 
 class _Basis:
-    """The unknowns of a fit: one per column, per trait, and per inducing point."""
+    """The unknowns of a fit: one per column, per trait, per inducing point, and per group."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
+        self.groups = list(dict.fromkeys(_grouped([row.group for row in rows])))
         self.columns = sorted({c for row in rows for c in row.seconds})
         self._index = {c: i for i, c in enumerate(self.columns)}
         traits = _vector([row.traits for row in rows])
         self._scale = _Scale.of(traits)
         self._points = _inducing(self._scale(traits), _MOST_INDUCING)
 
-    def design(self, rows: Sequence[Row], length: float) -> _Design:
-        """Rows as matrices."""
+    def design(
+        self, rows: Sequence[Row], length: float, groups: Sequence[int] | None = None
+    ) -> _Design:
+        """Rows as matrices; without `groups` they belong to none of those learned from."""
         seconds = torch.zeros(len(rows), len(self.columns), dtype=torch.float64)
         unknown = torch.zeros(len(rows), dtype=torch.float64)
         places: list[tuple[int, int]] = []
@@ -219,7 +230,7 @@ class _Basis:
             for column, value in row.seconds.items():
                 at = self._index.get(column)
                 if at is None:
-                    unknown[i] += value
+                    unknown[i] += value if column.family != EXTRA else 0.0
                 else:
                     places.append((i, at))
                     values.append(value)
@@ -232,14 +243,20 @@ class _Basis:
         smooth = torch.linalg.solve_triangular(factor, to_points.T, upper=False).T
         missing = (1.0 - (smooth**2).sum(1)).clamp(0.0, 1.0)
         # A trait far outside of what was seen says no more than one at the edge.
-        return _Design(seconds, traits.clamp(-3.0, 3.0), smooth, missing, unknown)
+        extra = seconds @ _vector([float(c.family == EXTRA) for c in self.columns])
+        member = torch.zeros(len(rows), len(self.groups), dtype=torch.float64)
+        if groups is not None:
+            member = (_vector(groups)[:, None] == _vector(self.groups)[None]).double()
+        rest = torch.cat([traits.clamp(-3.0, 3.0), smooth, member], 1)
+        return _Design(seconds, rest, missing, extra, unknown)
 
     def precision(self, priors: Priors) -> Tensor:
         """Inverse covariance of the unknowns before anything was measured."""
         factors = torch.linalg.inv(_prior_covariance(self.columns, priors))
         traits = torch.full_like(self._scale.mean, priors.trait**-2)
         smooth = torch.full_like(self._points[:, 0], max(priors.smooth, 1e-3) ** -2)
-        return torch.block_diag(factors, torch.diag(torch.cat([traits, smooth])))
+        groups = torch.full((len(self.groups),), priors.group**-2, dtype=torch.float64)
+        return torch.block_diag(factors, torch.diag(torch.cat([traits, smooth, groups])))
 
 
 class WorkRegression:
@@ -279,7 +296,7 @@ class WorkRegression:
             data = _Data(kept)
             judged = choose and len(set(data.groups)) > 2
             if judged and not self._fixed:
-                self.priors = max(CANDIDATES, key=lambda priors: _density(data, priors))
+                self.priors = _chosen(data)
             posterior = _solve(data, self.priors)
             if judged:
                 self.calibrated = _reach(data, self.priors)
@@ -289,7 +306,7 @@ class WorkRegression:
     def predict(self, rows: Sequence[Row]) -> list[Predicted]:
         """What rows take; their `measured` does not count."""
         wide = self.priors.spread()
-        whole = [sum(row.seconds.values()) for row in rows]
+        whole = [analytic_s(row.seconds) for row in rows]
         if self._basis is None or not rows:
             return [Predicted(0.0, wide) for _ in rows]
         with one_thread():
@@ -298,6 +315,7 @@ class WorkRegression:
             variance = ((jacobian @ self._covariance) * jacobian).sum(1)
             unknown = design.unknown / _vector(whole).clamp(min=1e-300)
             variance = variance + _noise(design, self.priors) + (wide * unknown) ** 2
+            variance = variance + self.priors.group**2
         return [
             Predicted(min(max(log - math.log(seconds), -3.0), 3.0), self.calibrated * math.sqrt(v))
             if 0.0 < seconds < math.inf
@@ -320,7 +338,7 @@ class _Data:
     def design(self, length: float) -> _Design:
         """The rows' matrices, made once for each length."""
         if length not in self._designs:
-            self._designs[length] = self.basis.design(self.rows, length)
+            self._designs[length] = self.basis.design(self.rows, length, self.groups)
         return self._designs[length]
 
 
@@ -328,8 +346,10 @@ def _linear(design: _Design, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Value and Jacobian of the predicted logarithms."""
     p = design.seconds.shape[1]
     scaled = design.seconds * mean[:p].exp()
-    whole = (scaled.sum(1) + design.unknown).clamp(min=1e-300)
-    jacobian = torch.cat([scaled / whole[:, None], design.traits, design.smooth], 1)
+    # Extra columns add what their factors are over 1: with nothing learned that is nothing.
+    every = scaled.sum(1) + design.unknown
+    whole = torch.maximum(every - design.extra, 0.2 * every).clamp(min=1e-300)
+    jacobian = torch.cat([scaled / whole[:, None], design.rest], 1)
     return whole.log() + jacobian[:, p:] @ mean[p:], jacobian
 
 
@@ -353,7 +373,7 @@ def _solve(data: _Data, priors: Priors) -> _Posterior:
             break
         wanted = jacobian.T @ (inverse * (left + jacobian @ mean))
         factor = torch.linalg.cholesky(normal)
-        mean = torch.cholesky_solve(wanted[:, None], factor)[:, 0].clamp(-3.0, 3.0)
+        mean = torch.cholesky_solve(wanted[:, None], factor)[:, 0].clamp(-4.0, 4.0)
     return _Posterior(mean, normal, value, jacobian, inverse)
 
 
@@ -363,16 +383,30 @@ def _left_out(data: _Data, priors: Priors) -> tuple[Tensor, Tensor]:
     error, variance = torch.zeros_like(data.measured), torch.zeros_like(data.measured)
     target = known.inverse * (data.measured - known.value + known.jacobian @ known.mean)
     whole = known.jacobian.T @ target
-    for group in sorted(set(data.groups)):
+    for group in data.basis.groups:
         at = _vector([name == group for name in data.groups]).bool()
         own = known.jacobian[at]
-        # The equations without the group's, solved for the mean and for each row's spread.
+        # The equations without the group's, solved for the mean and for each row's spread; what
+        # only the group has keeps its prior, and so adds to the spread.
         reduced = known.normal - own.T @ (own * known.inverse[at, None])
         right = torch.cat([(whole - own.T @ target[at])[:, None], own.T], 1)
         found = torch.cholesky_solve(right, torch.linalg.cholesky(reduced))
         error[at] = data.measured[at] - known.value[at] - own @ (found[:, 0] - known.mean)
         variance[at] = (own * found[:, 1:].T).sum(1)
     return error, variance + _noise(data.design(priors.length), priors)
+
+
+def _chosen(data: _Data) -> Priors:
+    """The priors under which groups left out are predicted best, by one thing after the other."""
+    best = Priors()
+    score = _density(data, best)
+    for choices in CHOICES:
+        for changes in choices:
+            other = replace(best, **changes)
+            found = score if other == best else _density(data, other)
+            if found > score:
+                best, score = other, found
+    return best
 
 
 def _density(data: _Data, priors: Priors) -> float:
@@ -394,7 +428,7 @@ def _reach(data: _Data, priors: Priors) -> float:
 
 
 def _usable(row: Row) -> bool:
-    whole = sum(row.seconds.values())
+    whole = analytic_s(row.seconds)
     return 0.0 < row.measured < math.inf and 0.0 < whole < math.inf
 
 
