@@ -162,7 +162,9 @@ class TrainSection(_Section):
     microbatches: Count | Auto = Field(
         default="auto", description="equal parts of a batch that flow through the pipeline"
     )
-    schedule: Literal["auto", "gpipe", "1f1b", "interleaved_1f1b", "zero_bubble_h1"] = Field(
+    schedule: Literal[
+        "auto", "gpipe", "1f1b", "eager_1f1b", "interleaved_1f1b", "zero_bubble_h1"
+    ] = Field(
         default="auto", description="order of forward and backward passes"
     )
     clip_norm: Annotated[float, Gt(0)] | None = Field(

@@ -99,7 +99,8 @@ class ScheduleSpec:
     """Which schedule runs, and where every stage sits.
 
     Attributes:
-        name: A registered schedule: ``gpipe``, ``1f1b``, ``interleaved_1f1b``, ``zero_bubble_h1``.
+        name: A registered schedule: ``gpipe``, ``1f1b``, ``eager_1f1b``,
+            ``interleaved_1f1b``, ``zero_bubble_h1``.
         placement: For every stage its (rank group, chunk): stages of one rank group share a mesh
             slice, and chunk counts them in stage order.
     """

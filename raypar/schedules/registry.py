@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from raypar.errors import ScheduleError, did_you_mean
 from raypar.schedules.base import Schedule
+from raypar.schedules.eager_1f1b import EagerOneFOneB
 from raypar.schedules.gpipe import GPipe
 from raypar.schedules.interleaved_1f1b import InterleavedOneFOneB
 from raypar.schedules.one_f_one_b import OneFOneB
@@ -56,5 +57,5 @@ def get_schedule(name: str) -> Schedule:
     return found
 
 
-for _schedule in (GPipe(), OneFOneB(), InterleavedOneFOneB(), ZeroBubbleH1()):
+for _schedule in (GPipe(), OneFOneB(), EagerOneFOneB(), InterleavedOneFOneB(), ZeroBubbleH1()):
     register(_schedule)

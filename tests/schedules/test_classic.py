@@ -70,6 +70,23 @@ def test_1f1b_formula(stages: int) -> None:
 
 
 @pytest.mark.parametrize("stages", range(1, 9))
+def test_eager_1f1b_formula(stages: int) -> None:
+    """arXiv:2211.05322, section 4: warm-ups of 2 (S - s) - 1, then as 1F1B."""
+    for microbatches in (1, 2, 3, stages, 2 * stages - 1, 2 * stages, 5 * stages + 1):
+        orders = get_schedule("eager_1f1b").orders(
+            Placement.of(range(stages)), microbatches, (False,) * stages
+        )
+        for s, order in enumerate(orders):
+            warm = min(microbatches, 2 * (stages - s) - 1)
+            expected = [Action(Kind.FORWARD, s, m) for m in range(warm)]
+            for m in range(microbatches):
+                expected.append(Action(Kind.BACKWARD, s, m))
+                if m + warm < microbatches:
+                    expected.append(Action(Kind.FORWARD, s, m + warm))
+            assert order == expected
+
+
+@pytest.mark.parametrize("stages", range(1, 9))
 def test_zero_bubble_h1_formula(stages: int) -> None:
     """Stage s does the weight half s microbatches later than its input half."""
     for microbatches in (2 * stages, 2 * stages + 1, 3 * stages + 2):

@@ -20,11 +20,11 @@ from raypar.search.cost.base import total_s
 from raypar.search.simulate import simulate
 from raypar.search.simulation import Simulation
 
-SCHEDULES = ("1f1b", "zero_bubble_h1", "gpipe")
+SCHEDULES = ("1f1b", "eager_1f1b", "zero_bubble_h1", "gpipe")
 """Schedules that every pipeline is tried with where the options leave it open."""
 _MOST_SLOTS = 4096
 """Up to so many stages × microbatches, every schedule is played; beyond, only the plan's own."""
-_MOST_OPS = 1500
+_MOST_OPS = 4000
 """Plans are played as long as they have so many ops together; the first one always is. Pricing all
 ops of a plan exactly takes milliseconds each, so that a large model's plan takes seconds."""
 _MOST_ALTERNATIVES = 8
