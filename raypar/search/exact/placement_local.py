@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from raypar.search.exact.placement_problem import PlacementProblem
 
 _POWER = 24.0
+_STEPS_PER_MOVE = 300  # there are items × devices moves
 _SMALLEST = 12  # clusters per device at least
 _SHRINK_LEAST = 0.95  # a level with a larger share of the clusters of the one below is none
 _HOT, _COLD = 0.03, 1e-4  # by what share a step may worsen the objective, at first and at last
@@ -284,7 +285,7 @@ def local_search(
         problem: The problem.
         start: Device of every item; it fits.
         deadline: `time.monotonic` after which to stop.
-        steps: Moves to try on each level.
+        steps: Most moves to try on each level; fewer where there are few items.
         seed: Of its random choices: equal inputs give equal placements, unless time runs out.
     """
     best = Found(problem.objective(start), list(start))
@@ -297,7 +298,8 @@ def local_search(
         # Clusters of a level are parts of those of the level before, and so on one device.
         begin = [best.device_of[item] for item in first.values()]
         run = _Annealing(coarse, begin, seed, best.objective or 1.0)
-        result = run.run(steps, _HOT, _COLD, deadline)
+        enough = _STEPS_PER_MOVE * coarse.n_items * coarse.n_devices
+        result = run.run(min(steps, enough), _HOT, _COLD, deadline)
         if result.objective < best.objective:
             device_of = [result.device_of[number[c]] for c in cluster_of]
             best = Found(result.objective, device_of)

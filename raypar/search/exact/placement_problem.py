@@ -110,7 +110,7 @@ class PlacementProblem:
         count = len(number)
 
         def summed(values: Floats) -> Floats:
-            return np.bincount(new, weights=values, minlength=count)
+            return np.bincount(new, weights=values, minlength=count).astype(np.float64)
 
         tensors, cost = _joined(
             (tuple(sorted({new[i] for i in items})), price)
@@ -175,7 +175,8 @@ def problem_of(work: PlacementWorkload) -> PlacementProblem:
     )
 
     def summed(values: Sequence[float]) -> Floats:
-        return np.bincount(item_of, weights=np.array(values, dtype=np.float64), minlength=count)
+        weights = np.array(values, dtype=np.float64)
+        return np.bincount(item_of, weights=weights, minlength=count).astype(np.float64)
 
     return PlacementProblem(
         work.accelerators,

@@ -1,19 +1,19 @@
 """Joins items of a placement problem that some best solution keeps together.
 
-Three rules, applied until none does anything. Let T be a bound: solutions with a largest load of T
-or more are of no interest. Let W(p, q) be the cost of all tensors that hold both p and q, and Y(v|w)
-the cost of the tensors that hold v and not w.
+Let T be a bound: solutions with a largest load of T or more are of no interest. Let W(p, q) be the
+cost of all tensors that hold both p and q, A(p, q) that of those that hold nothing else, and Y(v|w)
+the cost of the tensors that hold v and not w. Three rules, applied until none does anything:
 
 1. *Dear tensors.* Where p and q are apart, each of them on an accelerator pays W(p, q) beside its
-   own latency. If p can bear that neither on an accelerator (latency + W ≥ T) nor, for want of a CPU
-   that runs p below T, anywhere else, p and q are together in every solution below T.
-2. *Followers.* Let the tensors of v and w alone cost A, and accelerator latency(v) + Y(v|w) ≤ A.
-   Moving v from wherever it is to w's device, if that is an accelerator, changes no load for the
-   worse. w's device pays A less, and for nothing new but latency(v) and tensors of v without w. The
-   device that v leaves, if an accelerator, pays A and latency(v) less, and more only for tensors
-   that it held whole, which are without w. Any other device pays for the tensors of v before and
-   after. So some best solution has v with w, provided that w is on no CPU (or v costs a CPU
-   nothing), that no memory limit is in the way, and that the devices of w run v.
+   own latency. If p can bear that neither on an accelerator (latency + W ≥ T) nor, for want of a
+   CPU that runs p below T, anywhere else, p and q are together in every solution below T.
+2. *Followers.* Let latency(v) + Y(v|w) ≤ A(v, w). Moving v from wherever it is to w's device, if
+   that is an accelerator, changes no load for the worse. w's device pays A less, and for nothing
+   new but latency(v) and tensors of v without w. The device that v leaves, if an accelerator, pays
+   A and latency(v) less, and more only for tensors that it held whole, which are without w. Any
+   other device pays for the tensors of v before and after. So some best solution has v with w,
+   provided that w is on no CPU (or v costs a CPU nothing), that no memory limit is in the way, and
+   that the devices of w run v.
 3. In a contiguous split the order of devices must survive that move as well: v may only follow w
    if every order relation of v is with w. Joining items that lie on a cycle of order relations
    is free: they are in one stage anyway.
