@@ -12,6 +12,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 import raypar.plan as _plan_module
+from raypar._version import __version__
 from raypar.errors import (
     CaptureError,
     ClusterError,
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from raypar.train.config import RunConfig, ScalingConfig
     from raypar.train.result import Result
     from raypar.train.trainer import Trainer
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",

@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import raypar
+from raypar._version import __version__
 from raypar.errors import PlanError
 from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
@@ -104,7 +104,7 @@ def question_of(
         "calibration": _digest(calibration.to_json()),
         "search": options,
         "measured": measured,
-        "raypar": raypar.__version__,
+        "raypar": __version__,
         "code": _code(),
         "torch": str(torch.__version__),
     }
@@ -241,7 +241,7 @@ def _digest(text: str) -> str:
 def _code() -> str:
     """Hash of the source that plans: a changed planner finds other plans under the same version."""
     digest = hashlib.sha256()
-    root = Path(raypar.__file__).parent
+    root = Path(__file__).parents[1]
     for path in sorted(file for name in _PLANNING for file in root.glob(name)):
         digest.update(str(path.relative_to(root)).encode())
         digest.update(path.read_bytes())

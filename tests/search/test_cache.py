@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-import raypar
 from raypar.errors import ConfigError
 from raypar.graph.capture import capture
 from raypar.graph.opgraph import OpGraph
@@ -111,7 +110,7 @@ def test_names_and_how_it_is_searched_are_no_part_of_the_question(
 def test_another_raypar_searches_again(
     monkeypatch: pytest.MonkeyPatch, question: Question, graph: OpGraph
 ) -> None:
-    monkeypatch.setattr(raypar, "__version__", "99")
+    monkeypatch.setattr(cache_module, "__version__", "99")
     assert question_of(graph, CLUSTER, CONFIG) != question
     monkeypatch.undo()
     monkeypatch.setattr(cache_module, "_code", lambda: "changed")
