@@ -141,10 +141,6 @@ class WarmPool:
         self._gather(loaded, refs, "load the plan")
         return loaded
 
-    def is_whole(self, loaded: Loaded) -> bool:
-        """Whether all processes that held the plan are still there."""
-        return all(self._processes.get(p.device) is p for p in loaded.processes)
-
     def run(self, loaded: Loaded, count: int, deadline_s: float) -> list[Step]:
         """Trains `count` steps; fewer, where one was not finite.
 
@@ -247,7 +243,7 @@ class WarmPool:
     def _reserve(self, devices: Sequence[int], patience_s: float) -> None:
         if not devices:
             return
-        name = f"raypar/{self._name}/devices-{','.join(map(str, devices))}"
+        name = f"raypar/{self._name}/devices-{devices[0]}-to-{devices[-1]}"
         mesh = DeviceMesh(name, tuple(devices), (len(devices),))
         request = mesh.request(self._cluster, cpus_per_device=self._settings.cpus_per_rank)
         try:

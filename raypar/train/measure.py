@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -112,13 +112,11 @@ class RayMeasurer:
         """
         with self._exclusive():
             running = self._start(plan)
-            try:
+            with _unloading({0: running}):
                 end = time.monotonic() + seconds
                 while running.wants_more(end, seconds):
                     running.go(running.steps_in(min(_CALL_S, seconds)))
                 return running.result()
-            finally:
-                running.unload()
 
     def measure_together(
         self, plans: list[Plan], *, seconds: float, on_turn: OnTurn | None = None
@@ -154,7 +152,7 @@ class RayMeasurer:
         answers: dict[int, Measured | Exception] = {}
         running: dict[int, _Running] = {}
         taken = 0
-        try:
+        with _unloading(running):
             for index, plan in enumerate(plans):
                 last = next(reversed(running.values()), None)
                 if last and (len(running) == self._at_once or not last.leaves_room):
@@ -170,7 +168,7 @@ class RayMeasurer:
                 for index in [*order[turn:], *order[:turn]]:
                     try:
                         steps = running[index].take_turn(seconds / self._rounds)
-                        if on_turn is not None:
+                        if steps and on_turn is not None:
                             on_turn(first + index, steps)
                     except RayparError as error:
                         answers[index] = error
@@ -180,9 +178,6 @@ class RayMeasurer:
                     answers[index] = one.result()
                 except RayparError as error:
                     answers[index] = error
-        finally:
-            for one in running.values():
-                one.unload()
         return [answers[index] for index in range(taken)]
 
     def _start(self, plan: Plan) -> _Running:
@@ -265,7 +260,7 @@ class _Running:
             if self._each < _LONG_S:
                 self._run(_WARM_UP - 1)
             self._held = pool.held(loaded)
-        except BaseException:
+        except Exception:
             pool.unload(loaded)
             raise
         self._took = time.perf_counter() - began
@@ -331,3 +326,16 @@ class _Running:
     def unload(self) -> None:
         """Drops the plan."""
         self._pool.unload(self._loaded)
+
+
+@contextmanager
+def _unloading(running: Mapping[int, _Running]) -> Iterator[None]:
+    """Unloads plans at the end; not after an interrupt, which ends their processes at once."""
+    try:
+        yield
+    except Exception:
+        for one in running.values():
+            one.unload()
+        raise
+    for one in running.values():
+        one.unload()
