@@ -132,11 +132,12 @@ class WayMaker:
         self._trainable = frozenset(n for n, (_, _, trained) in graph.params.items() if trained)
         self._short: dict[int, _Short] = {}
         self._solved: dict[object, _Solved] = {}
+        self._chosen: dict[object, Mapping[str, Strategy]] = {}
 
     @property
     def solved(self) -> int:
         """How many integer programs were solved."""
-        return sum(1 for solved in self._solved.values() if solved.texts)
+        return len(self._chosen)
 
     def like(self, config: SearchConfig, cluster: Cluster | None = None) -> WayMaker:
         """One for other options that knows every sharding that this one knows, and shares more.
@@ -273,9 +274,7 @@ class WayMaker:
         short = self.short(split.local_batch)
         settings = self._settings(split, modes, forms=forms)
         axes = machine.mesh.inner
-        found: Mapping[str, Strategy] = {}
-        if axes:
-            found = plan_intra(short.graph, machine, settings).choices
+        found = self._choices(split, modes, machine, forms) if axes else {}
         chosen = {
             op: found.get(str(op.meta["id"])) or whole(op, len(axes)) for op in short.read.ops
         }
@@ -287,6 +286,29 @@ class WayMaker:
                 unit = short.unit_of[op.meta["id"]]
                 texts.setdefault(unit, {})[op.meta["id"]] = str(strategy)
         return _Solved(sharded, costs, texts)
+
+    def _choices(
+        self,
+        split: Split,
+        modes: tuple[str, ...],
+        machine: MeshMachine,
+        forms: tuple[tuple[str, str], ...],
+    ) -> Mapping[str, Strategy]:
+        """What the integer program chooses: once for meshes whose axes cross nodes alike.
+
+        How many devices of an axis share a node changes what a collective costs, which is priced
+        for each mesh, but seldom what is best to do.
+        """
+        axes = machine.mesh.inner
+        crossing = tuple(machine.crosses_nodes(name) for name, _ in axes)
+        kinds = tuple(sorted(kind.name for kind, _ in machine.kinds))
+        key = (split.local_batch, tuple(n for _, n in axes), modes, forms, crossing, kinds)
+        known = self._chosen.get(key)
+        if known is None:
+            settings = self._settings(split, modes, forms=forms)
+            short = self.short(split.local_batch)
+            known = self._chosen[key] = plan_intra(short.graph, machine, settings).choices
+        return known
 
     def _state(self, split: Split, solved: _Solved, machine: MeshMachine, zero: int) -> StateCosts:
         short = self.short(split.local_batch)
