@@ -38,8 +38,8 @@ class Way:
         fixed: Per unit, bytes held through the step.
         saved: Per unit, bytes held per microbatch in flight.
         transient: Per unit, most bytes held for a moment.
-        entry: Per unit, seconds that a microbatch needs to enter a stage that begins there (both
-            directions), as far as it is not hidden.
+        entry: Per unit, seconds that a microbatch needs to enter a stage that begins there, and its
+            gradient to go back.
         held: Per unit, bytes that are kept per microbatch in flight where a stage begins there.
     """
 
@@ -102,9 +102,7 @@ class WayTable:
         self.n_units = len(ways[0].seconds)
         self._live = _not_beaten(self.ways, microbatches)
         live = [self.ways[i] for i in self._live]
-        # Once-a-step costs are spread over the microbatches.
-        steps = [_spans(w.seconds + w.once / microbatches) + w.entry[:, None] for w in live]
-        self._time = np.stack(steps)
+        self._time = np.stack([_time(w, microbatches) for w in live])
         self._fixed = np.stack([_spans(w.fixed) + _most(w.transient) for w in live])
         self._saved = np.stack([_spans(w.saved) + w.held[:, None] for w in live])
         self._memory = np.array([w.memory for w in live])[:, None, None]
@@ -161,6 +159,17 @@ def _not_beaten(ways: Sequence[Way], microbatches: int) -> list[int]:
             continue
         kept = [k for k in kept if not (row <= rows[k]).all()] + [i]
     return kept
+
+
+def _time(way: Way, microbatches: int) -> Array:
+    """Seconds of a microbatch in every stage ``[i, j)``.
+
+    What enters and what goes back have ports of their own and are under way while other
+    microbatches are computed: only what takes longer than the computing counts every time, and the
+    way of the first microbatch once. Once-a-step costs are spread over the microbatches.
+    """
+    busy = _spans(way.seconds + way.once / microbatches)
+    return np.maximum(busy, way.entry[:, None] / 2) + way.entry[:, None] / microbatches
 
 
 def _spans(values: Array) -> Array:

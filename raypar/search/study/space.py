@@ -222,31 +222,22 @@ class Space:
             "groups": self.groups,
             "devices": self.devices,
             "replicas": self.replicas,
+            "local_batch": range(len(self.local_batches)),
         }
         unordered: Mapping[str, Sequence[Any]] = {
-            "schedule": self.schedules,
             "recompute": self.recompute,
             "zero": self.zero,
             "modes": self.modes,
             "turned": self.turned,
             "used": self.used,
         }
+        yield from _others(base, "schedule", self.schedules)
         for step in (1, 2):
             for name, choices in ordered.items():
-                if len(choices) > 1 and base.get(name) in choices:
-                    at = choices.index(base[name])
-                    for other in (at + step, at - step):
-                        if 0 <= other < len(choices):
-                            yield {**base, name: choices[other]}
-            if "local_batch" in base:
-                for other in (base["local_batch"] + step, base["local_batch"] - step):
-                    if 0 <= other < len(self.local_batches):
-                        yield {**base, "local_batch": other}
+                yield from _beside(base, name, choices, step)
             if step == 1:
                 for name, choices in unordered.items():
-                    for choice in choices:
-                        if len(choices) > 1 and choice != base.get(name):
-                            yield {**base, name: choice}
+                    yield from _others(base, name, choices)
 
     def nearest_batch(self, replicas: int, wanted: int) -> int:
         """The size of microbatches that is possible for so many replicas and nearest to one."""
@@ -299,6 +290,23 @@ class Space:
 def _pick(trial: Trial, name: str, choices: Sequence[Any]) -> Any:
     """A decision, if there is anything to decide."""
     return trial.suggest_categorical(name, tuple(choices)) if len(choices) > 1 else choices[0]
+
+
+def _others(base: Mapping[str, Any], name: str, choices: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """The proposal with every other value of a decision."""
+    if len(choices) > 1:
+        yield from ({**base, name: choice} for choice in choices if choice != base.get(name))
+
+
+def _beside(
+    base: Mapping[str, Any], name: str, choices: Sequence[Any], step: int
+) -> Iterator[dict[str, Any]]:
+    """The proposal with the values so many steps above and below."""
+    if len(choices) > 1 and base.get(name) in choices:
+        at = choices.index(base[name])
+        for other in (at + step, at - step):
+            if 0 <= other < len(choices):
+                yield {**base, name: choices[other]}
 
 
 def _fixed(given: Any, choices: Sequence[Any]) -> Sequence[Any]:
