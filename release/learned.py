@@ -132,7 +132,7 @@ def refit_s(rows: Sequence[tuple[str, str, Row]], count: int = 500) -> float:
     found = []
     for _ in range(5):
         began = time.thread_time()
-        model.fit(many, choose=False)
+        model.fit(many, calibrate=False)
         found.append(time.thread_time() - began)
     return round(statistics.median(found), 4)
 

@@ -289,15 +289,15 @@ class _StageFit:
         self._price = Pricer(machine)
         self._priced: dict[str, PricedStage] = {}
         self._regression = WorkRegression()
-        self._chosen_at = 0
+        self._calibrated_at = 0
 
     def update(self, stages: Sequence[StageRow]) -> None:
-        """Fits anew; priors are chosen again when there is half as much more to see."""
+        """Fits anew; sigmas are judged again when there is half as much more to see."""
         rows = [row for stage in stages for row in self._rows(stage)]
-        choose = len(rows) >= 1.5 * self._chosen_at
-        self._regression.fit(rows, choose=choose)
-        if choose:
-            self._chosen_at = len(rows)
+        calibrate = len(rows) >= 1.5 * self._calibrated_at
+        self._regression.fit(rows, calibrate=calibrate)
+        if calibrate:
+            self._calibrated_at = len(rows)
 
     def _rows(self, stage: StageRow) -> Iterator[Row]:
         if stage.device != self._device:

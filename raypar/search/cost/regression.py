@@ -10,15 +10,16 @@ Inference and Learning Algorithms", ch. 27), outliers count less (Student's t by
 et al. 1989), and ``g`` is a Gaussian process on inducing points whose missing variance is noise
 (FITC, Snelson and Ghahramani 2005, "Sparse Gaussian processes using pseudo-inputs").
 
-How much may vary is chosen by the predictive density of whole groups of rows left out (stages of
-one model), and the noise is scaled so that such predictions are as far off as they say.
+How much may vary is given, not fitted: errors on models not seen hardly depend on it, and few
+models are in a store. Sigmas are scaled by how well groups of rows (stages of one model) left out
+are predicted, until as many errors are within them as they say.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -88,14 +89,6 @@ class Priors:
         return math.sqrt(
             self.common**2 + self.family**2 + self.kind**2 + self.size**2 + self.group**2
         )
-
-
-CHOICES: tuple[tuple[dict[str, float], ...], ...] = (
-    ({"noise": 0.07}, {"noise": 0.1}, {"noise": 0.14}),
-    ({"group": 0.05}, {"group": 0.1}, {"group": 0.15}),
-    ({"smooth": 0.06}, {"smooth": 0.12}, {"smooth": 0.18}),
-)
-"""What a fit chooses between, one thing after the other."""
 
 
 @dataclass
@@ -263,15 +256,14 @@ class WorkRegression:
     """The regression; see the module.
 
     Attributes:
-        priors: What the last fit chose.
+        priors: How much may vary.
         calibrated: By how much sigmas were scaled after looking at groups left out.
     """
 
     def __init__(self, priors: Priors | None = None) -> None:
-        """Knows nothing yet; with `priors` they are kept, else the data choose them."""
+        """Knows nothing yet."""
         self.priors = priors or Priors()
         self.calibrated = 1.0
-        self._fixed = priors is not None
         self._basis: _Basis | None = None
         self._mean = self._covariance = torch.zeros(0)
 
@@ -280,13 +272,13 @@ class WorkRegression:
         """Whether it has seen any row."""
         return self._basis is not None
 
-    def fit(self, rows: Sequence[Row], *, choose: bool = True) -> None:
+    def fit(self, rows: Sequence[Row], *, calibrate: bool = True) -> None:
         """Learns from rows, forgetting what it knew.
 
         Args:
             rows: Measurements; those without a positive, finite time or prediction are skipped.
-            choose: Whether priors and calibration are chosen anew; a refit after few more rows
-                keeps them.
+            calibrate: Whether sigmas are compared anew with what is left out; a refit after few
+                more rows keeps what that said.
         """
         kept = [row for row in rows if _usable(row)]
         if not kept:
@@ -294,11 +286,8 @@ class WorkRegression:
             return
         with one_thread():
             data = _Data(kept)
-            judged = choose and len(set(data.groups)) > 2
-            if judged and not self._fixed:
-                self.priors = _chosen(data)
             posterior = _solve(data, self.priors)
-            if judged:
+            if calibrate and len(set(data.groups)) > 2:
                 self.calibrated = _reach(data, self.priors)
             self._basis = data.basis
             self._mean, self._covariance = posterior.mean, torch.linalg.inv(posterior.normal)
@@ -394,29 +383,6 @@ def _left_out(data: _Data, priors: Priors) -> tuple[Tensor, Tensor]:
         error[at] = data.measured[at] - known.value[at] - own @ (found[:, 0] - known.mean)
         variance[at] = (own * found[:, 1:].T).sum(1)
     return error, variance + _noise(data.design(priors.length), priors)
-
-
-def _chosen(data: _Data) -> Priors:
-    """The priors under which groups left out are predicted best, by one thing after the other."""
-    best = Priors()
-    score = _density(data, best)
-    for choices in CHOICES:
-        for changes in choices:
-            other = replace(best, **changes)
-            found = score if other == best else _density(data, other)
-            if found > score:
-                best, score = other, found
-    return best
-
-
-def _density(data: _Data, priors: Priors) -> float:
-    """Mean logarithm of the density that rows have whose group was left out.
-
-    Student's t, so that one group unlike all others does not decide.
-    """
-    error, variance = _left_out(data, priors)
-    tail = torch.log1p(error**2 / variance / _DEGREES)
-    return float((-0.5 * variance.log() - 0.5 * (_DEGREES + 1.0) * tail).mean())
 
 
 def _reach(data: _Data, priors: Priors) -> float:
