@@ -64,6 +64,7 @@ class WarmActor:
         self._ranks: dict[str, Any] = {}  # of StageActor, whose methods Ray has marked
         self._here = StageActor()
         self._address: Any = None
+        self._lean = False
         self._before = 0  # bytes of the device in use before the last load
 
     def info(self) -> ActorInfo:
@@ -115,8 +116,9 @@ class WarmActor:
                 rank.close()
             del rank
             gc.collect()  # programs and their graphs point at each other
-            if not self._ranks:
+            if not self._ranks and not self._lean:
                 gc.freeze()  # what is left are modules: later collections need not look at them
+                self._lean = True
             _return_memory()
         except BaseException as error:
             return failure_of(error, None)
