@@ -8,7 +8,7 @@ the whole lattice is the complete one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -136,8 +136,12 @@ def thinned(family: Family, weights: Sequence[float], most: int) -> Family:
     weight = list(weights)
     edges = {(u, v) for u, targets in enumerate(family.order.after) for v in targets}
     while edges and kept.sum() > most:
-        pairs = {(group[u], group[v]) for u, v in edges}
-        _, one, other = min((weight[a] + weight[b], a, b) for a, b in pairs)
+        readers: dict[int, set[int]] = {}
+        for u, v in edges:
+            readers.setdefault(group[u], set()).add(group[v])
+        pairs = sorted((weight[a] + weight[b], a, b) for a, all_b in readers.items() for b in all_b)
+        # Joined along one of two ways, both would become one: whatever lies between them too.
+        one, other = next((a, b) for _, a, b in pairs if not _roundabout(readers, a, b))
         kept &= members[:, one] == members[:, other]
         weight[one] += weight[other]
         group = [one if g == other else g for g in group]
@@ -145,9 +149,22 @@ def thinned(family: Family, weights: Sequence[float], most: int) -> Family:
     return Family(family.order, [family.masks[i] for i in np.flatnonzero(kept)])
 
 
-def nearest(
-    family: Family, masks: Sequence[int], weights: Sequence[float], most: int
-) -> Family:
+def _roundabout(readers: Mapping[int, Collection[int]], start: int, end: int) -> bool:
+    """Whether `end` can be reached from `start` over others."""
+    seen = {end}
+    waiting = [one for one in readers[start] if one != end]
+    while waiting:
+        one = waiting.pop()
+        for following in readers.get(one, ()):
+            if following == end:
+                return True
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return False
+
+
+def nearest(family: Family, masks: Sequence[int], weights: Sequence[float], most: int) -> Family:
     """The part of a family that is nearest to some downsets.
 
     Args:

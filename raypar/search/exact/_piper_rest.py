@@ -41,8 +41,14 @@ class Rest:
         sums = np.unique(np.geomspace(1, k + 1, _MOST_SUMS).astype(np.int64) - 1)
         self.at = np.searchsorted(sums, np.arange(k + 2), "right") - 1
         self.memory, self.devices = setting.memory, k
-        self.prices = self._prices(figures)
-        columns = [self._least(figures, price, int(s)) for price in self.prices for s in sums]
+        # The last one counts bytes alone.
+        self.prices = np.append(self._prices(figures), 1.0)
+        self.seconds = np.append(np.ones(len(self.prices) - 1), 0.0)
+        columns = [
+            self._least(figures, seconds, price, int(s))
+            for seconds, price in zip(self.seconds, self.prices, strict=True)
+            for s in sums
+        ]
         weights = family.members.astype(np.float64) @ np.stack(columns, axis=1)
         self._weights = weights.reshape(len(family), len(self.prices), len(sums))
         self.table: npt.NDArray[np.int64] = np.zeros((len(family), len(sums)), np.int64)
@@ -59,25 +65,30 @@ class Rest:
         return np.unique(np.concatenate([[0.0], found]))
 
     @staticmethod
-    def _least(figures: Sequence[DegreeFigures], price: float, behind: int) -> Array:
-        """Per layer the least device-seconds, bytes priced in."""
+    def _least(
+        figures: Sequence[DegreeFigures], seconds: float, price: float, behind: int
+    ) -> Array:
+        """Per layer the least device-seconds and device-bytes at their prices."""
         found = np.full(len(figures[0].variants), np.inf)
         for one in figures:
             for at, variants in enumerate(one.variants):
                 for v in variants:
                     nbytes = v.bytes_per_flight * (behind + 1) + v.bytes_always
-                    found[at] = min(found[at], one.degree * (v.seconds + price * nbytes))
+                    found[at] = min(found[at], one.degree * (seconds * v.seconds + price * nbytes))
         return found
 
     def update(self, bound: float) -> None:
         """Works the table out for a bound on the load."""
-        scale = bound + self.prices * self.memory
+        scale = self.seconds * bound + self.prices * self.memory
         devices = (self._weights / scale[None, :, None]).max(axis=1)
         self.table = np.ceil(np.minimum(devices, 2.0**40) * (1 - 1e-9)).astype(np.int64)
 
     def least_bound(self) -> float:
         """Least bound on the load under which the whole model needs no more than the devices."""
-        return float((self._weights[0, :, 0] / self.devices - self.prices * self.memory).max())
+        rest = self._weights[0, :, 0] / self.devices - self.prices * self.memory
+        if rest[-1] > 0:
+            return np.inf  # bytes alone take more than there is
+        return float(rest[:-1].max())
 
     def of(self, downsets: Index, behind: Index) -> Index:
         """Devices that downsets need with so many replicas behind them."""
