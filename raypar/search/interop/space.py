@@ -171,17 +171,20 @@ def stage_sizes(devices: int, per_node: int, most: int = 16) -> list[int]:
 
 
 def line_of_devices(cluster: Cluster) -> list[int]:
-    """All devices in the order in which stages take them: node by node, equal kinds together."""
+    """All devices in the order in which stages take them: node by node, equal kinds together.
+
+    Those with most memory come first: under 1F1B the first stages hold the most microbatches.
+    """
     kinds: dict[str, int] = {}
     for node in cluster.nodes:
         kinds.setdefault(node.device.name, len(kinds))
-    starts = [0]
-    for node in cluster.nodes:
-        starts.append(starts[-1] + node.devices)
-    order = sorted(
-        range(len(cluster.nodes)), key=lambda i: (kinds[cluster.nodes[i].device.name], i)
-    )
-    return [d for i in order for d in range(starts[i], starts[i] + cluster.nodes[i].devices)]
+
+    def rank(i: int) -> tuple[int, int, int]:
+        node = cluster.nodes[i]
+        return -node.device_memory, kinds[node.device.name], i
+
+    order = sorted(range(len(cluster.nodes)), key=rank)
+    return [d for i in order for d in cluster.devices_of(i)]
 
 
 def alike(cluster: Cluster) -> bool:

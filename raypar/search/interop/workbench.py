@@ -64,7 +64,7 @@ class Workbench:
         self.line = line_of_devices(cluster)
         self.alike = alike(cluster)
         self.per_node = max(node.devices for node in cluster.nodes)
-        self._least: dict[object, np.ndarray] = {}
+        self._least: dict[int, list[tuple[np.ndarray, int]]] = {}
 
     def like(self, config: SearchConfig) -> Workbench:
         """The same with other options."""
@@ -116,17 +116,30 @@ class Workbench:
         are, those of the fastest kind count. Zero where the shares of an op may be faster than
         they were together (rates that fall beyond a size).
         """
-        key = ("least seconds", split.local_batch)
-        if key not in self._least:
-            alone = [self.maker.alone_s(split, d) for d in self._one_of_each_kind()]
-            self._least[key] = np.min(alone, axis=0)
-        return self._least[key]
+        return np.min([seconds for seconds, _ in self._alone(split)], axis=0)
 
-    def _one_of_each_kind(self) -> list[int]:
-        kinds: dict[str, int] = {}
-        for number, node in enumerate(self.cluster.nodes):
-            kinds.setdefault(node.device.name, self.cluster.devices_of(number)[0])
-        return list(kinds.values())
+    def least_period(self, split: Split) -> float:
+        """Seconds per microbatch that no pipeline goes below, all devices of a replica at work.
+
+        What a device does in a second is at most what it does alone.
+        """
+        wholes = [(float(seconds.sum()), devices) for seconds, devices in self._alone(split)]
+        if any(whole <= 0.0 for whole, _ in wholes):
+            return 0.0
+        return split.replicas / sum(devices / whole for whole, devices in wholes)
+
+    def _alone(self, split: Split) -> list[tuple[np.ndarray, int]]:
+        """For every kind of device what the units take on one of them, and how many there are."""
+        known = self._least.get(split.local_batch)
+        if known is None:
+            kinds: dict[str, tuple[int, int]] = {}
+            for number, node in enumerate(self.cluster.nodes):
+                first, count = kinds.get(node.device.name, (self.cluster.devices_of(number)[0], 0))
+                kinds[node.device.name] = first, count + node.devices
+            known = self._least[split.local_batch] = [
+                (self.maker.alone_s(split, first), count) for first, count in kinds.values()
+            ]
+        return known
 
     def _kinds_of(self, devices: Sequence[int]) -> object:
         """What the costs of a mesh depend on: its devices' kinds, and which share a node."""

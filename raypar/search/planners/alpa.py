@@ -160,7 +160,8 @@ class AlpaSearch:
         alone = self.bench.least_seconds(split)
         slots = min(self.most_stages, split.devices // size, len(alone))
         whole, unit = alone.sum() / size, alone.max() / size
-        return float(whole + (split.microbatches - 1) * max(whole / slots, unit))
+        period = max(whole / slots, unit, self.bench.least_period(split))
+        return float(whole + (split.microbatches - 1) * period)
 
     def _try(self, split: Split, sizes: Mapping[int, float]) -> None:
         tables: dict[int, list[WayTable]] = {}
