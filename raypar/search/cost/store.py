@@ -34,6 +34,8 @@ _LOG = logging.getLogger(__name__)
 STORE_FORMAT = 1
 MOST_ROWS = 1500
 """Different measurements of each kind that a file keeps: beyond that, the oldest go."""
+MOST_BYTES = 24 << 20
+"""Length of a file at which it is written anew, with each measurement once."""
 
 
 def torch_version() -> str:
@@ -157,7 +159,7 @@ class MeasurementStore:
                     data = data[os.write(handle, data) :]
             finally:
                 os.close(handle)
-            if end > (MOST_ROWS * 3) * 4096:
+            if end + len(text) > MOST_BYTES:
                 self._compact()
 
     def _header(self) -> str:
@@ -170,7 +172,13 @@ class MeasurementStore:
         rows, _ = _read(self.path, [])
         merged: dict[str, StoreRow] = {}
         _merge(merged, rows)
-        self._write(merged.values())
+        kept, left = [], MOST_BYTES // 2  # so that it is some time until the next
+        for row in reversed(merged.values()):
+            left -= len(row_to_json(row))
+            if left < 0:
+                break
+            kept.append(row)
+        self._write(reversed(kept))
 
     def _write(self, rows: Iterable[StoreRow]) -> None:
         assert self.path is not None
@@ -234,7 +242,7 @@ def _read(path: Path, notes: list[str]) -> tuple[list[StoreRow], bool]:
     # What follows the last line's end was cut short by a crash.
     lines = data.split(b"\n")[:-1]
     if not lines:
-        return [], bool(data)
+        return [], not _HEADER_BEGINS.startswith(data[: len(_HEADER_BEGINS)])
     damaged = not _is_header(lines[0])
     rows: list[StoreRow] = []
     for line in lines[0 if damaged else 1 :]:
@@ -243,6 +251,9 @@ def _read(path: Path, notes: list[str]) -> tuple[list[StoreRow], bool]:
         except ValueError:
             damaged = True
     return rows, damaged
+
+
+_HEADER_BEGINS = b'{"format": '
 
 
 def _is_header(line: bytes) -> bool:
