@@ -1,7 +1,7 @@
 """The learned cost model on families of models that it has not seen.
 
     python release/learned.py [--count 30] [--budget 1200] [--seed 0] [--samples FILE]
-                              [--json release/results/learned.json]
+                              [--note TEXT] [--json release/results/learned.json]
 
 Measures stages of eight families of models (several sizes, batches, recompute policies, sharded or
 not), alone on one thread, in CPU time of the thread. Every family in turn is left out, and what the
@@ -167,6 +167,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=1200.0, help="seconds to measure")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=Path)
+    parser.add_argument("--note", default="", help="kept with the results")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -201,6 +202,7 @@ def main() -> int:
         "date": datetime.date.today().isoformat(),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "calibration": calibration.note,
+        "note": args.note,
         "stages": {f: sum(s.family == f for s in samples) for f in FAMILIES},
         "spread": round(statistics.median(s.spread for s in samples), 4),
         "held_out": table,
