@@ -19,7 +19,7 @@ from raypar.search.planners.alpa import AlpaSearch
 A100, L4 = DEVICES["A100-80"], DEVICES["L4"]
 
 
-def _graph(layers: int = 6, width: int = 1024, batch: int = 512) -> OpGraph:
+def _graph(layers: int = 6, width: int = 8192, batch: int = 65536) -> OpGraph:
     def model() -> nn.Module:
         parts = [[nn.Linear(width, width), nn.GELU()] for _ in range(layers)]
         return nn.Sequential(*[nn.Sequential(*two) for two in parts]).half()
@@ -42,7 +42,7 @@ def _cluster(*kinds: tuple[str, float], devices: int = 2) -> Cluster:
     ids=["alike", "unlike"],
 )
 def test_no_pipeline_goes_below_the_bound(cluster: Cluster) -> None:
-    search = AlpaSearch(_graph(), cluster, SearchConfig(microbatches=8), table_calibration(cluster))
+    search = AlpaSearch(_graph(), cluster, SearchConfig(microbatches=16), table_calibration(cluster))
     search.search()
     assert search.kept
     for candidate in search.kept:
@@ -57,7 +57,7 @@ def test_a_slow_node_is_not_the_pace_of_all() -> None:
     slow = _cluster(("A100-80", 0.25), ("A100-80", 0.25))
     best = [
         AlpaSearch(
-            graph, cluster, SearchConfig(microbatches=8), table_calibration(cluster)
+            graph, cluster, SearchConfig(microbatches=16), table_calibration(cluster)
         ).search()[0]
         for cluster in (mixed, slow)
     ]
