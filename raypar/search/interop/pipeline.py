@@ -88,17 +88,26 @@ class Pipeline:
     step_s: float = float("inf")
 
 
+def in_flight(schedule: str, remaining: int, microbatches: int) -> int:
+    """Microbatches that a stage holds at once, with so many stages to come (itself included)."""
+    if schedule == "gpipe":
+        return microbatches
+    return min(2 * remaining - 1 if schedule == "eager_1f1b" else remaining, microbatches)
+
+
 class WayTable:
     """Stage times for every first unit, last unit and number of stages to come.
 
     Args:
         ways: Ways to run on a mesh of one size.
         microbatches: M.
+        schedule: Says how many microbatches a stage holds; see `in_flight`.
     """
 
-    def __init__(self, ways: Sequence[Way], microbatches: int) -> None:
+    def __init__(self, ways: Sequence[Way], microbatches: int, schedule: str = "1f1b") -> None:
         self.ways = list(ways)
         self.microbatches = microbatches
+        self.schedule = schedule
         self.n_units = len(ways[0].seconds)
         self._live = _not_beaten(self.ways, microbatches)
         live = [self.ways[i] for i in self._live]
@@ -130,7 +139,7 @@ class WayTable:
         """
         most, numbers = self._flights
         # Between two of the numbers, the same ways fit.
-        key = int(np.searchsorted(numbers, min(remaining, self.microbatches)))
+        key = int(np.searchsorted(numbers, in_flight(self.schedule, remaining, self.microbatches)))
         if key not in self._tables:
             least = numbers[key] if key < len(numbers) else np.inf
             time = np.where(most >= least, self._time, np.inf)

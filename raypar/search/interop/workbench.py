@@ -74,7 +74,13 @@ class Workbench:
         return other
 
     def tables(
-        self, split: Split, size: int, unit: int, wish: Wish = ANY, line: Sequence[int] = ()
+        self,
+        split: Split,
+        size: int,
+        unit: int,
+        wish: Wish = ANY,
+        line: Sequence[int] = (),
+        schedule: str = "1f1b",
     ) -> list[WayTable]:
         """Stage times on meshes of `size` devices: one table, or one for every place.
 
@@ -84,6 +90,7 @@ class Workbench:
             unit: Places are counted in so many devices.
             wish: Which ways.
             line: Devices in the order in which stages take them; default: `line`.
+            schedule: Says how many microbatches a stage holds.
 
         Returns:
             One table where all nodes are alike, else one for every place; none where there is a
@@ -99,7 +106,7 @@ class Workbench:
             key = self._kinds_of(devices)
             if key not in made:
                 ways = self.maker.ways(split, size, devices, wish)
-                made[key] = WayTable(ways, split.microbatches) if ways else None
+                made[key] = WayTable(ways, split.microbatches, schedule) if ways else None
             table = made[key]
             if table is None:
                 return []

@@ -21,7 +21,7 @@ from raypar.search.study.space import MIXED, SOLVER, Decisions, Space
 
 _MOST_TABLES = 256
 _MIXED_SLOTS = 16
-"""Up to so many places, stages of unequal sizes are searched."""
+"""Unequal stages are searched in sizes of which so many fill the cluster."""
 _RAMP = {"zero_bubble_h1": 1 / 3}
 """Share of 1F1B's fill and drain that other schedules have."""
 
@@ -115,13 +115,19 @@ class Drafter:
         return Draft(split, tuple(stages), placement, decisions.schedule, line, step_s)
 
     def tables(
-        self, split: Split, size: int, unit: int, wish: Wish, line: tuple[int, ...]
+        self,
+        split: Split,
+        size: int,
+        unit: int,
+        wish: Wish,
+        line: tuple[int, ...],
+        schedule: str,
     ) -> list[WayTable]:
         """See `Workbench.tables`; the last ones are kept."""
-        key = (split, size, unit, wish, line if not self.bench.alike else None)
+        key = (split, size, unit, wish, line if not self.bench.alike else None, schedule)
         if key not in self._tables:
             try:
-                self._tables[key] = self.bench.tables(split, size, unit, wish, line)
+                self._tables[key] = self.bench.tables(split, size, unit, wish, line, schedule)
             except PlanError as error:  # forms that do not go together
                 raise InfeasibleError(str(error)) from None
             if len(self._tables) > _MOST_TABLES:
@@ -147,14 +153,18 @@ class _Question:
         per_node = self.drafter.bench.per_node
         sizes = stage_sizes(self.split.devices, per_node)
         inside = [n for n in sizes if n <= per_node]
-        return inside if self.split.devices // sizes[0] <= _MIXED_SLOTS else inside[-1:]
+        return [n for n in inside if self.split.devices // n <= _MIXED_SLOTS] or inside[-1:]
+
+    def _tables(self, size: int, unit: int, wish: Wish) -> list[WayTable]:
+        schedule = self.decisions.schedule
+        return self.drafter.tables(self.split, size, unit, wish, self.line, schedule)
 
     def plain(self) -> tuple[list[Stage], int]:
         """One stage per rank group."""
         sizes = self.sizes()
         tables: dict[int, list[WayTable]] = {}
         for size in sizes:
-            table = self.drafter.tables(self.split, size, sizes[0], self.wish, self.line)
+            table = self._tables(size, sizes[0], self.wish)
             if table:
                 tables[size] = table
         if not tables:
@@ -181,7 +191,7 @@ class _Question:
         groups = min(self.decisions.groups or room, room, max(units // chunks, 1))
         if groups < 2:
             raise InfeasibleError("interleaving needs two rank groups at least")
-        tables = self.drafter.tables(self.split, size, size, self.wish, self.line)
+        tables = self._tables(size, size, self.wish)
         if not tables:
             raise InfeasibleError("no way to run a stage on such devices")
         best = Pipeline()
@@ -239,7 +249,7 @@ class _Question:
         found = []
         for i, stage in enumerate(stages):
             wish = wishes[i] if i < len(wishes) else self.wish
-            tables = self.drafter.tables(self.split, stage.devices, stage.devices, wish, self.line)
+            tables = self._tables(stage.devices, stage.devices, wish)
             if not tables:
                 raise InfeasibleError("no way to run a stage on such devices")
             table = tables[0 if len(tables) == 1 else stage.place // stage.devices]
@@ -274,7 +284,7 @@ def _by_shape(table: WayTable, chunks: int, microbatches: int) -> dict[tuple[int
     for way in table.ways:
         assert isinstance(way.key, WayKey)
         found.setdefault(way.key.shape, []).append(replace(way, memory=way.memory / chunks))
-    return {shape: WayTable(ways, microbatches) for shape, ways in found.items()}
+    return {s: WayTable(ways, microbatches, table.schedule) for s, ways in found.items()}
 
 
 def _step_s(stages: Sequence[Stage], groups: int, microbatches: int, schedule: str) -> float:
