@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from raypar.search.config import SearchConfig
 
 
 @pytest.fixture(autouse=True)
-def _bounds_hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _bounds_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wraps what `simulate` calls, so that it does not matter how a caller imported it.
 
     The bound is that of the plan's own replicas and microbatches, which is at least that of all
@@ -41,4 +40,3 @@ def _bounds_hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(module, "setting_of", setting_of)
     monkeypatch.setattr(module, "simulate_lists", simulate_lists)
-    yield

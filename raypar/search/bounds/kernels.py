@@ -134,7 +134,7 @@ def _kernels(graph: OpGraph, local_batch: int) -> tuple[Kernel, ...]:
             tuple(value in read.flow for value in operands),
             tuple(value in arrived for value in read.makes[op]),
         )
-        told = call_key(op)
+        told = call_key(op) if _sized(op) else None
         key: object = op if told is None else (told, wants, str(op.meta.get("autocast")))
         counts[key] += 1
         keys[op] = key
@@ -245,7 +245,7 @@ def _value(operand: fx.Node, read: Graph) -> Value | None:
 def _traced(node: fx.Node, wants: _Wants) -> _Traced:
     """The kernels of one op: its forward, and what its own autograd formula adds."""
     nothing = (False,) * len(wants.operands)
-    if not all(map(_sized, (node, *node.all_input_nodes))):
+    if not _sized(node):
         # How much it does is known when it runs; its operands get gradients as far as can be told.
         return _Traced((), (), wants.operands if any(wants.results) else nothing)
     pieces = stage_pieces(_alone(node, wants))
@@ -292,12 +292,16 @@ def _for_parameters(node: fx.Node, pieces: StagePieces) -> set[fx.Node]:
     return found
 
 
-def _sized(node: fx.Node) -> bool:
-    """Whether all sizes of a value are known."""
-    value = node.meta.get("val")
-    items = value if isinstance(value, (list, tuple)) else (value,)
-    tensors = [v for v in items if isinstance(v, torch.Tensor)]
-    return all(isinstance(n, int) for v in tensors for n in (*v.shape, *v.stride()))
+def _sized(call: fx.Node) -> bool:
+    """Whether all sizes of an op's operands and results are known."""
+    for node in (call, *call.all_input_nodes):
+        value = node.meta.get("val")
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, torch.Tensor):
+                sizes = (*item.shape, *item.stride())
+                if not all(isinstance(n, int) for n in sizes):
+                    return False
+    return True
 
 
 def _alone(node: fx.Node, wants: _Wants) -> StageCode:
