@@ -55,7 +55,9 @@ def planned(args: argparse.Namespace) -> dict[str, Any]:
         "microbatches": (args.microbatches, workload.microbatches),
         "bandwidth": (args.bandwidth, workload.bandwidth),
     }
-    values = {name: own if own is not None else file for name, (own, file) in given.items()}
+    values: dict[str, Any] = {
+        name: own if own is not None else file for name, (own, file) in given.items()
+    }
     missing = [f"--{name}" for name, value in values.items() if value is None]
     if missing:
         raise RayparError(f"the file does not say it: give {', '.join(missing)}")
@@ -81,7 +83,9 @@ def compared(reference: Path, out: Path) -> int:
     """Plans every row of a reference file in a process of its own; prints a table."""
     rows = json.loads(reference.read_text(encoding="utf-8"))["results"]
     results: list[dict[str, Any]] = []
-    print(f"{'workload':18} {'k':>5} {'GiB':>6}  {'objective':>12} {'÷ Piper':>9}  {'CPU s':>6} ÷ C++")
+    print(
+        f"{'workload':18} {'k':>5} {'GiB':>6}  {'objective':>12} {'÷ Piper':>9}  {'CPU s':>6} ÷ C++"
+    )
     for row in rows:
         found = _alone(reference.parent / row["input"], row)
         theirs = row["piper_tps"] if row["feasible"] else None

@@ -10,7 +10,7 @@ search, devices may differ, some may stay idle, and what is found is simulated b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from raypar.errors import PlanError
@@ -71,6 +71,8 @@ class AlpaSearch:
         config: What is fixed and what is free.
         calibration: What the cluster reaches; None: what is on disk for it, else the device table.
     """
+
+    planner = AlpaPlanner.name
 
     def __init__(
         self,
@@ -179,17 +181,28 @@ class AlpaSearch:
         if not tables:
             return
         for chosen in self._families(tables, split):
-            most = min(self.most_stages, split.devices // min(chosen), len(self.bench.units))
-            pipeline = best_pipeline(
-                chosen,
-                split.devices,
-                split.microbatches,
-                most_stages=most,
-                exactly=None if self.config.stages == "auto" else self.config.stages,
-                limit_s=self._worst(),
-            )
-            if pipeline.stages:
-                self._keep(Candidate(split, pipeline))
+            for pipeline in self._pipelines(chosen, split):
+                if pipeline.stages and pipeline.step_s < self._worst():
+                    self._keep(Candidate(split, pipeline))
+
+    def _pipelines(
+        self, tables: Mapping[int, Sequence[WayTable]], split: Split
+    ) -> Iterable[Pipeline]:
+        """Pipelines of stages of some sizes, that are worth a closer look.
+
+        Args:
+            tables: Devices of a stage → its tables, one for every place or a single one.
+            split: How the batch is cut.
+        """
+        most = min(self.most_stages, split.devices // min(tables), len(self.bench.units))
+        yield best_pipeline(
+            tables,
+            split.devices,
+            split.microbatches,
+            most_stages=most,
+            exactly=None if self.config.stages == "auto" else self.config.stages,
+            limit_s=self._worst(),
+        )
 
     def _families(
         self, tables: Mapping[int, Sequence[WayTable]], split: Split
@@ -213,7 +226,7 @@ class AlpaSearch:
             candidate.split,
             candidate.pipeline.stages,
             schedule,
-            planner="alpa",
+            planner=self.planner,
             predicted={"step_s": candidate.pipeline.step_s},
         )
 

@@ -43,7 +43,14 @@ def register_planner(planner: type[Planner]) -> type[Planner]:
 
 def planner_names() -> list[str]:
     """Registered names."""
-    from raypar.search.planners import alpa, exhaustive, manual, study, uniform  # noqa: F401
+    from raypar.search.planners import (  # noqa: F401
+        alpa,
+        exhaustive,
+        manual,
+        piper,
+        study,
+        uniform,
+    )
 
     return sorted(_PLANNERS)
 
