@@ -10,23 +10,29 @@ from raypar.search.exact.placement_downsets import depth_first
 from raypar.search.exact.placement_problem import Floats, PlacementProblem
 
 
-def chain_split(problem: PlacementProblem, sequence: Sequence[int]) -> tuple[float, list[int]]:
+def chain_split(
+    problem: PlacementProblem, sequence: Sequence[int], use_all: bool = False
+) -> tuple[float, list[int]]:
     """The best split whose stages are intervals of one order.
 
     Args:
         problem: Its order relations are not looked at.
         sequence: All items.
+        use_all: Whether every device gets an item.
 
     Returns:
         Largest load (infinite if nothing fits) and the device of every item.
     """
     n, k = len(sequence), problem.accelerators
     on_accelerator, on_cpu = _interval_loads(problem, sequence)
+    if use_all:
+        np.fill_diagonal(on_accelerator, np.inf)
+        np.fill_diagonal(on_cpu, np.inf)
     steps: dict[tuple[int, int], tuple[Floats, np.ndarray, np.ndarray]] = {}
     for c in range(problem.cpus + 1):
         for a in range(k + 1):
             best = np.full(n + 1, np.inf)
-            best[0] = 0.0
+            best[0] = 0.0 if (a, c) == (0, 0) or not use_all else np.inf
             source = np.zeros(n + 1, dtype=np.int64)
             by_cpu = np.zeros(n + 1, dtype=np.bool_)
             for cell, loads, cpu in (

@@ -95,7 +95,7 @@ def best_contiguous(problem: PlacementProblem, seconds: float, most: int = _MOST
 
 
 def _along_orders(base: PlacementProblem) -> Contiguous:
-    """The best split along a few orders; twice, since orders change with the items that are joined."""
+    """The best split along a few orders; again with items joined, which changes the orders."""
     best = Contiguous(float("inf"), dict.fromkeys(by_node(base, [0] * base.n_items), 0), 0.0)
     problem = base
     for _ in range(2):

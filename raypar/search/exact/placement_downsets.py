@@ -105,19 +105,16 @@ class Order:
     def _forced(self, window: Window) -> tuple[Bools, Bools] | None:
         """Items that are in every downset of the window, and those in none."""
         foreign = self.problem.only_cpu
-        inside: Bools = (
-            self.reach[:, foreign].any(axis=1) if window.rest_pays else np.zeros_like(foreign)
-        )
-        outside: Bools = (
-            self.reach[foreign].any(axis=0) if window.first_pays else np.zeros_like(foreign)
-        )
+        none: Bools = np.zeros(len(foreign), dtype=np.bool_)
+        inside: Bools = np.any(self.reach[:, foreign], axis=1) if window.rest_pays else none
+        outside: Bools = np.any(self.reach[foreign], axis=0) if window.first_pays else none
         while True:
             if (inside & outside).any():
                 return None
             before = self.latency @ (self.reach & ~inside[:, None]) + self.latency[inside].sum()
             behind = (self.reach & ~outside) @ self.latency + self.latency[outside].sum()
-            more_outside: Bools = np.logical_or(outside, before > window.first)
-            more_inside: Bools = np.logical_or(inside, behind > window.rest)
+            more_outside = outside | (before > window.first)
+            more_inside = inside | (behind > window.rest)
             if (more_outside == outside).all() and (more_inside == inside).all():
                 return inside, outside
             inside, outside = more_inside, more_outside

@@ -48,6 +48,7 @@ def planner_names() -> list[str]:
         exhaustive,
         manual,
         piper,
+        placement,
         study,
         uniform,
     )
