@@ -80,12 +80,17 @@ def test_every_extra_and_core_dependency_is_declared() -> None:
         "ray[default]", "rich", "torch",
     }  # fmt: skip
     extras = PROJECT["project"]["optional-dependencies"]
-    assert {"cuda12", "cuda13", "dev", "hf", "tune", "viz"} == set(extras)
+    assert {"cuda12", "cuda13", "dev", "hf", "samplers", "tune", "viz"} == set(extras)
 
 
 def test_third_party_imports_are_declared() -> None:
     """What the package imports at top level is a core dependency, or comes with one."""
-    names = {"annotated_types": "pydantic", "yaml": "pyyaml", "ray": "ray[default]"}
+    names = {
+        "annotated_types": "pydantic",
+        "yaml": "pyyaml",
+        "markupsafe": "jinja2",
+        "ray": "ray[default]",
+    }
     core = {re.split(r"[<>=]", d)[0] for d in PROJECT["project"]["dependencies"]}
     for path in (ROOT / "raypar").rglob("*.py"):
         if "testing" in path.parts:

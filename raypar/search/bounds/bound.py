@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from raypar.errors import PlanError
+from raypar.errors import CaptureError, PlanError
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.calibration import Calibration, table_calibration
 from raypar.mesh.cluster import Cluster
@@ -150,7 +150,7 @@ class _Cut:
         """
         try:
             kernels = kernels_of(self.graph, self.local_batch, exactly=exactly)
-        except PlanError:
+        except (PlanError, CaptureError):  # batch norm needs two samples, say
             return None
         compute, state = self._compute_rows(kernels), self._state_rows()
         prices = self.devices.prices(np.concatenate([compute, state]))

@@ -114,6 +114,9 @@ class Judge:
         except InfeasibleError as error:
             took = time.perf_counter() - began
             return Outcome("infeasible", reason=str(error), overfull=error.overfull, seconds=took)
+        except RayparError as error:
+            took = time.perf_counter() - began
+            return Outcome("failed", reason=str(error), seconds=took)
         limit = (limits or {}).get("quick", float("inf"))
         if draft.step_s > limit:
             return Outcome(
