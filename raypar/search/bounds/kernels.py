@@ -95,14 +95,20 @@ def _between(
     """Kernels at another batch size; none where both ends do not run the same ones."""
     share = (at - ends[0]) / (ends[1] - ends[0])
     found = []
-    for a, b in zip(small, large, strict=False):
-        if a[3:] != b[3:] or a.times != b.times or len(small) != len(large):
+    if len(small) != len(large):
+        return ()
+    chains_alike = all(a.chained == b.chained for a, b in zip(small, large, strict=True))
+    for a, b in zip(small, large, strict=True):
+        if a._replace(flops=0.0, nbytes=0.0, chained=0) != b._replace(
+            flops=0.0, nbytes=0.0, chained=0
+        ):
             return ()
         flops = a.flops + (b.flops - a.flops) * share
         nbytes = a.nbytes + (b.nbytes - a.nbytes) * share
         if flops < 0 or nbytes < 0:
             return ()
-        found.append(a._replace(flops=flops, nbytes=nbytes))
+        chained = a.chained if chains_alike else 0  # no chain is a valid one, too
+        found.append(a._replace(flops=flops, nbytes=nbytes, chained=chained))
     return tuple(found)
 
 

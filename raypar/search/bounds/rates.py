@@ -123,13 +123,10 @@ class Devices:
 
 def kernel_s(kernel: Kernel, kind: DeviceKind, rates: DeviceRates, most_ranks: int) -> float:
     """Least device-seconds of one kernel on ranks of one kind."""
-    near = (
-        0.0
-        if most_ranks < 2
-        else 2 * kernel.calls * rates.overhead + _work_s(kernel, kind, rates, 2, True)
-    )
     alone = kernel.calls * rates.overhead + _work_s(kernel, kind, rates, 1, False)
-    return alone if most_ranks < 2 else min(alone, near)
+    if most_ranks < 2:
+        return alone
+    return min(alone, 2 * kernel.calls * rates.overhead + _work_s(kernel, kind, rates, 2, True))
 
 
 def _work_s(kernel: Kernel, kind: DeviceKind, rates: DeviceRates, ranks: int, near: bool) -> float:
