@@ -170,7 +170,8 @@ class Judge:
             origin=plan.params_hash,
         )
         if self.bench.config.cost_model != "analytic":
-            self.store.add(row)
+            # What later searches read is told of one and the same model: the analytic one.
+            self.store.add(replace(row, simulated_s=outcome.step_s["simulated"]))
             LearnedCost(self.store).observe_step(
                 self._lower(plan), plan, self.bench.cluster, self.bench.calibration, measured
             )
