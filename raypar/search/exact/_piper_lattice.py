@@ -8,7 +8,7 @@ the whole lattice is the complete one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -49,30 +49,89 @@ class Order:
 
     def all_downsets(self, most: int) -> set[int] | None:
         """Every downset as a bit mask; None where there are more than `most`."""
-        n = len(self.layers)
-        start = sum(1 << v for v in range(n) if not self.before[v])
-        level = {0: start}
-        found = {0}
-        while level:
-            following: dict[int, int] = {}
-            for mask, ready in level.items():
-                rest = ready
-                while rest:
-                    bit = rest & -rest
-                    rest ^= bit
-                    grown = mask | bit
-                    if grown in following:
-                        continue
-                    opened = ready ^ bit
-                    for target in self.after[bit.bit_length() - 1]:
-                        if self.before[target] & grown == self.before[target]:
-                            opened |= 1 << target
-                    following[grown] = opened
-            found.update(following)
-            if len(found) > most:
-                return None
-            level = following
-        return found
+        return _downsets(self.before, self.after, most)
+
+    def coarse_downsets(self, weights: Sequence[float], most: int) -> set[int]:
+        """Downsets that cut no group of layers apart; neighbours that weigh little are joined.
+
+        Args:
+            weights: Per layer what it matters where it lies.
+            most: There are no more than so many.
+        """
+        group = list(range(len(weights)))
+        wanted = len(weights)
+        for _, _, group in self.joins(weights):
+            if len(set(group)) > wanted * 0.9:
+                continue
+            wanted = len(set(group))
+            found = self._of_groups(group, most)
+            if found is not None:
+                return found
+        return {0, (1 << len(weights)) - 1}
+
+    def _of_groups(self, group: Sequence[int], most: int) -> set[int] | None:
+        names = {name: at for at, name in enumerate(dict.fromkeys(group))}
+        masks = [0] * len(names)
+        before = [0] * len(names)
+        after: list[set[int]] = [set() for _ in names]
+        for v, name in enumerate(group):
+            masks[names[name]] |= 1 << v
+            for target in self.after[v]:
+                if group[target] != name:
+                    before[names[group[target]]] |= 1 << names[name]
+                    after[names[name]].add(names[group[target]])
+        found = _downsets(before, [sorted(a) for a in after], most)
+        if found is None:
+            return None
+        return {sum(m for at, m in enumerate(masks) if one >> at & 1) for one in found}
+
+    def joins(self, weights: Sequence[float]) -> Iterator[tuple[int, int, list[int]]]:
+        """Joins neighbours, lightest first, until there is one group per component.
+
+        Groups stay acyclic: no way leads out of one and back into it.
+
+        Yields:
+            (group that takes in, group that is taken in, group of every layer afterwards).
+        """
+        group = list(range(len(weights)))
+        weight = list(weights)
+        edges = {(u, v) for u, targets in enumerate(self.after) for v in targets}
+        while edges:
+            readers: dict[int, set[int]] = {}
+            for u, v in edges:
+                readers.setdefault(group[u], set()).add(group[v])
+            pairs = sorted((weight[a] + weight[b], a, b) for a, bs in readers.items() for b in bs)
+            one, other = next((a, b) for _, a, b in pairs if not _roundabout(readers, a, b))
+            weight[one] += weight[other]
+            group = [one if g == other else g for g in group]
+            edges = {(u, v) for u, v in edges if group[u] != group[v]}
+            yield one, other, group
+
+
+def _downsets(before: Sequence[int], after: Sequence[Sequence[int]], most: int) -> set[int] | None:
+    """All downsets of a graph given by masks of predecessors and lists of successors."""
+    level = {0: sum(1 << v for v, mask in enumerate(before) if not mask)}
+    found = {0}
+    while level:
+        following: dict[int, int] = {}
+        for mask, ready in level.items():
+            rest = ready
+            while rest:
+                bit = rest & -rest
+                rest ^= bit
+                grown = mask | bit
+                if grown in following:
+                    continue
+                opened = ready ^ bit
+                for target in after[bit.bit_length() - 1]:
+                    if before[target] & grown == before[target]:
+                        opened |= 1 << target
+                following[grown] = opened
+        found.update(following)
+        if len(found) > most:
+            return None
+        level = following
+    return found
 
 
 class Family:
@@ -132,20 +191,10 @@ def thinned(family: Family, weights: Sequence[float], most: int) -> Family:
     """
     members = family.members.astype(bool)
     kept = np.ones(len(family), dtype=bool)
-    group = list(range(len(weights)))
-    weight = list(weights)
-    edges = {(u, v) for u, targets in enumerate(family.order.after) for v in targets}
-    while edges and kept.sum() > most:
-        readers: dict[int, set[int]] = {}
-        for u, v in edges:
-            readers.setdefault(group[u], set()).add(group[v])
-        pairs = sorted((weight[a] + weight[b], a, b) for a, all_b in readers.items() for b in all_b)
-        # Joined along one of two ways, both would become one: whatever lies between them too.
-        one, other = next((a, b) for _, a, b in pairs if not _roundabout(readers, a, b))
+    for one, other, _ in family.order.joins(weights):
+        if kept.sum() <= most:
+            break
         kept &= members[:, one] == members[:, other]
-        weight[one] += weight[other]
-        group = [one if g == other else g for g in group]
-        edges = {(u, v) for u, v in edges if group[u] != group[v]}
     return Family(family.order, [family.masks[i] for i in np.flatnonzero(kept)])
 
 

@@ -256,7 +256,8 @@ class PiperSweep:
             after: Replicas of the stages behind.
             most: Most flights.
         """
-        wanted = np.divide(after, most - 1, out=np.where(after > 0, np.inf, 0.0), where=most > 1)
+        never = np.where((after > 0) | (most < 1), np.inf, 0.0)
+        wanted = np.divide(after, most - 1, out=never, where=most > 1)
         limit = len(self._at_least) - 1
         found: Index = self._at_least[np.minimum(np.ceil(wanted), limit).astype(np.int64)]
         return found

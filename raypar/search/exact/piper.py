@@ -13,7 +13,7 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raypar.errors import PlanError
 from raypar.graph.workloads import LayerWorkload
@@ -62,7 +62,8 @@ class PiperPipeline:
     Attributes:
         stages: First to last; empty where nothing fits.
         objective: The largest load; infinite where nothing fits.
-        bound: No pipeline has a smaller largest load.
+        bound: No pipeline has a smaller largest load, as far as that was proven in time; infinite
+            where it was proven that nothing fits.
     """
 
     stages: tuple[PiperStage, ...] = ()
@@ -112,19 +113,25 @@ class _Solver:
         allowed = range(1, min(k, total) + 1) if replicas is None else sorted(set(replicas))
         self.replicas = [d for d in allowed if total % d == 0 and d <= min(k, total)]
         self.best = PiperPipeline()
+        self.complete = True
+        self.proving: PiperSweep | None = None
+        self.proven = 0.0
 
     def run(self) -> PiperPipeline:
+        """The best pipeline that is found in time."""
         if not self.replicas:
-            return self.best
+            return replace(self.best, bound=math.inf)
         masks = self.order.all_downsets(_MOST_DOWNSETS)
-        assert masks is not None
+        self.complete = masks is not None
+        if masks is None:
+            masks = self.order.coarse_downsets(self._weights(), _MOST_DOWNSETS // 4)
         with contextlib.suppress(_OutOfTime):
             self._search(Family(self.order, masks))
-        return self.best
+        return replace(self.best, bound=min(self.proven, self.best.objective))
 
     def _search(self, family: Family) -> None:
         if len(family) <= _LARGE:
-            self._solve(family)
+            self._solve(family, whole=True)
             return
         part = thinned(family, self._weights(), _COARSE)
         gained = True
@@ -134,14 +141,19 @@ class _Solver:
             cuts = self._cuts()
             gained = self.best.objective < before * _BETTER and bool(cuts)
             part = nearest(family, cuts, self._weights(), _FINE) if gained else part
-        self._solve(family, upwards=True)
+        self._solve(family, whole=True)
 
-    def _solve(self, family: Family, *, upwards: bool = False) -> None:
+    def _solve(self, family: Family, *, whole: bool = False) -> None:
+        """Improves `best` to the optimum over a family, the `whole` search space or a part."""
         degrees = [t for t in self.workload.degrees if t <= self.setting.devices]
+        upwards = len(family) > _LARGE
         if len(degrees) > 1:
             # One degree is far quicker, and often all that the best pipeline uses.
-            self.minimise(self.sweep(family, degrees[:1]), upwards=upwards)
-        self.bound = self.minimise(self.sweep(family, degrees), upwards=upwards)
+            self._minimise(self._sweep(family, degrees[:1]), upwards=upwards)
+        if degrees:
+            sweep = self._sweep(family, degrees)
+            self.proving = sweep if whole and self.complete else None
+            self._minimise(sweep, upwards=upwards)
 
     def _weights(self) -> list[float]:
         """Per layer what it matters where it lies."""
@@ -159,8 +171,7 @@ class _Solver:
             masks.append(masks[-1] | sum(1 << self.order.position[one] for one in stage.layers))
         return masks
 
-    def sweep(self, family: Family, degrees: Sequence[int]) -> PiperSweep:
-        """The dynamic program over a family of downsets."""
+    def _sweep(self, family: Family, degrees: Sequence[int]) -> PiperSweep:
         figures = [DegreeFigures(self.workload, family, self.setting, t) for t in degrees]
         return PiperSweep(family, figures, self.setting, self.replicas, self._clock)
 
@@ -168,8 +179,8 @@ class _Solver:
         if time.process_time() > self.deadline:
             raise _OutOfTime
 
-    def minimise(self, sweep: PiperSweep, *, upwards: bool) -> float:
-        """Improves `best` to the optimum over a family; returns a bound for the family.
+    def _minimise(self, sweep: PiperSweep, *, upwards: bool) -> None:
+        """Improves `best` to the optimum over a family.
 
         Args:
             sweep: The dynamic program over the family.
@@ -177,35 +188,41 @@ class _Solver:
                 that is quicker than to ask what lies just below that pipeline.
         """
         low = sweep.least_bound()
+        self._note(sweep, low)
         if not low < math.inf:
-            return low
+            return
         if self.best.stages and not upwards:
             # Another family or fewer degrees gave this pipeline: there may be little to gain.
             for step in _GAINS:
                 bound = self.best.objective * (1 - step)
-                if bound > low and not self.attempt(sweep, bound):
+                if bound > low and not self._attempt(sweep, bound):
                     low = bound
                     break
         else:
             for step in _GALLOP:
                 bound = low * (1 + step)
-                if bound >= self.best.objective * _BETTER or self.attempt(sweep, bound):
+                if bound >= self.best.objective * _BETTER or self._attempt(sweep, bound):
                     break
                 low = bound
-            if not self.best.stages and not self.attempt(sweep, _ANYTHING):
-                return math.inf
+            if not self.best.stages and not self._attempt(sweep, _ANYTHING):
+                self._note(sweep, math.inf)
+                return
         stuck = 0
         while low < self.best.objective * _BETTER:
             high = self.best.objective * _BETTER
             close = high - low < 1e-3 * high and stuck >= 2
             bound = high if close else min(math.sqrt(low * high), 1.5 * low)
-            if self.attempt(sweep, bound):
+            if self._attempt(sweep, bound):
                 stuck = 0
             else:
                 low, stuck = bound, stuck + 1
-        return low
 
-    def attempt(self, sweep: PiperSweep, bound: float) -> bool:
+    def _note(self, sweep: PiperSweep, bound: float) -> None:
+        """Remembers what is proven for all pipelines, not just for those of a part."""
+        if sweep is self.proving:
+            self.proven = max(self.proven, bound)
+
+    def _attempt(self, sweep: PiperSweep, bound: float) -> bool:
         """Whether a pipeline keeps the bound; keeps the best one in mind."""
         while (cuts := sweep.pipeline(bound)) is not None:
             found = self._pipeline(sweep, cuts)
@@ -213,6 +230,7 @@ class _Solver:
                 if found.objective < self.best.objective:
                     self.best = found
                 return found.objective <= bound * (1 + 1e-12)
+        self._note(sweep, bound)
         return False
 
     def _pipeline(self, sweep: PiperSweep, cuts: Sequence[Cut]) -> PiperPipeline | None:
