@@ -18,7 +18,8 @@ from raypar.mesh.calibration import MatmulCurve, MemoryCurve, default_rates, tab
 from raypar.mesh.cluster import Node
 from raypar.mesh.devices import device_kind
 from raypar.search.bounds import Bound, certificate, lower_bound
-from raypar.search.bounds.kernels import Kernel, kernels_of, trained_bytes
+from raypar.search.bounds.kernels import kernels_of, trained_bytes
+from raypar.search.bounds.one_op import Kernel
 from raypar.search.bounds.rates import Devices, kernel_s
 from raypar.search.config import SearchConfig
 from raypar.search.planners.uniform import UniformPlanner

@@ -16,7 +16,8 @@ from raypar.graph.opgraph import OpGraph
 from raypar.mesh.calibration import Calibration, table_calibration
 from raypar.mesh.cluster import Cluster
 from raypar.search._sim_setting import CPU_OVERHEAD_S
-from raypar.search.bounds.kernels import Kernel, kernels_of, trained_bytes
+from raypar.search.bounds.kernels import kernels_of, trained_bytes
+from raypar.search.bounds.one_op import Kernel
 from raypar.search.bounds.rates import Devices, Floats, linear_s
 from raypar.search.config import SearchConfig
 

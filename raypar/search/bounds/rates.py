@@ -19,7 +19,7 @@ import numpy.typing as npt
 from raypar.mesh.calibration import Calibration, DeviceRates, MemoryCurve
 from raypar.mesh.cluster import Cluster
 from raypar.mesh.devices import DeviceKind
-from raypar.search.bounds.kernels import ANY_KIND, Kernel
+from raypar.search.bounds.one_op import ANY_KIND, Kernel
 
 Floats = npt.NDArray[np.float64]
 _ROUNDS = 200
