@@ -84,8 +84,12 @@ class Drafter:
         self.bench = space.bench
         self._tables: OrderedDict[object, list[WayTable]] = OrderedDict()
 
-    def draft(self, decisions: Decisions) -> Draft:
+    def draft(self, decisions: Decisions, share: float = 1.0) -> Draft:
         """The best plan of these decisions, by the solvers' figures.
+
+        Args:
+            decisions: What was proposed.
+            share: Of the memory that may be filled, what the solvers may count on.
 
         Raises:
             InfeasibleError: There is none.
@@ -104,7 +108,7 @@ class Drafter:
             "auto" if decisions.recompute == SOLVER else decisions.recompute,
             "auto" if isinstance(decisions.zero, str) else decisions.zero,
         )
-        question = _Question(self, decisions, split, wish, line)
+        question = _Question(self, decisions, split, wish, line, share)
         stages, groups = question.interleaved() if decisions.chunks > 1 else question.plain()
         if decisions.moves:
             stages = question.moved(stages)
@@ -122,12 +126,14 @@ class Drafter:
         wish: Wish,
         line: tuple[int, ...],
         schedule: str,
+        share: float,
     ) -> list[WayTable]:
         """See `Workbench.tables`; the last ones are kept."""
-        key = (split, size, unit, wish, line if not self.bench.alike else None, schedule)
+        key = (split, size, unit, wish, line if not self.bench.alike else None, schedule, share)
         if key not in self._tables:
             try:
-                self._tables[key] = self.bench.tables(split, size, unit, wish, line, schedule)
+                found = self.bench.tables(split, size, unit, wish, line, schedule)
+                self._tables[key] = found if share == 1.0 else _smaller(found, share)
             except PlanError as error:  # forms that do not go together
                 raise InfeasibleError(str(error)) from None
             if len(self._tables) > _MOST_TABLES:
@@ -145,6 +151,7 @@ class _Question:
     split: Split
     wish: Wish
     line: tuple[int, ...]
+    share: float
 
     def sizes(self) -> list[int]:
         """Devices that a stage may have."""
@@ -157,7 +164,7 @@ class _Question:
 
     def _tables(self, size: int, unit: int, wish: Wish) -> list[WayTable]:
         schedule = self.decisions.schedule
-        return self.drafter.tables(self.split, size, unit, wish, self.line, schedule)
+        return self.drafter.tables(self.split, size, unit, wish, self.line, schedule, self.share)
 
     def plain(self) -> tuple[list[Stage], int]:
         """One stage per rank group."""
@@ -276,6 +283,16 @@ class _Question:
             words = f"needs {over:.2f} times the memory that these devices have"
             raise InfeasibleError(words, over)
         raise InfeasibleError("no stages with these decisions fit the memory", 1.05)
+
+
+def _smaller(tables: Sequence[WayTable], share: float) -> list[WayTable]:
+    """The same tables for devices with less memory."""
+    made: dict[int, WayTable] = {}
+    for table in tables:
+        if id(table) not in made:
+            ways = [replace(way, memory=way.memory * share) for way in table.ways]
+            made[id(table)] = WayTable(ways, table.microbatches, table.schedule)
+    return [made[id(table)] for table in tables]
 
 
 def _by_shape(table: WayTable, chunks: int, microbatches: int) -> dict[tuple[int, ...], WayTable]:

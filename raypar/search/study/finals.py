@@ -9,6 +9,7 @@ that are surely slower are never run. At the end the best few run once more, in 
 from __future__ import annotations
 
 import math
+import time
 
 from raypar.errors import RayparError
 from raypar.plan import Plan
@@ -68,9 +69,15 @@ class Finals:
 
     @property
     def winner(self) -> int:
-        """Number of the trial with the best plan; -1 where there is none."""
+        """Number of the trial with the best plan that did not fail to run; -1: there is none."""
         known = self._together or self._measured
-        return min(known, key=lambda n: known[n]) if known else self.ledger.best_number
+        if known:
+            return min(known, key=lambda n: known[n])
+        if not self._failed:
+            return self.ledger.best_number
+        return min(
+            self._candidates(), key=lambda n: self.ledger.outcomes[n].predicted_s, default=-1
+        )
 
     def expected_s(self, outcome: Outcome) -> float:
         """Predicted seconds of a step, corrected by what was measured."""
@@ -94,9 +101,9 @@ class Finals:
             seconds = self._seconds(self.ledger.outcomes[number])
             if self._measured and self.seconds > 0 and left_s < seconds:
                 break
-            before = self.seconds
+            before, began = self.seconds, time.perf_counter()
             step_s = self._run(number, seconds)
-            left_s -= self.seconds - before
+            left_s -= max(self.seconds - before, time.perf_counter() - began)
             if step_s is not None:
                 found[number] = step_s
         return found
@@ -149,10 +156,10 @@ class Finals:
         assert outcome.plan is not None
         self._ran += 1
         try:
-            measured = self.measurer.measure(outcome.plan, seconds=seconds)
-        except RayparError as error:
+            measured = _usable(self.measurer.measure(outcome.plan, seconds=seconds))
+        except Exception as error:  # of whatever kind: what was searched so far is worth more
             self._failed.add(number)
-            self.notes.append(f"a plan did not run ({in_words(outcome.plan)}): {error}")
+            self.notes.append(f"a plan did not run ({in_words(outcome.plan)}): {_words(error)}")
             return None
         self.seconds += measured.took_s
         self._take(number, measured)
@@ -165,31 +172,59 @@ class Finals:
         self._rows.append(self.judge.observe(self.ledger.outcomes[number], measured))
         self._correction = StepCorrection.fit(self._rows)
 
-    def decide(self) -> None:
-        """Lets the best few run again, in turns, and keeps what that says of them."""
+    def decide(self, left_s: float = math.inf) -> None:
+        """Lets the best few run again, in turns, and keeps what that says of them.
+
+        Args:
+            left_s: Seconds that are left: finalists that they do not suffice for stay as they are.
+        """
         if self.measurer is None or len(self._measured) < 2:
             return
         ranked = sorted(self._measured, key=lambda n: self._measured[n])
         best = self._measured[ranked[0]]
         close = [n for n in ranked[:_FINALISTS] if self._measured[n] <= _NEAR * best]
-        if len(close) < 2:
+        seconds = _ROUNDS * max(self._seconds(self.ledger.outcomes[n]) for n in close)
+        if len(close) < 2 or seconds * len(close) > left_s:
             return
         plans: list[Plan] = []
         for number in close:
             plan = self.ledger.outcomes[number].plan
             assert plan is not None
             plans.append(plan)
-        seconds = _ROUNDS * max(self._seconds(self.ledger.outcomes[n]) for n in close)
-        for number, found in zip(
-            close, self.measurer.measure_together(plans, seconds=seconds), strict=True
-        ):
-            if isinstance(found, Measured):
-                self.seconds += found.took_s
-                self._together[number] = found.step_s
-                self.ledger.note_measured(number, found.step_s, found.took_s)
-            else:
+        try:
+            answers = self.measurer.measure_together(plans, seconds=seconds)
+        except Exception as error:
+            self.notes.append(f"the best plans did not run a second time: {_words(error)}")
+            return
+        for number, found in zip(close, answers, strict=True):
+            try:
+                again = _usable(found)
+            except Exception as error:
                 del self._measured[number]
-                self.notes.append(f"a plan did not run a second time: {found}")
+                self._failed.add(number)
+                self.notes.append(f"a plan did not run a second time: {_words(error)}")
+                continue
+            self.seconds += again.took_s
+            self._together[number] = again.step_s
+            self.ledger.note_measured(number, again.step_s, again.took_s)
+
+
+def _usable(found: Measured | Exception) -> Measured:
+    """A measurement that says something.
+
+    Raises:
+        Exception: What is given instead of one.
+        RayparError: Its step takes no time, or no finite one.
+    """
+    if isinstance(found, Exception):
+        raise found
+    if not (math.isfinite(found.step_s) and found.step_s > 0):
+        raise RayparError(f"it was measured at {found.step_s} s a step")
+    return found
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, RayparError) else f"{type(error).__name__}: {error}"
 
 
 def _stages(plan: Plan) -> range:

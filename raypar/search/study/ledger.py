@@ -90,7 +90,8 @@ class Ledger:
         if self.best is None or len(both) < _SURE:
             return {}
         over = max(quick / exact for quick, exact in both)
-        return {"quick": self.best.predicted_s * over * _SLACK}
+        best = self.best.predicted_s
+        return {"quick": best * over * _SLACK, "simulated": best * _SLACK}
 
     def slowest_s(self) -> float:
         """The longest step that was predicted; 1 where there is none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import secrets
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from raypar.errors import ConfigError, did_you_mean
 
@@ -106,18 +107,24 @@ def storage_of(path: str | None) -> tuple[BaseStorage, str]:
         The storage, and what the user should know about it (mostly nothing).
 
     Raises:
-        ConfigError: The folder cannot be written to.
+        ConfigError: It is a folder, or in one that cannot be written to.
     """
     if path is None:
         return InMemoryStorage(), ""
     file = Path(path)
-    note = ""
+    if not path or file.is_dir():
+        raise ConfigError(
+            f"search.storage is {path!r}, which is {'a folder' if path else 'empty'}; give a file, "
+            f"for example {str(file / 'search.journal')!r}"
+        )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists() and (fault := _fault(file)):
-            spare = _spare(file)
-            file.replace(spare)
-            note = f"{file} cannot be read ({fault}); it was set aside as {spare.name}"
+        storage, fault = _opened(file)
+        if storage is not None:
+            return storage, ""
+        spare = _spare(file)
+        file.replace(spare)
+        note = f"{file} cannot be read ({fault}); it was set aside as {spare.name}"
         return JournalStorage(JournalFileBackend(str(file))), note
     except OSError as error:
         raise ConfigError(
@@ -126,10 +133,33 @@ def storage_of(path: str | None) -> tuple[BaseStorage, str]:
         ) from None
 
 
+def _opened(file: Path) -> tuple[JournalStorage | None, str]:
+    """A journal that can be read and written; else None, and what is wrong with it."""
+    # Where nobody may write, Optuna would notice at its first entry only, by an error that hides
+    # the reason: the lock is a file beside the journal, so that one is tried.
+    probe = file.with_name(f"{file.name}.{secrets.token_hex(4)}.try")
+    probe.touch()
+    probe.unlink()
+    with file.open("ab"):
+        pass
+    lock = JournalFileSymlinkLock(str(file))
+    lock.acquire()  # nobody is in the middle of a line then
+    try:
+        fault = _fault(file)
+    finally:
+        lock.release()
+    if fault:
+        return None, fault
+    try:
+        return JournalStorage(JournalFileBackend(str(file))), ""
+    except OSError:
+        raise
+    except Exception as error:  # entries that each are JSON, and together no journal
+        return None, f"its entries do not fit together: {type(error).__name__} {error}"
+
+
 def _fault(file: Path) -> str:
-    """What is wrong with a journal; empty if it can be read. A cut last line is no fault."""
-    if file.is_dir():
-        return "it is a folder"
+    """What is wrong with the lines of a journal, if anything; a cut last line is dropped."""
     lines = file.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):
         try:
