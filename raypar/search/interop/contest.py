@@ -7,23 +7,28 @@ by the exact figures wins.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from raypar.errors import ScheduleError
 from raypar.graph.opgraph import OpGraph
-from raypar.lowered import lower_plan, with_schedule
+from raypar.lowered import LoweredPlan, lower_plan, with_schedule
 from raypar.mesh.calibration import Calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
+from raypar.schedules.instructions import Instruction
+from raypar.search._sim_input import Setting
+from raypar.search._sim_setting import setting_of
 from raypar.search.cost.base import total_s
-from raypar.search.simulate import simulate
+from raypar.search.simulate import simulate_lists
 from raypar.search.simulation import Simulation
 
 SCHEDULES = ("1f1b", "eager_1f1b", "zero_bubble_h1", "gpipe")
 """Schedules that every pipeline is tried with where the options leave it open."""
-_MOST_SLOTS = 4096
-"""Up to so many stages × microbatches, every schedule is played; beyond, only the plan's own."""
+_PLAYED = 3
+"""So many plans (with their schedules) are played whole, more where none of them fits."""
+_CLOSE = 1.1
+"""Plans that likely take so much longer than the best are not played."""
 _MOST_OPS = 4000
 """Plans are played as long as they have so many ops together; the first one always is. Pricing all
 ops of a plan exactly takes milliseconds each, so that a large model's plan takes seconds."""
@@ -66,29 +71,95 @@ def contest(
         optimizer_states: Tensors that the optimizer keeps per parameter (Adam: 2).
         memory_fraction: Share of a device's memory that may be filled.
     """
+    runs = [
+        run
+        for plan in plans[: max(1, _MOST_OPS // len(graph.ops))]
+        for run in _runs_of(plan, graph, cluster, calibration, schedule, optimizer_states)
+    ]
+    runs.sort(key=lambda run: run.likely_s)
     found: list[Entry] = []
-    for plan in plans[: max(1, _MOST_OPS // len(graph.ops))]:
-        small = len(plan.stages) * plan.microbatches <= _MOST_SLOTS
-        lowered = lower_plan(graph, plan)
-        for name in _schedules(plan, schedule, small):
-            tried = replace(plan, schedule=replace(plan.schedule, name=name))
-            if name != plan.schedule.name:
-                try:
-                    lowered = with_schedule(lowered, name, plan.microbatches)
-                except ScheduleError:
-                    continue
-            played = simulate(
-                graph, tried, cluster, calibration=calibration, lowered=lowered,
-                optimizer_states=optimizer_states,
-            )  # fmt: skip
-            found.append(entry_of(tried, played, memory_fraction))
+    for run in runs:
+        fits = any(entry.overfull <= 1.0 for entry in found)
+        if fits and (len(found) >= _PLAYED or run.likely_s > _CLOSE * runs[0].likely_s):
+            break
+        lists = _lists(run.lowered, run.plan.schedule.name, run.plan.microbatches)
+        played = simulate_lists(lists, run.setting, global_batch=run.plan.global_batch)
+        found.append(entry_of(run.plan, played, memory_fraction))
     return sorted(found, key=lambda e: (e.overfull > 1.0, e.step_s))
 
 
-def _schedules(plan: Plan, schedule: str, every: bool) -> list[str]:
+@dataclass(frozen=True)
+class _Run:
+    """A plan under one schedule: what it would be played with, and the seconds it likely takes."""
+
+    plan: Plan
+    lowered: LoweredPlan
+    setting: Setting
+    likely_s: float
+
+
+def _runs_of(
+    plan: Plan,
+    graph: OpGraph,
+    cluster: Cluster,
+    calibration: Calibration,
+    schedule: str,
+    optimizer_states: int,
+) -> Iterator[_Run]:
+    lowered = lower_plan(graph, plan)
+    setting = setting_of(
+        graph, plan, lowered, cluster, calibration, "analytic", None, optimizer_states
+    )
+    for name in _schedules(plan, schedule):
+        try:
+            seconds = likely_s(lowered, setting, name)
+        except ScheduleError:
+            continue
+        tried = replace(plan, schedule=replace(plan.schedule, name=name))
+        yield _Run(tried, lowered, setting, seconds)
+
+
+def likely_s(lowered: LoweredPlan, setting: Setting, schedule: str) -> float:
+    """Seconds of a step under a schedule, from two steps of few microbatches.
+
+    Once a pipeline is full, every further microbatch adds the same time: a step of M of them is
+    continued from one with two and one with four for every stage. What is chosen is played whole.
+
+    Args:
+        lowered: The lowered plan.
+        setting: What it is played with; M is taken from it.
+        schedule: The schedule.
+
+    Raises:
+        ScheduleError: The schedule does not take the plan's placement.
+    """
+    whole = setting.microbatches
+    groups = len(setting.meshes)
+    few, more = 2 * groups, 4 * groups  # multiples of the groups, as interleaving asks
+    if whole <= 2 * more:
+        return simulate_lists(_lists(lowered, schedule, whole), setting).step_s
+    short, longer = (
+        simulate_lists(
+            _lists(lowered, schedule, count),
+            replace(
+                setting,
+                microbatches=count,
+                globals_s={s: t * count / whole for s, t in setting.globals_s.items()},
+            ),
+        ).step_s
+        for count in (few, more)
+    )
+    return longer + (whole - more) * (longer - short) / (more - few)
+
+
+def _lists(lowered: LoweredPlan, schedule: str, microbatches: int) -> list[list[Instruction]]:
+    return with_schedule(lowered, schedule, microbatches).lists
+
+
+def _schedules(plan: Plan, schedule: str) -> list[str]:
     """The schedules to try, the plan's own first; they differ in pipelines only."""
     own = plan.schedule.name
-    if schedule != "auto" or not every or len(plan.stages) == 1 or plan.microbatches == 1:
+    if schedule != "auto" or len(plan.stages) == 1 or plan.microbatches == 1:
         return [own]
     return [own, *(name for name in SCHEDULES if name != own)]
 
