@@ -93,11 +93,6 @@ class Ledger:
         best = self.best.predicted_s
         return {"quick": best * over * _SLACK, "simulated": best * _SLACK}
 
-    def slowest_s(self) -> float:
-        """The longest step that was predicted; 1 where there is none."""
-        found = [o.predicted_s for o in self.outcomes.values() if o.step_s]
-        return max(found, default=1.0)
-
     def alternatives(self, chosen: Plan) -> dict[str, float]:
         """The best other plans in words → their predicted step in seconds."""
         named: dict[str, float] = {}

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import replace
-from typing import Any
-
-import optuna
-from optuna.trial import TrialState
 
 from raypar.errors import ConfigError, PlanError
 from raypar.fit import check_plan
@@ -33,13 +29,8 @@ from raypar.search.study.elsewhere import Elsewhere, Question
 from raypar.search.study.finals import Finals
 from raypar.search.study.judge import Judge, Outcome
 from raypar.search.study.ledger import Ledger
-from raypar.search.study.samplers import (
-    PARETO,
-    WITHOUT_CONSTRAINTS,
-    quiet_optuna,
-    sampler_of,
-    storage_of,
-)
+from raypar.search.study.proposals import Asked, Proposals
+from raypar.search.study.samplers import quiet_optuna
 from raypar.search.study.seeds import seeds
 from raypar.search.study.space import Decisions
 
@@ -52,12 +43,6 @@ _GAIN = 0.002
 """Relative: what counts as gain, and a gap to the bound at which nothing is left to find."""
 _SEED_SHARE = 0.5
 """Of the budget, after which no further planner is asked for a seed."""
-NEIGHBOUR = "neighbour"
-"""Proposer of what differs from the best so far in one decision."""
-_PENALTY = 10.0
-"""Step time of a proposal without a plan, as a multiple of the slowest one that was seen."""
-_FEW = 10
-"""Different outcomes that it takes to tell which decisions matter."""
 
 
 class StudySearch:
@@ -102,14 +87,11 @@ class StudySearch:
         self.bound = lower_bound(graph, cluster, self.bench.calibration, config)
         self._known: dict[Decisions, Outcome] = {}
         self._repeated = 0
-        self._near: Iterator[dict[str, Any]] = iter(())
-        self._near_of, self._near_turn = -1, False
         self._asked: dict[int, int] = {}  # number in the ledger → number in Optuna's study
         self._limited = config.budget_s != "auto" or config.trials == "auto"
         budget = _BUDGET_S if config.budget_s == "auto" else config.budget_s
         self._deadline = self.began + budget
         self._seed_deadline = self.began + budget * _SEED_SHARE
-        self._pareto = config.sampler in PARETO
         name = self._name()
         self.lookout: Elsewhere | None = None
         if executor is not None:
@@ -120,16 +102,8 @@ class StudySearch:
                 )
             question = Question(capture, cluster, config, self.bench.calibration, name)
             self.lookout = Elsewhere(executor, question)
-        storage, note = storage_of(config.storage)
-        self.notes += [note] if note else []
-        with quiet_optuna():
-            self.study = optuna.create_study(
-                storage=storage,
-                sampler=sampler_of(config.sampler, config.seed, parallel=executor is not None),
-                study_name=name,
-                directions=["minimize"] * (3 if self._pareto else 1),
-                load_if_exists=True,
-            )
+        self.proposals = Proposals(config, name, self.judge.space, parallel=executor is not None)
+        self.notes += [self.proposals.note] if self.proposals.note else []
 
     def _name(self) -> str:
         """Equal for equal questions: such a study is resumed."""
@@ -169,15 +143,13 @@ class StudySearch:
 
     def _resume(self) -> None:
         """Takes up what a journal holds: the best of it is looked at again."""
-        done = [t for t in self.study.trials if t.state == TrialState.COMPLETE]
+        done = self.proposals.finished()
         if not done:
             return
         self.notes.append(f"resumed a study of {len(done)} trials")
-        fits = [t for t in done if not any(v > 0 for v in t.constraints.values())]
-        for trial in sorted(fits, key=lambda t: t.values[0])[:1]:
-            decisions = self.judge.space.suggest(optuna.trial.FixedTrial(trial.params))
-            outcome = self._known[decisions] = self.judge.look(decisions)
-            self.ledger.add(str(trial.user_attrs.get("proposer", "journal")), decisions, outcome)
+        proposer, decisions = self.proposals.of(done[0])
+        outcome = self._known[decisions] = self.judge.look(decisions)
+        self._asked[self.ledger.add(proposer, decisions, outcome).number] = done[0].number
 
     def _seed(self) -> None:
         """Asks the exact planners, and looks at what can be proposed near their plans."""
@@ -185,33 +157,31 @@ class StudySearch:
             if plan is None:
                 self.notes.append(f"no plan of planner {name}: {reason}")
                 continue
-            params = self.judge.space.parameters_of(plan)
-            self.study.enqueue_trial(params)
-            trial = self.study.ask()
-            decisions = self.judge.space.suggest(trial)
+            asked = self.proposals.near_plan(plan, name)
             # Its own cuts and shardings are no decisions: what is told for these is the better.
             own = self.judge.play(plan)
-            self._asked[self.ledger.add(name, decisions, own).number] = trial.number
-            near = self._known.get(decisions) or self.judge.look(decisions)
-            self._known[decisions] = near
-            self._asked[self.ledger.add(f"near {name}", decisions, near).number] = trial.number
+            near = self._known.get(asked.decisions) or self.judge.look(asked.decisions)
+            self._known[asked.decisions] = near
+            for proposer, outcome in ((name, own), (f"near {name}", near)):
+                record = self.ledger.add(proposer, asked.decisions, outcome)
+                self._asked[record.number] = asked.trial.number
             both = [o for o in (own, near) if o.state == "kept"] or [near]
-            self._tell(trial, name, min(both, key=lambda o: o.predicted_s))
+            self._tell(asked, min(both, key=lambda o: o.predicted_s))
 
     def _propose(self, trials: int) -> None:
         """Proposals until the budget is spent, or nothing is left to gain."""
-        waiting: dict[Future[Outcome], tuple[optuna.Trial, Decisions, str]] = {}
+        waiting: dict[Future[Outcome], Asked] = {}
         width = self.lookout.width if self.lookout else 1
         while True:
             while len(waiting) < width and not self._over(trials - len(waiting)):
-                proposer = self._ask_near()
-                trial = self.study.ask()
-                decisions = self.judge.space.suggest(trial)
-                known = self._known.get(decisions)
+                best = self.ledger.best
+                number = self._asked.get(self.ledger.best_number, -1)
+                asked = self.proposals.next(number, best.plan if best else None)
+                known = self._known.get(asked.decisions)
                 if known is None:
-                    waiting[self._look(decisions)] = (trial, decisions, proposer)
+                    waiting[self._look(asked.decisions)] = asked
                     continue
-                self._tell(trial, proposer, known)
+                self._tell(asked, known)
                 self._repeated += 1
                 if self._repeated >= _REPEATED:
                     self.stopped = "only known proposals were made"
@@ -219,31 +189,15 @@ class StudySearch:
             if not waiting:
                 return
             for done in wait(waiting, return_when=FIRST_COMPLETED).done:
-                trial, decisions, proposer = waiting.pop(done)
-                outcome = self._known[decisions] = done.result()
+                asked = waiting.pop(done)
+                outcome = self._known[asked.decisions] = done.result()
                 self._repeated = 0
-                record = self.ledger.add(proposer, decisions, outcome)
-                self._asked[record.number] = trial.number
-                self._tell(trial, proposer, outcome)
+                record = self.ledger.add(asked.proposer, asked.decisions, outcome)
+                self._asked[record.number] = asked.trial.number
+                self._tell(asked, outcome)
 
-    def _ask_near(self) -> str:
-        """Every other proposal changes one decision of the best; returns who proposes the next."""
-        best = self.ledger.best_number
-        if best < 0 or best not in self._asked or self.config.sampler == "random":
-            return self.config.sampler
-        self._near_turn = not self._near_turn
-        if best != self._near_of:
-            self._near_of = best
-            plan = self.ledger.outcomes[best].plan
-            assert plan is not None
-            groups = len({group for group, _ in plan.schedule.placement})
-            params = self.study.trials[self._asked[best]].params
-            self._near = self.judge.space.neighbours(params, groups)
-        near = next(self._near, None) if self._near_turn else None
-        if near is None:
-            return self.config.sampler
-        self.study.enqueue_trial(near)
-        return NEIGHBOUR
+    def _tell(self, asked: Asked, outcome: Outcome) -> None:
+        self.proposals.tell(asked, outcome, self.finals.expected_s(outcome))
 
     def _look(self, decisions: Decisions) -> Future[Outcome]:
         if self.lookout is not None:
@@ -267,49 +221,11 @@ class StudySearch:
             return False
         return True
 
-    def _tell(self, trial: optuna.Trial, proposer: str, outcome: Outcome) -> None:
-        """Tells Optuna what became of a proposal."""
-        trial.set_user_attr("proposer", proposer)
-        if outcome.plan is not None:
-            trial.set_user_attr("plan", self.ledger.trials[-1].words)
-        if outcome.reason:
-            trial.set_user_attr("reason", outcome.reason)
-        over = outcome.overfull or (2.0 if outcome.state in ("infeasible", "failed") else 0.0)
-        worst = _PENALTY * self.ledger.slowest_s()
-        step = self.finals.expected_s(outcome) if outcome.step_s else worst
-        if self.config.sampler in WITHOUT_CONSTRAINTS:
-            step *= max(over, 1.0) ** 2
-        else:
-            trial.set_constraint("memory", over - 1.0)
-        if self._pareto:
-            devices = len(outcome.plan.devices) if outcome.plan else self.bench.cluster.n_devices
-            peak = float(outcome.peak_bytes or max(self._memories()) * max(over, 1.0))
-            self.study.tell(trial, [step, peak, float(devices)])
-            return
-        for at, name in enumerate(outcome.step_s):
-            trial.report(outcome.step_s[name], at)
-        pruned = outcome.state == "pruned"
-        self.study.tell(trial, None if pruned else step, TrialState.PRUNED if pruned else None)
-
-    def _memories(self) -> list[int]:
-        return [self.bench.cluster.memory(d) for d in range(self.bench.cluster.n_devices)]
-
     def _learn(self, measured: Mapping[int, float]) -> None:
         """Lets Optuna know what steps of proposed plans really took."""
         for number, step_s in measured.items():
-            at = self._asked.get(number)
-            if at is None or self._pareto:
-                continue
-            like = self.study.trials[at]
-            self.study.add_trial(
-                optuna.trial.create_trial(
-                    params=like.params,
-                    distributions=like.distributions,
-                    value=step_s,
-                    user_attrs={**like.user_attrs, "measured": True},
-                    system_attrs=like.system_attrs,
-                )
-            )
+            if number in self._asked:
+                self.proposals.learn(self._asked[number], step_s)
 
     def _found(self) -> Found:
         """The winner, with its certificate and what else was looked at."""
@@ -342,22 +258,8 @@ class StudySearch:
             measured_s=self.finals.seconds,
             bound_s=self.bound.step_s,
             bound_parts=dict(self.bound.parts),
-            importance=self._importance(),
+            importance=self.proposals.importance(),
             stopped=self.stopped,
             notes=(*self.notes, *self.finals.notes),
         )
         return Found(plan, record)
-
-    def _importance(self) -> dict[str, float]:
-        """Share of the spread of step times that each decision explains (Watanabe et al. 2023)."""
-        done = [t for t in self.study.trials if t.state == TrialState.COMPLETE]
-        if self._pareto or len({t.value for t in done}) < _FEW:
-            return {}
-        try:
-            with quiet_optuna():
-                found = optuna.importance.get_param_importances(
-                    self.study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
-                )
-        except (ValueError, RuntimeError):  # no decision is part of all trials
-            return {}
-        return {name: float(share) for name, share in found.items()}
