@@ -114,6 +114,20 @@ def test_products_count_forward_and_both_gradients():
     assert trained_bytes(_mlp(64, 8), 8) == {4 * 64 * 64: 2, 4 * 64: 2}
 
 
+def test_a_fused_backward_kernel_counts_once():
+    """It is taken apart only in stages that receive values: then there are more calls, not less."""
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Conv1d(8, 8, 3), nn.Conv1d(8, 8, 3))
+
+    graph = capture(model, torch.zeros(4, 8, 16), _squares)
+    calls = sum(k.times for k in kernels_of(graph, 4) if k.kind == "conv_backward")
+    assert calls == 2
+    cluster = Cluster.virtual(1, 1, "A100")
+    plan = UniformPlanner().plan(graph, cluster, SearchConfig(stages=1))
+    assert lower_bound(graph, cluster).step_s <= simulate(graph, plan, cluster).step_s
+
+
 def test_frozen_layers_have_no_gradients():
     def model() -> nn.Module:
         made = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))

@@ -154,12 +154,16 @@ def is_sized(call: fx.Node) -> bool:
 
 
 def _alone(node: fx.Node, wants: Wants) -> StageCode:
-    """A stage that consists of one op, whose operands arrive."""
+    """A stage that consists of one op.
+
+    Its operands are its parameters, even where they are values that arrive: of a stage that
+    receives values, fused backward kernels are taken apart, into calls that together do more.
+    """
     graph = fx.Graph()
     holders: dict[fx.Node, fx.Node] = {}
     for i, operand in enumerate(node.all_input_nodes):
         holders[operand] = graph.placeholder(f"operand{i}")
-        holders[operand].meta = {**operand.meta, "id": f"edge:{i}"}
+        holders[operand].meta = {**operand.meta, "id": f"param:{i}"}
     copy = graph.node_copy(node, holders.__getitem__)
     copy.meta = dict(node.meta)
     results = _results(graph, copy)
@@ -168,7 +172,7 @@ def _alone(node: fx.Node, wants: Wants) -> StageCode:
     wanted = tuple(str(i) for i, flows in enumerate(wants.operands) if flows)
     return StageCode(
         graph=graph,
-        differentiable=wanted if gradients else (),
+        trainable=wanted if gradients else (),
         outputs_with_grad=gradients,
         edges_out=tuple(f"result{i}" for i in range(len(results))),
     )
