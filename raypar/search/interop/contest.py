@@ -29,9 +29,9 @@ _PLAYED = 3
 """So many plans (with their schedules) are played whole, more where none of them fits."""
 _CLOSE = 1.1
 """Plans that likely take so much longer than the best are not played."""
-_MOST_OPS = 4000
-"""Plans are played as long as they have so many ops together; the first one always is. Pricing all
-ops of a plan exactly takes milliseconds each, so that a large model's plan takes seconds."""
+_MOST_OPS = 2000
+"""Plans are lowered as long as they have so many ops together, two at least. Tracing the stages of
+a plan takes milliseconds for each op, so that a large model's plan takes seconds."""
 _MOST_ALTERNATIVES = 8
 
 
@@ -73,7 +73,7 @@ def contest(
     """
     runs = [
         run
-        for plan in plans[: max(1, _MOST_OPS // len(graph.ops))]
+        for plan in plans[: max(2, _MOST_OPS // len(graph.ops))]
         for run in _runs_of(plan, graph, cluster, calibration, schedule, optimizer_states)
     ]
     runs.sort(key=lambda run: run.likely_s)
