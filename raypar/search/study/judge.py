@@ -24,6 +24,7 @@ from raypar.search.record import TrialRecord
 from raypar.search.simulate import simulate
 from raypar.search.simulation import Simulation
 from raypar.search.study.draft import Drafter, InfeasibleError
+from raypar.search.study.obey import disobeyed
 from raypar.search.study.space import Decisions, Space
 
 _MOST_LOWERED = 16
@@ -147,6 +148,8 @@ class Judge:
         """Lowers and simulates a plan."""
         began = time.perf_counter()
         step_s: dict[str, float] = {} if quick is None else {"quick": quick}
+        if wrong := disobeyed(plan, self.bench.config):
+            return Outcome("infeasible", plan, step_s, reason=wrong)
         try:
             check_plan(plan, self.bench.graph, self.bench.cluster)
             lowered = self._lower(plan)

@@ -20,6 +20,7 @@ from raypar.search.interop.space import Split, splits, stage_sizes
 from raypar.search.interop.workbench import MOST_STAGES, Workbench
 from raypar.search.intra.forms import forms_of, parameter_groups
 from raypar.search.record import Decision
+from raypar.search.study.obey import INTERLEAVED, check_fixed, least_groups
 
 SOLVER = "solver"
 MIXED = 0
@@ -33,7 +34,6 @@ _FURTHEST = 3
 """Units by which a proposal may move a cut from where the solver put it."""
 _MOST_CHUNKS = 8
 _MODES = (SOLVER, "batch", "tensor")
-_INTERLEAVED = "interleaved_1f1b"
 _PLAIN = (
     "replicas", "local_batch", "used", "devices", "groups", "chunks", "schedule", "recompute",
     "zero", "modes", "turned",
@@ -118,7 +118,12 @@ class Space:
         self.bench = bench
         self.config = bench.config
         graph, cluster = bench.graph, bench.cluster
-        free = list(splits(graph, cluster, self.config))
+        check_fixed(graph, cluster, self.config)
+        self._least_groups = least_groups(self.config)
+        tensor = 1 if self.config.tensor == "auto" else self.config.tensor
+        self._least_devices = self._least_groups * tensor  # of one replica
+        room = cluster.n_devices // self._least_devices
+        free = [s for s in splits(graph, cluster, self.config) if s.replicas <= room]
         self._by_replicas: dict[int, list[Split]] = {}
         for split in free:
             self._by_replicas.setdefault(split.replicas, []).append(split)
@@ -145,16 +150,21 @@ class Space:
         wanted = sizes[trial.suggest_int("local_batch", 0, len(sizes) - 1)] if len(sizes) > 1 else 0
         local_batch = self.nearest_batch(replicas, wanted or sizes[0])
         used = _pick(trial, "used", self.used)
-        devices = _pick(trial, "devices", self.devices)
+        if used < replicas * self._least_devices:
+            used = self.used[0]
+        devices = self._fitting(_pick(trial, "devices", self.devices), used // replicas)
         room = max(used // replicas // max(devices, 1), 1)
         groups = min(_pick(trial, "groups", self.groups), room)
         chunks = _pick(trial, "chunks", self.chunks) if groups != 1 else 1
-        if groups > 1:
-            chunks = min(chunks, max(len(self.bench.units) // groups, 1))
-        schedules = self.schedules if self.config.chunks == 1 else [_INTERLEAVED]
+        units = len(self.bench.units)
+        if groups > 1 and self.config.chunks > 1:
+            groups = min(groups, max(units // chunks, self._least_groups))
+        elif groups > 1:
+            chunks = min(chunks, max(units // groups, 1))
+        schedules = self.schedules if self.config.chunks == 1 else [INTERLEAVED]
         schedule = _pick(trial, "schedule", schedules)
         if chunks > 1:
-            schedule = _INTERLEAVED
+            schedule = INTERLEAVED
         elif groups == 1:
             schedule = schedules[0]
         forms: tuple[tuple[str, str], ...] = ()
@@ -177,6 +187,13 @@ class Space:
             moves=moves,
             policies=policies,
         )
+
+    def _fitting(self, devices: int, room: int) -> int:
+        """A stage's devices, or the next fewer of which the least rank groups find room."""
+        if devices * self._least_groups <= room:
+            return devices
+        fewer = [n for n in self.devices if 0 < n * self._least_groups <= room]
+        return max(fewer, default=MIXED)
 
     def _forms(self, trial: Trial) -> tuple[tuple[str, str], ...]:
         found = []
@@ -322,14 +339,15 @@ def _devices(cluster: Cluster, config: SearchConfig, per_node: int) -> list[int]
 
 def _groups(config: SearchConfig, most: int) -> list[int]:
     if config.stages != "auto":
-        return [max(config.stages // config.chunks, 1)]
-    return [_FREE, *(n for n in _COUNTS if n <= most)]
+        return [least_groups(config)]
+    least = least_groups(config)
+    return [_FREE, *(n for n in _COUNTS if least <= n <= most)]
 
 
 def _chunks(config: SearchConfig, units: int) -> list[int]:
     if config.chunks != 1 or config.stages != "auto":
         return [config.chunks]
-    if config.schedule not in ("auto", _INTERLEAVED):
+    if config.schedule not in ("auto", INTERLEAVED):
         return [1]
     return list(range(1, min(_MOST_CHUNKS, max(units // 2, 1)) + 1))
 
@@ -337,7 +355,7 @@ def _chunks(config: SearchConfig, units: int) -> list[int]:
 def _schedules(config: SearchConfig) -> list[str]:
     if config.schedule != "auto":
         return [config.schedule]
-    names = [n for n in schedule_names() if n != _INTERLEAVED]
+    names = [n for n in schedule_names() if n != INTERLEAVED]
     return sorted(names, key=lambda n: n != "1f1b")
 
 
