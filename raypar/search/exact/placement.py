@@ -8,6 +8,7 @@ search) and `placement_milp` (integer program, which gives the bound).
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -26,11 +27,12 @@ from raypar.search.exact.placement_problem import (
 )
 from raypar.search.exact.placement_reduce import reduced
 
-DEFAULT_SECONDS = 45.0
+DEFAULT_SECONDS = 48.0
 _FOR_CONTIGUOUS = 0.45  # share of the time
-_FOR_QUICK_PROGRAM = 0.4  # share of what is left, where the program is small
-_QUICK, _LARGEST = 6_000, 30_000  # variables of programs that are tried first, and at all
-_FIRST_STEPS, _MOST_STEPS = 20_000, 320_000  # of local search, per level
+_FOR_PROGRAM = ((3_500, 0.7), (30_000, 0.4), (math.inf, 0.0))
+"""(Size of the integer program at most, its share of the time that is left.)"""
+_FIRST_STEPS, _MOST_STEPS, _STEPS_PER_ITEM = 20_000, 320_000, 40  # of local search, per level
+_IDLE = 6  # local searches in a row without gain, after which the program has its turn
 _CLOSE = 1 + 2e-6  # nothing is to be gained where the bound is so near
 
 
@@ -112,19 +114,19 @@ class _Free:
 
     def solve(self) -> Placed:
         """The best placement in the time there is."""
-        self._search(_FIRST_STEPS, seed=0)
-        size = self._program_size()
-        tried = size <= _QUICK
-        if tried:
-            self._program((self.deadline - time.monotonic()) * _FOR_QUICK_PROGRAM)
-        steps, seed = 2 * _FIRST_STEPS, 1
-        # Half of the time that is left is the program's, where it has not had its turn.
         rest = self.deadline - time.monotonic()
-        until = self.deadline - (0.0 if tried or size > _LARGEST else 0.5 * rest)
-        while not self.done and time.monotonic() < until:
+        size = self._program_size()
+        share = next(share for most, share in _FOR_PROGRAM if size <= most)
+        until = self.deadline - share * rest
+        steps, idle = max(_FIRST_STEPS, _STEPS_PER_ITEM * self.problem.n_items), 0
+        for seed in itertools.count():
+            before = self.objective
             self._search(steps, seed, until)
-            steps, seed = min(2 * steps, _MOST_STEPS), seed + 1
-        if not tried and self._program_size() <= _LARGEST:
+            idle = 0 if self.objective < before else idle + 1
+            if self.done or time.monotonic() >= until or (share and idle == _IDLE):
+                break
+            steps = min(2 * steps, _MOST_STEPS)
+        if share:
             self._program(self.deadline - time.monotonic())
         return Placed(self.objective, min(self.bound, self.objective), _listed(self.device_of))
 
@@ -163,14 +165,14 @@ class _Free:
         self.device_of = by_node(problem, device_of)
         self.objective = problem.objective(device_of)
 
-    def _search(self, steps: int, seed: int, until: float | None = None) -> None:
+    def _search(self, steps: int, seed: int, until: float) -> None:
         if self.done:
             return
         smaller = reduced(self.problem, self.objective, contiguous=False)
         start = self._on(smaller)
         if start is None:
             return
-        found = local_search(smaller, start, until or self.deadline, steps, seed)
+        found = local_search(smaller, start, until, steps, seed)
         self._take(smaller, found.device_of)
 
     def _program_size(self) -> int:

@@ -12,7 +12,8 @@ is a lower bound.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,12 +35,14 @@ from raypar.search.exact.placement_problem import (
 )
 from raypar.search.exact.placement_reduce import reduced, together
 
-_GROWTH = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56)
-"""By what share limits lie over the lower bound."""
+_FIRST_SHARES = (0.005, 0.01, 0.02, 0.04, 0.08)
+_GROWTH = 1.04
+"""Limits lie over the lower bound by the first shares, then each over the one before by this."""
 _MOST = 120_000  # downsets of one window
 _MOST_BITS = 40_000_000  # downsets of one window × items
 _BEAMS = (500, 2_000, 8_000)  # downsets of one window where all are too many
-_CLOSE = 1.03  # a limit so near to the best known split is not worth a run of its own
+_CLOSE = 1.02  # a limit so near to the best known split is not worth a run of its own
+_FOR_PROOF = 0.6  # share of the time; the rest is for splits without proof
 
 
 @dataclass(frozen=True)
@@ -70,28 +73,35 @@ def best_contiguous(problem: PlacementProblem, seconds: float, most: int = _MOST
         seconds: About the most time to take, wall clock.
         most: Most downsets of one window.
     """
-    deadline = time.monotonic() + seconds
+    start = time.monotonic()
+    deadline = start + seconds
     base = together(problem)
-    bound = divisible_bound(base)
-    best = _along_orders(base)
-    best = Contiguous(best.objective, best.device_of, bound)
-    for share in _GROWTH:
+    least = divisible_bound(base)
+    best = replace(_along_orders(base), bound=least)
+    for limit in _limits(least, best.objective):
         if best.exact:
             return best
-        limit = bound_limit = divisible_bound(base) * (1 + share)
-        if limit * _CLOSE >= best.objective or share == _GROWTH[-1] or limit == 0:
-            limit = best.objective
         try:
-            found = _below(base, limit, most, deadline)
+            found = _below(base, limit, most, start + _FOR_PROOF * seconds)
         except (TooManyDownsets, OutOfTime):
-            break
+            return _by_beams(base, best, deadline)
         if found is not None:
             return Contiguous(found[0], found[1], found[0])
-        bound = max(bound, limit)
-        best = Contiguous(best.objective, best.device_of, bound)
-        if limit != bound_limit:
-            return best
-    return _by_beams(base, best, deadline)
+        best = replace(best, bound=max(best.bound, limit))
+    return best
+
+
+def _limits(least: float, known: float) -> Iterator[float]:
+    """Limits that rise from a lower bound to a split that is known; that is the last one."""
+    shares = iter(_FIRST_SHARES)
+    limit = least
+    while True:
+        share = next(shares, None)
+        limit = limit * _GROWTH if share is None else least * (1 + share)
+        if limit * _CLOSE >= known or limit <= 0:
+            yield known
+            return
+        yield limit
 
 
 def _along_orders(base: PlacementProblem) -> Contiguous:
@@ -109,16 +119,19 @@ def _along_orders(base: PlacementProblem) -> Contiguous:
 
 
 def _by_beams(base: PlacementProblem, best: Contiguous, deadline: float) -> Contiguous:
-    """Goes on with a part of the downsets of every window: better splits, but no proof."""
+    """Goes on with a part of the downsets of every window: better splits, but no proof.
+
+    Low limits come first here as well: the narrower windows are, the more of them a part covers.
+    """
     for beam in _BEAMS:
-        if time.monotonic() > deadline:
-            break
-        try:
-            found = _below(base, best.objective, beam, deadline, cut_short=True)
-        except OutOfTime:
-            break
-        if found is not None and found[0] < best.objective:
-            best = Contiguous(found[0], found[1], best.bound)
+        for limit in _limits(best.bound, best.objective):
+            try:
+                found = _below(base, limit, beam, deadline, cut_short=True)
+            except OutOfTime:
+                return best
+            if found is not None:
+                best = Contiguous(found[0], found[1], best.bound)
+                break
     return best
 
 

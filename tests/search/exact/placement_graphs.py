@@ -15,6 +15,7 @@ class GraphWriter:
         self.nodes: list[dict[str, Any]] = []
         self.edges: list[tuple[int, int]] = []
         self.cost: dict[int, float] = {}
+        self.constants: set[int] = set()  # nodes without a gradient
 
     def add(
         self,
@@ -43,7 +44,10 @@ class GraphWriter:
         return at
 
     def mirrored(self, factor: float = 2.0) -> None:
-        """Adds a backward node for every node: it reads its readers' gradients and its output."""
+        """Adds a backward node for every node: it reads its readers' gradients and its output.
+
+        What it makes is as large as the largest input.
+        """
         count = len(self.nodes)
         forward = list(self.edges)
         for i in range(count):
@@ -51,10 +55,12 @@ class GraphWriter:
         grad: dict[int, int] = {}
         for i in reversed(range(count)):
             node = self.nodes[i]
-            readers = [grad[v] for u, v in forward if u == i]
+            if i in self.constants:
+                continue
+            readers = [grad[v] for u, v in forward if u == i and v in grad]
             grad[i] = self.add(
                 node["fpgaLatency"] * factor,
-                self.cost[i],
+                max((self.cost[u] for u, v in forward if v == i), default=self.cost[i]),
                 *readers,
                 i,
                 colour=node["colorClass"],
@@ -87,6 +93,7 @@ def transformer(layers: int, accelerators: int, training: bool, seed: int = 0) -
     state = graph.add(0.05, small)
     state = graph.add(0.2, small, state, weight())
     mask = graph.add(1e-5, 0.005)
+    graph.constants.add(mask)
     for _ in range(layers):
         branches = []
         for _ in range(3):
