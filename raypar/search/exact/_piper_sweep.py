@@ -68,6 +68,8 @@ class PiperSweep:
         setting: The machine.
         replicas: The numbers of replicas that a stage may have, ascending.
         clock: Called between levels; may raise to end a search.
+        width: Labels that a downset keeps at most; None: all. With fewer, what is found is a
+            pipeline, but where none is found there may be one.
 
     Attributes:
         least_work: Per downset the device-seconds that its layers take at least.
@@ -84,7 +86,9 @@ class PiperSweep:
         setting: PiperSetting,
         replicas: Sequence[int],
         clock: Callable[[], None] = lambda: None,
+        width: int | None = None,
     ) -> None:
+        self.width = width
         self.family, self.figures, self.setting = family, figures, setting
         self.replicas = np.array(replicas, dtype=np.int64)
         self.clock = clock
@@ -131,6 +135,8 @@ class PiperSweep:
         if self.rest[0] <= self.setting.devices:
             self._walk(bound)
         found = labels.of(np.array([len(self.family) - 1]))
+        if self.width is not None:
+            return self._cuts(int(found[0])) if len(found) else None
         if not len(found):
             if self._tight is None or bound > self._tight[0]:
                 self._tight = (bound, labels)
@@ -221,8 +227,20 @@ class PiperSweep:
                     row, least = here, total
                     chosen.append(i)
             kept = np.array(chosen, dtype=np.int64)
+            if self.width is not None:
+                kept = self._spread(kept, down[kept], self.width)
         if len(kept):
             self.labels.add([column[kept] for column in columns])
+
+    @staticmethod
+    def _spread(kept: Index, down: Index, width: int) -> Index:
+        """Of every downset's labels both ends and some between."""
+        found = []
+        for one in dict.fromkeys(down.tolist()):
+            own = kept[down == one]
+            at = np.linspace(0, len(own) - 1, min(width, len(own)))
+            found.append(own[at.round().astype(np.int64)])
+        return np.concatenate(found)
 
     def number(self, divided: Array, whole: Array) -> Index:
         """Number of the fewest replicas that the bound allows without recomputation."""

@@ -32,6 +32,8 @@ _GALLOP = (1e-4, 2e-3, 3e-2, 0.3, 0.6)
 _GAINS = (1e-11, 1e-3, 4e-3, 1.6e-2, 6e-2)
 """Steps below a pipeline of another search that are tried before bisection."""
 _ANYTHING = 1e300
+_WIDTH, _FINENESS = 5, 1e-4
+"""Labels of a downset, and relative distance to the optimum, in a first search of all degrees."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,9 @@ class _Solver:
         if len(degrees) > 1:
             # One degree is far quicker, and often all that the best pipeline uses.
             self._minimise(self._sweep(family, degrees[:1]), upwards=upwards)
+            if not upwards:
+                narrow = self._sweep(family, degrees, width=_WIDTH)
+                self._minimise(narrow, upwards=not self.best.stages, fineness=_FINENESS)
         if degrees:
             sweep = self._sweep(family, degrees)
             self.proving = sweep if whole and self.complete else None
@@ -171,21 +176,24 @@ class _Solver:
             masks.append(masks[-1] | sum(1 << self.order.position[one] for one in stage.layers))
         return masks
 
-    def _sweep(self, family: Family, degrees: Sequence[int]) -> PiperSweep:
+    def _sweep(
+        self, family: Family, degrees: Sequence[int], width: int | None = None
+    ) -> PiperSweep:
         figures = [DegreeFigures(self.workload, family, self.setting, t) for t in degrees]
-        return PiperSweep(family, figures, self.setting, self.replicas, self._clock)
+        return PiperSweep(family, figures, self.setting, self.replicas, self._clock, width)
 
     def _clock(self) -> None:
         if time.process_time() > self.deadline:
             raise _OutOfTime
 
-    def _minimise(self, sweep: PiperSweep, *, upwards: bool) -> None:
+    def _minimise(self, sweep: PiperSweep, *, upwards: bool, fineness: float = 0.0) -> None:
         """Improves `best` to the optimum over a family.
 
         Args:
             sweep: The dynamic program over the family.
             upwards: Begin at the lower bound, even where a pipeline is known: in a large family
                 that is quicker than to ask what lies just below that pipeline.
+            fineness: Relative distance to the optimum that is near enough.
         """
         low = sweep.least_bound()
         self._note(sweep, low)
@@ -208,7 +216,7 @@ class _Solver:
                 self._note(sweep, math.inf)
                 return
         stuck = 0
-        while low < self.best.objective * _BETTER:
+        while low < self.best.objective * min(_BETTER, 1 - fineness):
             high = self.best.objective * _BETTER
             close = high - low < 1e-3 * high and stuck >= 2
             bound = high if close else min(math.sqrt(low * high), 1.5 * low)
