@@ -68,10 +68,10 @@ class PiperSweep:
         setting: The machine.
         replicas: The numbers of replicas that a stage may have, ascending.
         clock: Called between levels; may raise to end a search.
-        width: Labels that a downset keeps at most; None: all. With fewer, what is found is a
-            pipeline, but where none is found there may be one.
 
     Attributes:
+        width: Labels that a downset keeps at most; None: all. With fewer, what is found is a
+            pipeline, but where none is found there may be one.
         least_work: Per downset the device-seconds that its layers take at least.
         least_seconds: Per downset the seconds that one replica takes for its layers at least.
         bound: The bound that is being tried, with room for rounding.
@@ -86,9 +86,8 @@ class PiperSweep:
         setting: PiperSetting,
         replicas: Sequence[int],
         clock: Callable[[], None] = lambda: None,
-        width: int | None = None,
     ) -> None:
-        self.width = width
+        self.width: int | None = None
         self.family, self.figures, self.setting = family, figures, setting
         self.replicas = np.array(replicas, dtype=np.int64)
         self.clock = clock

@@ -32,7 +32,7 @@ _GALLOP = (1e-4, 2e-3, 3e-2, 0.3, 0.6)
 _GAINS = (1e-11, 1e-3, 4e-3, 1.6e-2, 6e-2)
 """Steps below a pipeline of another search that are tried before bisection."""
 _ANYTHING = 1e300
-_WIDTH, _FINENESS = 5, 1e-4
+_WIDTH, _FINENESS = 24, 1e-4
 """Labels of a downset, and relative distance to the optimum, in a first search of all degrees."""
 
 
@@ -152,13 +152,15 @@ class _Solver:
         if len(degrees) > 1:
             # One degree is far quicker, and often all that the best pipeline uses.
             self._minimise(self._sweep(family, degrees[:1]), upwards=upwards)
-            if not upwards:
-                narrow = self._sweep(family, degrees, width=_WIDTH)
-                self._minimise(narrow, upwards=not self.best.stages, fineness=_FINENESS)
-        if degrees:
-            sweep = self._sweep(family, degrees)
-            self.proving = sweep if whole and self.complete else None
-            self._minimise(sweep, upwards=upwards)
+        if not degrees:
+            return
+        sweep = self._sweep(family, degrees)
+        if len(degrees) > 1 and not upwards:
+            sweep.width = _WIDTH
+            self._minimise(sweep, upwards=not self.best.stages, fineness=_FINENESS)
+            sweep.width = None
+        self.proving = sweep if whole and self.complete else None
+        self._minimise(sweep, upwards=upwards)
 
     def _weights(self) -> list[float]:
         """Per layer what it matters where it lies."""
@@ -176,11 +178,9 @@ class _Solver:
             masks.append(masks[-1] | sum(1 << self.order.position[one] for one in stage.layers))
         return masks
 
-    def _sweep(
-        self, family: Family, degrees: Sequence[int], width: int | None = None
-    ) -> PiperSweep:
+    def _sweep(self, family: Family, degrees: Sequence[int]) -> PiperSweep:
         figures = [DegreeFigures(self.workload, family, self.setting, t) for t in degrees]
-        return PiperSweep(family, figures, self.setting, self.replicas, self._clock, width)
+        return PiperSweep(family, figures, self.setting, self.replicas, self._clock)
 
     def _clock(self) -> None:
         if time.process_time() > self.deadline:
