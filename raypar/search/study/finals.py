@@ -79,6 +79,11 @@ class Finals:
             self._candidates(), key=lambda n: self.ledger.outcomes[n].predicted_s, default=-1
         )
 
+    @property
+    def failed(self) -> int:
+        """Plans that did not run."""
+        return len(self._failed)
+
     def expected_s(self, outcome: Outcome) -> float:
         """Predicted seconds of a step, corrected by what was measured."""
         return outcome.predicted_s * self._correction.predict(outcome.features)[0]
@@ -135,7 +140,10 @@ class Finals:
         """Equal for plans that do the same."""
         plan = self.ledger.outcomes[number].plan
         assert plan is not None
-        return repr((plan.microbatches, plan.schedule, [_form(plan, i) for i in _stages(plan)]))
+        # One microbatch on one stage leaves no order to choose.
+        alone = len(plan.stages) == plan.microbatches == 1
+        schedule = "" if alone else repr(plan.schedule)
+        return repr((plan.microbatches, schedule, [_form(plan, i) for i in _stages(plan)]))
 
     def _improvement(self, outcome: Outcome, best: float) -> float:
         """Expected seconds by which a plan is faster than the best, if its log is normal."""
@@ -158,13 +166,21 @@ class Finals:
         try:
             measured = _usable(self.measurer.measure(outcome.plan, seconds=seconds))
         except Exception as error:  # of whatever kind: what was searched so far is worth more
-            self._failed.add(number)
             self.notes.append(f"a plan did not run ({in_words(outcome.plan)}): {_words(error)}")
+            self._give_up(number, error)
             return None
         self.seconds += measured.took_s
         self._take(number, measured)
         self.ledger.note_measured(number, measured.step_s, measured.took_s)
         return measured.step_s
+
+    def _give_up(self, number: int, error: Exception) -> None:
+        """Leaves a plan that did not run out of the search."""
+        self._failed.add(number)
+        text = self._text(number)
+        kept = [n for n, outcome in self.ledger.outcomes.items() if outcome.state == "kept"]
+        same = {number, *(n for n in kept if self._text(n) == text)}
+        self.ledger.note_failed(same, f"it did not run: {_words(error)}")
 
     def _take(self, number: int, measured: Measured) -> None:
         """Learns from a measurement."""
@@ -201,8 +217,8 @@ class Finals:
                 again = _usable(found)
             except Exception as error:
                 del self._measured[number]
-                self._failed.add(number)
                 self.notes.append(f"a plan did not run a second time: {_words(error)}")
+                self._give_up(number, error)
                 continue
             self.seconds += again.took_s
             self._together[number] = again.step_s

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from raypar.plan import Plan
@@ -69,6 +69,14 @@ class Ledger:
         self.trials[number] = record
         if self._progress is not None:
             self._progress(record, record)
+
+    def note_failed(self, numbers: Collection[int], reason: str) -> None:
+        """Writes down that the plan of trials did not run: it is not the best then."""
+        for number in numbers:
+            self.trials[number] = replace(self.trials[number], state="failed", reason=reason)
+            self.outcomes[number] = replace(self.outcomes[number], state="failed", reason=reason)
+        kept = [n for n, outcome in self.outcomes.items() if outcome.state == "kept"]
+        self._best = min(kept, key=lambda n: self.outcomes[n].predicted_s, default=None)
 
     @property
     def best(self) -> Outcome | None:

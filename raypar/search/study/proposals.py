@@ -68,15 +68,34 @@ class Proposals:
         self._near: Iterator[dict[str, Any]] = iter(())
         self._near_of, self._near_turn = -1, False
         self._slowest = 0.0
+        self._open: dict[int, optuna.Trial] = {}
         storage, self.note = storage_of(config.storage)
         with quiet_optuna():
             self.study = optuna.create_study(
                 storage=storage,
-                sampler=sampler_of(config.sampler, config.seed, parallel=parallel),
                 study_name=name,
                 directions=["minimize"] * (3 if self.pareto else 1),
                 load_if_exists=True,
             )
+            # A study that goes on does not propose again what it proposed before.
+            seed = config.seed + len(self.study.trials)
+            self.study.sampler = sampler_of(config.sampler, seed, parallel=parallel)
+            if config.storage is not None and not self.study.user_attrs:
+                self._describe()
+
+    def _describe(self) -> None:
+        """Tells who looks into the journal what this study is about."""
+        sizes = ["peak memory (bytes)", "devices"] if self.pareto else []
+        self.study.set_metric_names(["step (s)", *sizes])
+        graph = self.space.bench.graph
+        about = {
+            "model": f"{len(graph.ops)} ops, global batch {graph.global_batch}",
+            "cluster": self.space.bench.cluster.describe(),
+            "sampler": self.config.sampler,
+            "seed": self.config.seed,
+        }
+        for key, value in about.items():
+            self.study.set_user_attr(key, value)
 
     def finished(self) -> list[FrozenTrial]:
         """Trials of the journal that came to an end, those that fit first, the fastest first."""
@@ -113,7 +132,14 @@ class Proposals:
         if params is not None:
             self.study.enqueue_trial(dict(params))
         trial = self.study.ask()
+        self._open[trial.number] = trial
         return Asked(trial, self.space.suggest(trial), proposer)
+
+    def close(self) -> None:
+        """Nobody will tell any more what became of proposals that are still open."""
+        for trial in self._open.values():
+            self.study.tell(trial, state=TrialState.FAIL)
+        self._open.clear()
 
     def tell(self, asked: Asked, outcome: Outcome, expected_s: float) -> None:
         """Tells what became of a proposal: seconds of a step, and memory as a constraint.
@@ -124,6 +150,7 @@ class Proposals:
             expected_s: Seconds of a step that are expected of its plan.
         """
         trial = asked.trial
+        self._open.pop(trial.number, None)
         trial.set_user_attr("proposer", asked.proposer)
         if outcome.plan is not None:
             trial.set_user_attr("plan", in_words(outcome.plan))

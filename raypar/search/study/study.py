@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 
+from raypar._version import __version__
 from raypar.errors import ConfigError, PlanError
 from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
@@ -25,7 +26,7 @@ from raypar.search.measure import Measurer
 from raypar.search.need import does_not_fit
 from raypar.search.plan import Found, Progress
 from raypar.search.record import SearchRecord
-from raypar.search.study.elsewhere import Elsewhere, Question
+from raypar.search.study.elsewhere import Elsewhere, Question, answer_of
 from raypar.search.study.finals import Finals
 from raypar.search.study.judge import Judge, Outcome
 from raypar.search.study.ledger import Ledger
@@ -76,6 +77,11 @@ class StudySearch:
         progress: Progress | None = None,
     ) -> None:
         self.began = time.perf_counter()
+        if "optuna" in config.seeds:
+            raise ConfigError(
+                "search.seeds names planner optuna, which is the one that asks for seeds: name "
+                "others, for example ['alpa'], or auto"
+            )
         least = 1 if config.stages == "auto" else config.stages
         self.config = config
         self.bench = Workbench(graph, cluster, config, calibration, least=least)
@@ -106,9 +112,15 @@ class StudySearch:
         self.notes += [self.proposals.note] if self.proposals.note else []
 
     def _name(self) -> str:
-        """Equal for equal questions: such a study is resumed."""
-        free = replace(self.config, trials="auto", budget_s="auto", storage=None, measure="auto")
-        asked = (self.bench.graph.hash, repr(self.bench.cluster), repr(free))
+        """Equal for equal questions: such a study is resumed.
+
+        Choices and figures are those of one version and one calibration.
+        """
+        free = replace(
+            self.config, trials="auto", budget_s="auto", storage=None, measure="auto", cache=False
+        )
+        graph, cluster = self.bench.graph.hash, repr(self.bench.cluster)
+        asked = (__version__, graph, cluster, self.bench.calibration.to_json(), repr(free))
         return "raypar " + hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
 
     def run(self) -> Found:
@@ -121,17 +133,22 @@ class StudySearch:
             try:
                 self._resume()
                 self._seed()
-                self._propose(self._trials() if not self.finals.on else self._trials() // 2)
-                if self.finals.on:
-                    self._learn(self.finals.measure(self._left(), share=0.5))
+                if not self.finals.on:
                     self._propose(self._trials())
+                else:
+                    # Half of the time is kept to measure what was proposed.
+                    self._propose(self._trials() // 2, self._left() / 2)
+                    self._learn(self.finals.measure(self._left(), share=0.5))
+                    self._propose(self._trials(), self._left() / 2)
                     self._learn(self.finals.measure(self._left()))
-                    self.finals.decide()
+                    self.finals.decide(self._left())
             except KeyboardInterrupt:
                 if self.ledger.best is None:
                     raise
                 self.stopped = "interrupted"
                 self.notes.append("the search was interrupted: this is the best it had found")
+            finally:
+                self.proposals.close()
         return self._found()
 
     def _trials(self) -> int:
@@ -168,33 +185,46 @@ class StudySearch:
             both = [o for o in (own, near) if o.state == "kept"] or [near]
             self._tell(asked, min(both, key=lambda o: o.predicted_s))
 
-    def _propose(self, trials: int) -> None:
-        """Proposals until the budget is spent, or nothing is left to gain."""
+    def _propose(self, trials: int, kept_s: float = 0.0) -> None:
+        """Proposals until the budget is spent, or nothing is left to gain.
+
+        Args:
+            trials: How many in all.
+            kept_s: Seconds of the budget that are not for proposals.
+        """
         waiting: dict[Future[Outcome], Asked] = {}
         width = self.lookout.width if self.lookout else 1
-        while True:
-            while len(waiting) < width and not self._over(trials - len(waiting)):
-                best = self.ledger.best
-                number = self._asked.get(self.ledger.best_number, -1)
-                asked = self.proposals.next(number, best.plan if best else None)
-                known = self._known.get(asked.decisions)
-                if known is None:
-                    waiting[self._look(asked.decisions)] = asked
-                    continue
-                self._tell(asked, known)
-                self._repeated += 1
-                if self._repeated >= _REPEATED:
-                    self.stopped = "only known proposals were made"
-                    break
-            if not waiting:
-                return
-            for done in wait(waiting, return_when=FIRST_COMPLETED).done:
-                asked = waiting.pop(done)
-                outcome = self._known[asked.decisions] = done.result()
-                self._repeated = 0
-                record = self.ledger.add(asked.proposer, asked.decisions, outcome)
-                self._asked[record.number] = asked.trial.number
-                self._tell(asked, outcome)
+        try:
+            while True:
+                while len(waiting) < width and not self._over(trials - len(waiting), kept_s):
+                    best = self.ledger.best
+                    number = self._asked.get(self.ledger.best_number, -1)
+                    asked = self.proposals.next(number, best.plan if best else None)
+                    known = self._known.get(asked.decisions)
+                    if known is None:
+                        waiting[self._look(asked.decisions)] = asked
+                        continue
+                    self._tell(asked, known)
+                    self._repeated += 1
+                    if self._repeated >= _REPEATED:
+                        self.stopped = "only known proposals were made"
+                        break
+                if not waiting:
+                    return
+                first = next(iter(waiting))  # whoever is done first: same seed, same plan
+                outcome = answer_of(first)
+                self._take(waiting.pop(first), outcome)
+        finally:
+            for future in waiting:  # after an interrupt, or an error
+                future.cancel()
+
+    def _take(self, asked: Asked, outcome: Outcome) -> None:
+        """Writes down what became of a proposal."""
+        self._known[asked.decisions] = outcome
+        self._repeated = 0
+        record = self.ledger.add(asked.proposer, asked.decisions, outcome)
+        self._asked[record.number] = asked.trial.number
+        self._tell(asked, outcome)
 
     def _tell(self, asked: Asked, outcome: Outcome) -> None:
         self.proposals.tell(asked, outcome, self.finals.expected_s(outcome))
@@ -206,12 +236,12 @@ class StudySearch:
         done.set_result(self.judge.look(decisions, self.ledger.limits()))
         return done
 
-    def _over(self, trials: int) -> bool:
+    def _over(self, trials: int, kept_s: float) -> bool:
         """Whether to stop proposing."""
         best = self.ledger.best
         if len(self.ledger.trials) >= trials:
             self.stopped = "all trials were made"
-        elif self._left() <= 0:
+        elif self._limited and self._left() <= (0.0 if best is None else kept_s):
             self.stopped = "the time was used up"
         elif best is not None and best.step_s["simulated"] <= self.bound.step_s * (1 + _GAIN):
             self.stopped = "the best plan reaches the lower bound"
@@ -236,9 +266,7 @@ class StudySearch:
                 "looked at; give more, for example 60, or set search.planner: uniform"
             )
         if number < 0:
-            raise does_not_fit(
-                self.bench.graph, self.bench.cluster, self.config, self.bench.calibration
-            )
+            raise self._nothing()
         outcome = self.ledger.outcomes[number]
         assert outcome.plan is not None
         check_plan(outcome.plan, self.bench.graph, self.bench.cluster)
@@ -263,3 +291,19 @@ class StudySearch:
             notes=(*self.notes, *self.finals.notes),
         )
         return Found(plan, record)
+
+    def _nothing(self) -> PlanError:
+        """Why there is no plan."""
+        if self.finals.failed:
+            return PlanError(
+                f"none of the {self.finals.failed} plans that were to run could; the last: "
+                f"{self.finals.notes[-1]}"
+            )
+        if all(t.state == "failed" for t in self.ledger.trials):
+            return PlanError(
+                f"all {len(self.ledger.trials)} plans that were looked at failed; the first: "
+                f"{self.ledger.trials[0].reason}"
+            )
+        return does_not_fit(
+            self.bench.graph, self.bench.cluster, self.config, self.bench.calibration
+        )
