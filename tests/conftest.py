@@ -36,8 +36,13 @@ settings.load_profile("raypar")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "ray_session" in getattr(item, "fixturenames", ()):
+        needs_ray = "ray_session" in getattr(item, "fixturenames", ())
+        if needs_ray:
             item.add_marker(pytest.mark.ray)
+        # With several workers, one has all that shares a Ray, and files stay whole: their tests
+        # share what was captured.
+        group = "ray" if needs_ray or item.path.stem.endswith("_ray") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)

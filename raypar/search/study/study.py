@@ -176,14 +176,17 @@ class StudySearch:
                 continue
             asked = self.proposals.near_plan(plan, name)
             # Its own cuts and shardings are no decisions: what is told for these is the better.
-            own = self.judge.play(plan)
-            near = self._known.get(asked.decisions) or self.judge.look(asked.decisions)
-            self._known[asked.decisions] = near
-            for proposer, outcome in ((name, own), (f"near {name}", near)):
+            looked = {name: self.judge.play(plan)}
+            if len(self.ledger.trials) + 1 < self._trials() and asked.decisions not in self._known:
+                near = self._known[asked.decisions] = self.judge.look(asked.decisions)
+                looked[f"near {name}"] = near
+            for proposer, outcome in looked.items():
                 record = self.ledger.add(proposer, asked.decisions, outcome)
                 self._asked[record.number] = asked.trial.number
-            both = [o for o in (own, near) if o.state == "kept"] or [near]
-            self._tell(asked, min(both, key=lambda o: o.predicted_s))
+            kept = [o for o in looked.values() if o.state == "kept"] or list(looked.values())
+            self._tell(asked, min(kept, key=lambda o: o.predicted_s))
+            if len(self.ledger.trials) >= self._trials():
+                return
 
     def _propose(self, trials: int, kept_s: float = 0.0) -> None:
         """Proposals until the budget is spent, or nothing is left to gain.
