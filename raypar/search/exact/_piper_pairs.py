@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from raypar.search.exact._piper_figures import DegreeFigures
 from raypar.search.exact._piper_labels import Array, Index, Pending
-
-if TYPE_CHECKING:
-    from raypar.search.exact._piper_sweep import PiperSweep
+from raypar.search.exact._piper_settling import Settling
 
 _TABLED = 48
 """Flights up to which the memory of all pairs is looked at."""
@@ -26,7 +23,7 @@ class Pairs(ABC):
         sweep: The sweep.
     """
 
-    def __init__(self, sweep: PiperSweep) -> None:
+    def __init__(self, sweep: Settling) -> None:
         self.sweep = sweep
 
     def prepare(self) -> None:  # noqa: B027 (some have nothing to prepare)
@@ -44,7 +41,7 @@ class Pairs(ABC):
 class PairTable(Pairs):
     """Figures of all pairs of downsets, worked out once."""
 
-    def __init__(self, sweep: PiperSweep) -> None:
+    def __init__(self, sweep: Settling) -> None:
         super().__init__(sweep)
         every = np.arange(len(sweep.family))
         members = sweep.family.members.astype(np.float64)
@@ -163,6 +160,7 @@ class FreshPairs(Pairs):
         ends = np.searchsorted(key[order], limit * (1 + 1e-12), "right")
         step = max(1, _BLOCK // max(int(ends.max(initial=0)), 1))
         for at in range(0, len(rows), step):
+            sweep.clock()
             part, end = rows[at : at + step], ends[at : at + step]
             width = int(end.max(initial=0))
             near = order[:width]

@@ -80,15 +80,15 @@ class Rest:
     def update(self, bound: float) -> None:
         """Works the table out for a bound on the load."""
         scale = self.seconds * bound + self.prices * self.memory
-        devices = (self._weights / scale[None, :, None]).max(axis=1)
+        devices = (self._weights / np.maximum(scale, 1e-300)[None, :, None]).max(axis=1)
         self.table = np.ceil(np.minimum(devices, 2.0**40) * (1 - 1e-9)).astype(np.int64)
 
     def least_bound(self) -> float:
         """Least bound on the load under which the whole model needs no more than the devices."""
         rest = self._weights[0, :, 0] / self.devices - self.prices * self.memory
         if rest[-1] > 0:
-            return np.inf  # bytes alone take more than there is
-        return float(rest[:-1].max())
+            return float("inf")  # bytes alone take more than there is
+        return max(0.0, float(rest[:-1].max()))
 
     def of(self, downsets: Index, behind: Index) -> Index:
         """Devices that downsets need with so many replicas behind them."""

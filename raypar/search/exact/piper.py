@@ -78,7 +78,7 @@ def solve_piper(
     setting: PiperSetting,
     *,
     replicas: Sequence[int] | None = None,
-    seconds: float = 8.0,
+    seconds: float = 7.5,
 ) -> PiperPipeline:
     """The pipeline of the least largest load.
 
@@ -207,7 +207,7 @@ class _Solver:
                     low = bound
                     break
         else:
-            for step in _GALLOP:
+            for step in _GALLOP if low > 0 else ():
                 bound = low * (1 + step)
                 if bound >= self.best.objective * _BETTER or self._attempt(sweep, bound):
                     break
@@ -219,7 +219,9 @@ class _Solver:
         while low < self.best.objective * min(_BETTER, 1 - fineness):
             high = self.best.objective * _BETTER
             close = high - low < 1e-3 * high and stuck >= 2
-            bound = high if close else min(math.sqrt(low * high), 1.5 * low)
+            # Far above the optimum there are many labels: rather come from below.
+            between = min(max(math.sqrt(low * high), high / 8), max(1.5 * low, high / 8))
+            bound = high if close else between
             if self._attempt(sweep, bound):
                 stuck = 0
             else:

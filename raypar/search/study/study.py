@@ -35,7 +35,7 @@ from raypar.search.study.samplers import quiet_optuna
 from raypar.search.study.seeds import seeds
 from raypar.search.study.space import Decisions
 
-_TRIALS, _BUDGET_S = 64, 60.0
+_TRIALS, _BUDGET_S = 64, 90.0
 _PATIENCE = 24
 """Proposals in a row without gain that end a search without a given number of trials."""
 _REPEATED = 100

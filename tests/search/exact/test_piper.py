@@ -167,3 +167,16 @@ def test_families_hold_downsets_alone(seed: int) -> None:
     for part in (thinned(family, weights, 4), nearest(family, [0b11], weights, 5)):
         assert {0, (1 << 7) - 1} <= set(part.masks) <= wanted
         assert len(part) < len(family) or len(family) <= 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_layers_that_take_no_time(seed: int) -> None:
+    raw = by_hand.workload(seed)
+    for node in raw["nodes"]:
+        for variants in node["TMPCs"].values():
+            for variant in variants:
+                variant["timePerSample"] = 0.0
+    check(raw, 3, 15.0, 12, 3.0)
+    for edge in raw["edges"]:
+        edge["communicationCost"] = 1e-7
+    check(raw, 3, 25.0, 12, 100.0)
