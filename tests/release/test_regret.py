@@ -80,7 +80,7 @@ def test_the_grid_has_many_different_plans_that_fit() -> None:
     shapes = {(len(p.stages), p.replicas, p.stages[0].mesh.inner != ()) for _, p in plans()}
     assert {(1, 1, False), (2, 1, False), (1, 2, False), (1, 1, True), (4, 1, False)} <= shapes
     names = {p.schedule.name for _, p in plans()}
-    assert names == {"gpipe", "1f1b", "zero_bubble_h1", "interleaved_1f1b"}
+    assert names == {"gpipe", "1f1b", "eager_1f1b", "zero_bubble_h1", "interleaved_1f1b"}
 
 
 def test_plans_are_known_by_what_they_do() -> None:
