@@ -169,6 +169,14 @@ def own_rows(table: Table) -> list[Row]:
     return [row for row in table.rows.values() if row.origin != "search"]
 
 
+def comparable(name: str, table: Table) -> list[Row]:
+    """Those that train the same: batch norm makes M a part of the recipe, which is not searched."""
+    rows = own_rows(table)
+    if not captured(name).feels_microbatches:
+        return rows
+    return [row for row in rows if row.plan.microbatches == 1]
+
+
 def text(found: Measured) -> str:
     """A measurement in words."""
     mark = "" if found.disturbed < QUIET else f", disturbed {found.disturbed:.0%}"
@@ -258,7 +266,7 @@ def choose(name: str, book: Book, calibration: Calibration, config: SearchConfig
 def measure_pairs(name: str, book: Book, rounds: int, seconds: float) -> None:
     """The choice against the grid's best, in turns."""
     model = book.of(name)
-    rows = sorted(own_rows(book.table(name)), key=lambda r: r.measured.step_s)[:TOP]
+    rows = sorted(comparable(name, book.table(name)), key=lambda r: r.measured.step_s)[:TOP]
     plans = [Plan.from_json(json.dumps(model["choice"]["plan"])), *(row.plan for row in rows)]
     turns: list[list[float]] = [[] for _ in plans]
 

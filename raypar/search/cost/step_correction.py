@@ -59,6 +59,7 @@ class StepCorrection:
 
     LEVEL, NOISE = 0.25, 0.02
     """Standard deviation of the shared level, and of one measurement of typical spread."""
+    FEW = 6
     SETTINGS = tuple(
         (slope, smooth) for slope in (0.02, 0.06, 0.12) for smooth in (0.03, 0.08, 0.16)
     )
@@ -68,7 +69,7 @@ class StepCorrection:
         self._seen: Array = None
         self._mean: Array = None
         self._factor: Array = None
-        self._setting = self.SETTINGS[4]
+        self._setting = self.SETTINGS[-1]
 
     @classmethod
     def fit(cls, rows: Sequence[StepRow]) -> StepCorrection:
@@ -81,7 +82,8 @@ class StepCorrection:
         ratios = np.log([row.measured_s / row.simulated_s for row in rows])
         noise = np.diag([self.NOISE**2 * (1.0 + 1.0 / row.count) for row in rows])
         best = -math.inf
-        for setting in self.SETTINGS:
+        # Few rows cannot tell how much may vary: then it is a lot.
+        for setting in self.SETTINGS if len(rows) >= self.FEW else self.SETTINGS[-1:]:
             gram = self._kernel(self._seen, self._seen, setting) + noise
             factor = np.linalg.cholesky(gram)
             mean = np.linalg.solve(gram, ratios)

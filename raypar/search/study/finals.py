@@ -3,7 +3,8 @@
 A correction of the simulated step (`raypar.search.cost.step_correction`) is learned from what is
 measured on the way. The next plan to run is the one with the largest expected improvement over the
 best measured one (Jones et al. 1998, "Efficient Global Optimization", section 4.1), so that plans
-that are surely slower are never run. At the end the best few run once more, in turns.
+that are surely slower are never run; before that, one of each kind of plan that could win is run.
+At the end the best few run once more, in turns.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ _STEPS, _LEAST_S, _MOST_S = 8, 0.5, 20.0
 """How long a plan runs: so many predicted steps, within these seconds."""
 _GAIN = 0.003
 """Expected relative improvement below which nothing more is run."""
+_UNLIKE = 1.6
+"""Kinds of plans are tried that are predicted to take up to so many times the least."""
 _FINALISTS, _NEAR = 3, 1.1
 _ROUNDS = 2.0
 """How much longer finalists run, together, than each plan did alone."""
@@ -120,10 +123,39 @@ class Finals:
             return None
         if not self._measured:
             return min(candidates, key=lambda n: self.ledger.outcomes[n].predicted_s)
+        if (new := self._unlike(candidates)) is not None:
+            return new
         best = min(self._measured.values())
         gains = {n: self._improvement(self.ledger.outcomes[n], best) for n in candidates}
         number = max(gains, key=lambda n: gains[n])
         return number if gains[number] >= _GAIN * best else None
+
+    def _unlike(self, candidates: list[int]) -> int | None:
+        """The most promising plan of a kind of which none has run; None where all have.
+
+        How far simulated steps are off differs most between kinds of plans, so that nothing is
+        known of one that was never run.
+        """
+        seen = {self._kind(n) for n in (*self._measured, *self._failed)}
+        outcomes = self.ledger.outcomes
+        limit = _UNLIKE * min(outcomes[n].predicted_s for n in (*candidates, *self._measured))
+        new = [
+            n for n in candidates
+            if self._kind(n) not in seen and outcomes[n].predicted_s <= limit
+        ]  # fmt: skip
+        return min(new, key=lambda n: outcomes[n].predicted_s, default=None)
+
+    def _kind(self, number: int) -> tuple[object, ...]:
+        plan = self.ledger.outcomes[number].plan
+        assert plan is not None
+        groups = len({group for group, _ in plan.schedule.placement})
+        return (
+            groups > 1 and plan.schedule.name,
+            len(plan.stages) > groups,
+            plan.replicas > 1,
+            any(stage.mesh.inner for stage in plan.stages),
+            any(stage.memory.zero for stage in plan.stages),
+        )
 
     def _candidates(self) -> list[int]:
         """Trials with plans that fit and have not run; of equal plans the first."""

@@ -14,7 +14,6 @@ from raypar.search.study.space import Decisions
 
 _SURE = 5
 """Trials that were simulated before cheap figures may rule others out."""
-_SLACK = 1.1
 _MOST_ALTERNATIVES = 8
 
 
@@ -24,6 +23,7 @@ class Ledger:
     Args:
         gain: Relative gain that counts as one.
         progress: Is told of every trial.
+        slack: Cheap figures rule out what is so many times slower than the best.
 
     Attributes:
         trials: Their records.
@@ -31,7 +31,8 @@ class Ledger:
         idle: Trials since the last gain.
     """
 
-    def __init__(self, gain: float, progress: Progress | None = None) -> None:
+    def __init__(self, gain: float, progress: Progress | None = None, slack: float = 1.1) -> None:
+        self._slack = slack
         self.trials: list[TrialRecord] = []
         self.outcomes: dict[int, Outcome] = {}
         self.idle = 0
@@ -99,7 +100,7 @@ class Ledger:
             return {}
         over = max(quick / exact for quick, exact in both)
         best = self.best.predicted_s
-        return {"quick": best * over * _SLACK, "simulated": best * _SLACK}
+        return {"quick": best * over * self._slack, "simulated": best * self._slack}
 
     def alternatives(self, chosen: Plan) -> dict[str, float]:
         """The best other plans in words → their predicted step in seconds."""

@@ -242,19 +242,18 @@ class Space:
             "local_batch": range(len(self.local_batches)),
         }
         unordered: Mapping[str, Sequence[Any]] = {
-            "recompute": self.recompute,
+            "schedule": self.schedules,
             "zero": self.zero,
+            "recompute": self.recompute,
             "modes": self.modes,
             "turned": self.turned,
             "used": self.used,
         }
-        yield from _others(base, "schedule", self.schedules)
+        for name, choices in unordered.items():
+            yield from _others(base, name, choices)
         for step in (1, 2):
             for name, choices in ordered.items():
                 yield from _beside(base, name, choices, step)
-            if step == 1:
-                for name, choices in unordered.items():
-                    yield from _others(base, name, choices)
 
     def nearest_batch(self, replicas: int, wanted: int) -> int:
         """The size of microbatches that is possible for so many replicas and nearest to one."""

@@ -35,8 +35,11 @@ from raypar.search.study.samplers import quiet_optuna
 from raypar.search.study.seeds import seeds
 from raypar.search.study.space import Decisions
 
-_TRIALS, _BUDGET_S = 64, 90.0
-_PATIENCE = 24
+_TRIALS, _BUDGET_S = 96, 90.0
+_SLACK, _UNSURE = 1.1, 1.5
+"""Cheap figures rule out what is so much slower than the best; the second where plans are run,
+since a simulated step can be as far from a real one."""
+_PATIENCE = 40
 """Proposals in a row without gain that end a search without a given number of trials."""
 _REPEATED = 100
 """Known proposals in a row after which nothing new is expected."""
@@ -86,7 +89,7 @@ class StudySearch:
         self.config = config
         self.bench = Workbench(graph, cluster, config, calibration, least=least)
         self.judge = Judge(self.bench)
-        self.ledger = Ledger(_GAIN, progress)
+        self.ledger = Ledger(_GAIN, progress, _UNSURE if measurer is not None else _SLACK)
         self.finals = Finals(self.judge, self.ledger, measurer, config)
         self.notes: list[str] = []
         self.stopped = ""
