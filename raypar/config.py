@@ -164,9 +164,7 @@ class TrainSection(_Section):
     )
     schedule: Literal[
         "auto", "gpipe", "1f1b", "eager_1f1b", "interleaved_1f1b", "zero_bubble_h1"
-    ] = Field(
-        default="auto", description="order of forward and backward passes"
-    )
+    ] = Field(default="auto", description="order of forward and backward passes")
     clip_norm: Annotated[float, Gt(0)] | None = Field(
         default=None, description="global gradient norm limit; null: no clipping"
     )

@@ -62,7 +62,8 @@ def plan_whole(workload: Workload, nodes: int, per_node: int, kind: str) -> Plan
     plan = search.run()
     return Planned(
         workload.name, workload.sizes[0], cluster.n_devices, kind,
-        time.perf_counter() - began, captured, time.process_time() - worked, search.bench.maker.solved,
+        time.perf_counter() - began, captured, time.process_time() - worked,
+        search.bench.maker.solved,
         len(plan.stages), plan.replicas, plan.microbatches, plan.predicted["step_s"],
     )  # fmt: skip
 

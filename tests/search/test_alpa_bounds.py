@@ -42,7 +42,9 @@ def _cluster(*kinds: tuple[str, float], devices: int = 2) -> Cluster:
     ids=["alike", "unlike"],
 )
 def test_no_pipeline_goes_below_the_bound(cluster: Cluster) -> None:
-    search = AlpaSearch(_graph(), cluster, SearchConfig(microbatches=16), table_calibration(cluster))
+    search = AlpaSearch(
+        _graph(), cluster, SearchConfig(microbatches=16), table_calibration(cluster)
+    )
     search.search()
     assert search.kept
     for candidate in search.kept:
