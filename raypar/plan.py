@@ -15,9 +15,14 @@ from typing import TYPE_CHECKING, Any
 from raypar.errors import PlanError, did_you_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from raypar.graph.opgraph import OpGraph
+    from raypar.mesh.cluster import Cluster
 
 PLAN_FORMAT = 1
+TORCH_RANGE = ">=2.11,<2.14"
+"""What plans say of the torch that they were made with."""
 DATA = "data"
 """Name of the mesh axis whose coordinates are the replicas."""
 RECOMPUTE_POLICIES = ("none", "selective", "full")
@@ -149,6 +154,35 @@ class Plan:
     certificate: dict[str, float] = field(default_factory=dict)
     planner: str = "manual"
     format: int = PLAN_FORMAT
+
+    @classmethod
+    def of(
+        cls,
+        graph: OpGraph,
+        cluster: Cluster,
+        stages: Sequence[StagePlan],
+        *,
+        microbatches: int,
+        schedule: str,
+        placement: Sequence[tuple[int, int]],
+        planner: str = "manual",
+        predicted: dict[str, float] | None = None,
+    ) -> Plan:
+        """The plan of some stages for a captured model on a cluster; see the attributes."""
+        return cls(
+            graph_hash=graph.hash,
+            params_hash=graph.params_hash,
+            torch=TORCH_RANGE,
+            cluster=cluster.shape,
+            device=cluster.kind,
+            global_batch=graph.global_batch,
+            microbatches=microbatches,
+            batch_dims=graph.batch_dims,
+            schedule=ScheduleSpec(schedule, tuple(placement)),
+            stages=tuple(stages),
+            predicted=predicted or {},
+            planner=planner,
+        )
 
     @property
     def replicas(self) -> int:

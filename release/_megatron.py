@@ -19,8 +19,7 @@ from torch import fx
 from raypar.errors import PlanError
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
-from raypar.plan import DATA, MemoryPolicy, MeshSlice, Plan, ScheduleSpec, StagePlan
-from raypar.search.planners.uniform import TORCH_RANGE
+from raypar.plan import DATA, MemoryPolicy, MeshSlice, Plan, StagePlan
 from raypar.sharding.rules.base import OpView, Strategy
 from raypar.sharding.spec import P, R
 from raypar.sharding.strategies import fold_patterns, strategies
@@ -158,17 +157,13 @@ def megatron_plan(graph: OpGraph, cluster: Cluster, layers: Sequence[int], shape
         for s in range(shape.stages)
     )
     placement = tuple((s % shape.pipeline, s // shape.pipeline) for s in range(shape.stages))
-    return Plan(
-        graph_hash=graph.hash,
-        params_hash=graph.params_hash,
-        torch=TORCH_RANGE,
-        cluster=cluster.shape,
-        device=cluster.kind,
-        global_batch=graph.global_batch,
+    return Plan.of(
+        graph,
+        cluster,
+        stages,
         microbatches=shape.microbatches,
-        batch_dims=graph.batch_dims,
-        schedule=ScheduleSpec("interleaved_1f1b" if shape.chunks > 1 else "1f1b", placement),
-        stages=stages,
+        schedule="interleaved_1f1b" if shape.chunks > 1 else "1f1b",
+        placement=placement,
     )
 
 

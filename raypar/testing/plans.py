@@ -15,12 +15,10 @@ from raypar.plan import (
     MemoryPolicy,
     MeshSlice,
     Plan,
-    ScheduleSpec,
     StagePlan,
 )
 from raypar.schedules.base import Placement
 from raypar.schedules.registry import get_schedule, schedule_names
-from raypar.search.planners.uniform import TORCH_RANGE
 
 _ONE_REPLICA = 0.42  # this share of plans has one replica where more are exact
 _LARGE_M = 0.75
@@ -75,25 +73,22 @@ def random_plan(
         MeshSlice(tuple(devices[g * count : (g + 1) * count]), (count,))
         for g in range(max(g for g, _ in placement) + 1)
     ]
-    plan = Plan(
-        graph_hash=graph.hash,
-        params_hash=graph.params_hash,
-        torch=TORCH_RANGE,
-        cluster=cluster.shape,
-        device=cluster.kind,
-        global_batch=graph.global_batch,
+    chosen = [
+        StagePlan(
+            first=graph.ops[bounds[s]].id,
+            last=graph.ops[bounds[s + 1] - 1].id,
+            mesh=slices[placement[s][0]],
+            memory=MemoryPolicy(rng.choice(RECOMPUTE_POLICIES)),
+        )
+        for s in range(n_stages)
+    ]
+    plan = Plan.of(
+        graph,
+        cluster,
+        chosen,
         microbatches=parts,
-        batch_dims=graph.batch_dims,
-        schedule=ScheduleSpec(schedule, placement),
-        stages=tuple(
-            StagePlan(
-                first=graph.ops[bounds[s]].id,
-                last=graph.ops[bounds[s + 1] - 1].id,
-                mesh=slices[placement[s][0]],
-                memory=MemoryPolicy(rng.choice(RECOMPUTE_POLICIES)),
-            )
-            for s in range(n_stages)
-        ),
+        schedule=schedule,
+        placement=placement,
         planner=f"random_plan(seed={seed})",
     )
     check_plan(plan, graph, cluster)

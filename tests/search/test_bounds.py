@@ -174,7 +174,8 @@ def test_unequal_devices_share_work_as_it_suits_them(rows, first, second):
     """Against the optimum for two kinds: rows in order of their ratio, split at one of them."""
     kinds = tuple((device_kind(k), default_rates(device_kind(k))) for k in ("V100", "H100"))
     work = np.array(rows)
-    bound = Devices(kinds, (first, second)).balanced_s(work)
+    prices = Devices(kinds, (first, second)).prices(work)
+    bound = float((work * prices).min(axis=1).sum())
     ordered = sorted(rows, key=lambda r: r[0] / r[1])
     loads = [0.0, sum(b for _, b in ordered) / second]
     best = loads[1]

@@ -84,12 +84,6 @@ class Devices:
         """Where no more than so many devices are used: as many of each kind at the most."""
         return Devices(self.kinds, tuple(min(count, devices) for count in self.counts))
 
-    def balanced_s(self, work: Floats) -> float:
-        """Least time in which all kinds together can do some work; see `prices`."""
-        if not len(work):
-            return 0.0
-        return float((work * self.prices(work)).min(axis=1).sum())
-
     def prices(self, work: Floats) -> Floats:
         """Prices of a second of a device of each kind: work costs at least the time it takes.
 

@@ -7,10 +7,11 @@ by the exact figures wins.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from raypar.errors import ScheduleError
+from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
 from raypar.lowered import LoweredPlan, lower_plan, with_schedule
 from raypar.mesh.calibration import Calibration
@@ -19,7 +20,9 @@ from raypar.plan import Plan
 from raypar.schedules.instructions import Instruction
 from raypar.search._sim_input import Setting
 from raypar.search._sim_setting import setting_of
+from raypar.search.config import SearchConfig
 from raypar.search.cost.base import total_s
+from raypar.search.need import does_not_fit
 from raypar.search.simulate import simulate_lists
 from raypar.search.simulation import Simulation
 
@@ -33,6 +36,10 @@ _MOST_OPS = 2000
 """Plans are lowered as long as they have so many ops together, two at least. Tracing the stages of
 a plan takes milliseconds for each op, so that a large model's plan takes seconds."""
 _MOST_ALTERNATIVES = 8
+_ATTEMPTS = 4
+"""Searches with less and less memory."""
+_MARGIN = 0.98
+"""What the next of them may fill of what would have been enough for the last one."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,49 @@ def contest(
         played = simulate_lists(lists, run.setting, global_batch=run.plan.global_batch)
         found.append(entry_of(run.plan, played, memory_fraction))
     return sorted(found, key=lambda e: (e.overfull > 1.0, e.step_s))
+
+
+def best_that_fits(
+    plans_of: Callable[[float], Sequence[Plan]],
+    graph: OpGraph,
+    cluster: Cluster,
+    config: SearchConfig,
+    calibration: Calibration,
+) -> Plan:
+    """Plays what a search finds; where nothing fits, it searches again with as much less memory.
+
+    The figures of memory that a search goes by are rough, those of a played plan are exact.
+
+    Args:
+        plans_of: Searches: share of the memory that may be filled → plans, most promising first.
+        graph: The captured model.
+        cluster: The devices.
+        config: Schedule, optimizer states, and what may be filled.
+        calibration: What the devices reach.
+
+    Raises:
+        PlanError: Nothing is found, or nothing fits; tells what binds.
+    """
+    share = 1.0
+    for _ in range(_ATTEMPTS):
+        plans = plans_of(share)
+        if not plans:
+            break
+        entries = contest(
+            plans,
+            graph,
+            cluster,
+            calibration,
+            schedule=config.schedule,
+            optimizer_states=config.optimizer_states,
+            memory_fraction=config.memory_fraction,
+        )
+        if entries[0].overfull <= 1.0:
+            plan = winner(entries)
+            check_plan(plan, graph, cluster)
+            return plan
+        share *= _MARGIN / min(entry.overfull for entry in entries)
+    raise does_not_fit(graph, cluster, config, calibration)
 
 
 @dataclass(frozen=True)

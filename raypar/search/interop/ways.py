@@ -39,9 +39,6 @@ from raypar.sharding.blocks import annotate_blocks
 from raypar.sharding.rules.base import Strategy
 from raypar.sharding.strategies import whole
 
-_GPU_RESERVE = (900 << 20, 0.05)
-"""What drivers and allocators take: bytes, and a share of the memory."""
-
 
 @dataclass(frozen=True)
 class Wish:
@@ -327,8 +324,7 @@ class WayMaker:
     ) -> list[Way]:
         costs, short = solved.costs, self.short(split.local_batch)
         memory = machine.memory_bytes * self.config.memory_fraction
-        if machine.is_gpu:
-            memory -= _GPU_RESERVE[0] + _GPU_RESERVE[1] * machine.memory_bytes
+        memory -= machine.reserved_bytes(machine.memory_bytes)
         entry = self._entry(short.crossing / size, machine)
         fixed_policies = [p for p in (self.config.recompute, wish.recompute) if p != "auto"]
         policies = fixed_policies[:1] or list(RECOMPUTE_POLICIES)

@@ -16,7 +16,7 @@ from raypar.graph.opgraph import OpGraph
 from raypar.mesh.calibration import Calibration
 from raypar.mesh.calibration_files import load_calibration
 from raypar.mesh.cluster import Cluster
-from raypar.plan import DATA, MemoryPolicy, MeshSlice, Plan, ScheduleSpec, StagePlan
+from raypar.plan import DATA, MemoryPolicy, MeshSlice, Plan, StagePlan
 from raypar.search.config import SearchConfig
 from raypar.search.interop.pipeline import Stage, WayTable
 from raypar.search.interop.space import AXIS_NAMES, Split, alike, line_of_devices
@@ -25,7 +25,6 @@ from raypar.search.interop.ways import ANY, WayKey, WayMaker, Wish, op_sharding
 from raypar.sharding.strategies import fold_patterns
 
 MOST_STAGES = 128
-TORCH_RANGE = ">=2.11,<2.14"
 
 
 class Workbench:
@@ -206,19 +205,15 @@ class Workbench:
                     predicted={"microbatch_s": stage.seconds},
                 )
             )
-        return Plan(
-            graph_hash=self.graph.hash,
-            params_hash=self.graph.params_hash,
-            torch=TORCH_RANGE,
-            cluster=self.cluster.shape,
-            device=self.cluster.kind,
-            global_batch=self.graph.global_batch,
+        return Plan.of(
+            self.graph,
+            self.cluster,
+            made,
             microbatches=split.microbatches,
-            batch_dims=self.graph.batch_dims,
-            schedule=ScheduleSpec(schedule, tuple(placement or ((s, 0) for s in range(len(made))))),
-            stages=tuple(made),
-            predicted=predicted or {},
+            schedule=schedule,
+            placement=placement or [(s, 0) for s in range(len(made))],
             planner=planner,
+            predicted=predicted,
         )
 
 

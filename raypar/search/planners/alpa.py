@@ -13,14 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from raypar.errors import PlanError
-from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.calibration import Calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.search.config import SearchConfig
-from raypar.search.interop.contest import contest, winner
+from raypar.search.interop.contest import best_that_fits
 from raypar.search.interop.pipeline import Pipeline, WayTable, best_pipeline
 from raypar.search.interop.space import (
     Split,
@@ -29,12 +27,9 @@ from raypar.search.interop.space import (
     stage_sizes,
 )
 from raypar.search.interop.workbench import MOST_STAGES, Workbench
-from raypar.search.need import does_not_fit
 from raypar.search.planners.base import Planner, register_planner
 
 _KEPT = 8  # pipelines that are looked at closely
-_ATTEMPTS = 4  # searches with less and less memory
-_MARGIN = 0.98  # what the next of them may fill of what would have been enough for the last one
 _MIXED_SLOTS = 16  # up to so many slots, stages of unequal sizes are searched
 
 
@@ -93,34 +88,23 @@ class AlpaSearch:
     def run(self) -> Plan:
         """Searches, and plays what was found to choose by exact figures.
 
-        Where nothing fits by those, the search goes on with as much less memory.
-
         Raises:
             PlanError: The options leave nothing, or nothing fits the memory.
         """
-        fraction = self.config.memory_fraction
-        for _ in range(_ATTEMPTS):
-            self.kept = []
-            self.search()
-            if not self.kept:
-                raise self._does_not_fit()
-            entries = contest(
-                [self.build(candidate) for candidate in self.kept],
-                self.graph,
-                self.cluster,
-                self.bench.calibration,
-                schedule=self.config.schedule,
-                optimizer_states=self.config.optimizer_states,
-                memory_fraction=self.config.memory_fraction,
-            )
-            if entries[0].overfull <= 1.0:
-                plan = winner(entries)
-                check_plan(plan, self.graph, self.cluster)
-                return plan
-            least = min(entry.overfull for entry in entries)
-            fraction *= _MARGIN / least
-            self.bench = self.bench.like(replace(self.config, memory_fraction=fraction))
-        raise self._does_not_fit()
+        return best_that_fits(
+            self._plans, self.graph, self.cluster, self.config, self.bench.calibration
+        )
+
+    def _plans(self, share: float) -> list[Plan]:
+        """The best pipelines' plans.
+
+        Args:
+            share: Of the memory that may be filled.
+        """
+        fraction = share * self.config.memory_fraction
+        self.bench = self.bench.like(replace(self.config, memory_fraction=fraction))
+        self.kept = []
+        return [self.build(candidate) for candidate in self.search()]
 
     def search(self) -> list[Candidate]:
         """The best pipelines, fastest first."""
@@ -229,6 +213,3 @@ class AlpaSearch:
             planner=self.planner,
             predicted={"step_s": candidate.pipeline.step_s},
         )
-
-    def _does_not_fit(self) -> PlanError:
-        return does_not_fit(self.graph, self.cluster, self.config, self.bench.calibration)

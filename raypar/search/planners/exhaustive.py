@@ -35,7 +35,7 @@ from raypar.search.config import SearchConfig
 from raypar.search.interop.contest import Entry, entry_of, winner
 from raypar.search.interop.space import AXIS_NAMES, Split, check_options, mesh_shapes, splits
 from raypar.search.interop.ways import op_sharding
-from raypar.search.interop.workbench import TORCH_RANGE, Workbench
+from raypar.search.interop.workbench import Workbench
 from raypar.search.need import does_not_fit
 from raypar.search.planners.base import Planner, register_planner
 from raypar.search.simulate import simulate
@@ -333,17 +333,13 @@ class ExhaustiveSearch:
         stages: Sequence[StagePlan],
         placement: tuple[tuple[int, int], ...],
     ) -> Plan:
-        return Plan(
-            graph_hash=self.graph.hash,
-            params_hash=self.graph.params_hash,
-            torch=TORCH_RANGE,
-            cluster=self.cluster.shape,
-            device=self.cluster.kind,
-            global_batch=self.graph.global_batch,
+        return Plan.of(
+            self.graph,
+            self.cluster,
+            stages,
             microbatches=outline.split.microbatches,
-            batch_dims=self.graph.batch_dims,
-            schedule=ScheduleSpec(self._schedules(outline)[0], placement),
-            stages=tuple(stages),
+            schedule=self._schedules(outline)[0],
+            placement=placement,
             planner=ExhaustivePlanner.name,
         )
 

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from raypar.errors import PlanError
-from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.calibration import Calibration
 from raypar.mesh.cluster import Cluster
@@ -30,17 +29,14 @@ from raypar.search.exact.placement_contiguous import best_contiguous
 from raypar.search.exact.placement_local import local_search
 from raypar.search.exact.placement_problem import PlacementProblem, by_item, by_node
 from raypar.search.exact.placement_reduce import reduced
-from raypar.search.interop.contest import contest, winner
+from raypar.search.interop.contest import best_that_fits
 from raypar.search.interop.pipeline import Stage, Way
 from raypar.search.interop.space import Split, check_options, splits
 from raypar.search.interop.unit_graph import unit_problem
 from raypar.search.interop.workbench import MOST_STAGES, Workbench
-from raypar.search.need import does_not_fit
 from raypar.search.planners.base import Planner, register_planner
 
 _LOOKED_AT = 4  # ways to cut the batch whose placements are searched
-_ATTEMPTS = 4  # searches with less and less memory
-_MARGIN = 0.98  # what the next of them may fill of what would have been enough for the last one
 _STEPS = 10_000  # of local search, per level
 _DOWNSETS = 5_000  # of one window
 _PATIENCE_S = 20.0  # for one placement; it takes far less on a machine that is not busy
@@ -111,26 +107,13 @@ class PlacementSearch:
         Raises:
             PlanError: The options leave nothing, or nothing fits the memory.
         """
-        share = 1.0
-        for _ in range(_ATTEMPTS):
-            plans = list(self.plans(share))
-            if not plans:
-                break
-            entries = contest(
-                plans,
-                self.graph,
-                self.cluster,
-                self.bench.calibration,
-                schedule=self.config.schedule,
-                optimizer_states=self.config.optimizer_states,
-                memory_fraction=self.config.memory_fraction,
-            )
-            if entries[0].overfull <= 1.0:
-                plan = winner(entries)
-                check_plan(plan, self.graph, self.cluster)
-                return plan
-            share *= _MARGIN / min(entry.overfull for entry in entries)
-        raise does_not_fit(self.graph, self.cluster, self.config, self.bench.calibration)
+        return best_that_fits(
+            lambda share: list(self.plans(share)),
+            self.graph,
+            self.cluster,
+            self.config,
+            self.bench.calibration,
+        )
 
     def plans(self, share: float = 1.0) -> Iterator[Plan]:
         """Plans to play, the most promising outline's first.

@@ -10,11 +10,10 @@ from raypar.graph.balance import FLOPS_PER_CUT_BYTE, balanced_cuts
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.calibration_files import load_calibration
 from raypar.mesh.cluster import Cluster
-from raypar.plan import DATA, MemoryPolicy, MeshSlice, Plan, ScheduleSpec, StagePlan
+from raypar.plan import DATA, MemoryPolicy, MeshSlice, Plan, StagePlan
 from raypar.search.config import SearchConfig
 from raypar.search.interop.space import AXIS_NAMES, Split
 from raypar.search.interop.units import find_units
-from raypar.search.interop.workbench import TORCH_RANGE
 from raypar.search.planners.base import Planner, register_planner
 from raypar.sharding.strategies import fold_patterns
 
@@ -53,19 +52,13 @@ class UniformPlanner(Planner):
             )
             for s in range(n_stages)
         )
-        plan = Plan(
-            graph_hash=graph.hash,
-            params_hash=graph.params_hash,
-            torch=TORCH_RANGE,
-            cluster=cluster.shape,
-            device=cluster.kind,
-            global_batch=graph.global_batch,
+        plan = Plan.of(
+            graph,
+            cluster,
+            stages,
             microbatches=microbatches,
-            batch_dims=graph.batch_dims,
-            schedule=ScheduleSpec(
-                schedule, tuple((s % groups, s // groups) for s in range(n_stages))
-            ),
-            stages=stages,
+            schedule=schedule,
+            placement=[(s % groups, s // groups) for s in range(n_stages)],
             planner=self.name,
         )
         check_plan(plan, graph, cluster)
