@@ -134,7 +134,9 @@ class SearchSection(_Section):
         default=0, description="of the sampler: the same seed and trials give the same plan"
     )
     seeds: list[Text] | Auto = Field(
-        default="auto", description="planners whose plans the study starts from; auto: all that can"
+        default="auto",
+        description="planners whose plans the study starts from; auto: alpa, and for models that "
+        "are not too long piper and placement too",
     )
     cost_model: Literal["auto", "analytic", "learned"] = Field(
         default="auto",

@@ -11,6 +11,9 @@ is known to it. ``pairs`` runs the five fastest of the grid and the choice again
 each takes a turn. Targets: the choice takes at most 1.03 times as long as the fastest, and the
 search spent at most a fifth of the grid's time on measuring.
 
+A model with batch norm makes M a part of its recipe, which no search changes: there, only plans of
+the grid with M = 1 are compared.
+
 Steps in which other programs took cores away do not count (`raypar.train.quiet`); where hardly any
 other is found, figures are corrected, and marked as disturbed. Results are merged into the JSON
 file; all measurements of the grid, with the seconds of every stage, are kept beside it

@@ -37,8 +37,8 @@ class SearchConfig:
         trials: Proposals to look at.
         budget_s: Seconds to search; measurements count.
         seed: Same seed and budget in trials → same plan.
-        seeds: Planners whose plans the study starts from; ``auto``: every one that takes the
-            options.
+        seeds: Planners whose plans the study starts from; ``auto``: ``alpa``, and for models that
+            are not too long (`raypar.search.study.seeds`) ``piper`` and ``placement`` too.
         cost_model: ``analytic``, ``learned`` (corrects it by what was measured on such a cluster)
             or ``auto``: learned where there are measurements.
         measure: Plans that may really be run, where the search is given someone who runs them.

@@ -15,7 +15,6 @@ FIDELITIES = ("quick", "simulated", "learned", "measured")
 played with the analytic cost model; the same with the learned one; steps that really ran."""
 INTERRUPTED = "interrupted"
 """Why a search ended (`SearchRecord.stopped`) that the user stopped: it is no answer to keep."""
-STATES = ("kept", "pruned", "infeasible", "failed")
 
 Decision = str | int | float | bool
 

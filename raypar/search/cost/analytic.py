@@ -27,11 +27,6 @@ from raypar.search.cost.exact import (
 from raypar.search.cost.machine import MeshMachine
 from raypar.search.cost.params import accumulation_s, param_cost, timed
 
-# A GPU's driver and the buffers of a communicator; and what a caching allocator loses to blocks
-# that fit no request.
-_GPU_FIXED_BYTES = 900 << 20
-_GPU_FRAGMENTED = 0.05
-
 
 @register_cost_model
 class AnalyticCost(CostModel):
@@ -73,7 +68,7 @@ class AnalyticCost(CostModel):
             half_edges=_edges(pieces.half_ports, pieces, stage),
             forward_peak_bytes=forward_peak,
             backward_peak_bytes=backward_peak,
-            overhead_bytes=_overhead_bytes(machine, held + forward_peak + pieces.saved_bytes),
+            overhead_bytes=machine.reserved_bytes(held + forward_peak + pieces.saved_bytes),
         )
 
 
@@ -100,10 +95,6 @@ def _edges(ports: Iterable[Port], pieces: StagePieces, stage: StageCode) -> froz
     found = [pieces.keys[i].removeprefix("edge:") for way, i in ports if way == "in"]
     out = stage.edges_out
     return frozenset([*found, *(out[i] for way, i in ports if way == "out" and i < len(out))])
-
-
-def _overhead_bytes(machine: MeshMachine, used: int) -> int:
-    return int(_GPU_FIXED_BYTES + _GPU_FRAGMENTED * used) if machine.is_gpu else 0
 
 
 def _peaks(pieces: StagePieces) -> tuple[int, int]:

@@ -48,6 +48,12 @@ class _Line(NamedTuple):
         return math.ceil(self.size / self.together)
 
 
+# A GPU's driver and the buffers of a communicator; and what a caching allocator loses to blocks
+# that fit no request.
+_GPU_FIXED_BYTES = 900 << 20
+_GPU_FRAGMENTED = 0.05
+
+
 @dataclass
 class MeshMachine:
     """One mesh of a cluster; see `machine_of`.
@@ -73,6 +79,14 @@ class MeshMachine:
     def is_gpu(self) -> bool:
         """Whether a device has a memory of its own."""
         return self.kinds[0][0].is_gpu
+
+    def reserved_bytes(self, used: float) -> int:
+        """What drivers, communicators and the allocator take of a device's memory.
+
+        Args:
+            used: Bytes that are held besides.
+        """
+        return int(_GPU_FIXED_BYTES + _GPU_FRAGMENTED * used) if self.is_gpu else 0
 
     @property
     def overhead_s(self) -> float:
