@@ -170,10 +170,10 @@ class StageActor:
             chunk.failure,
         )
 
-    def tensors(self, what: str) -> Any:
-        """``state``, ``gradients`` or ``memory`` of this rank, or a Failure."""
+    def call(self, method: str, args: tuple[Any, ...]) -> Any:
+        """What a method of this rank answers (`RankWorker.call`), or a Failure."""
         try:
-            return getattr(self._worker, what)()
+            return self._worker.call(method, *args)
         except BaseException as error:
             return failure_of(error, None)
 

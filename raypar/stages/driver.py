@@ -113,6 +113,7 @@ class Driver:
         self._where: list[ActorInfo] = []
         self._events: queue.SimpleQueue[Rows | Ended] = queue.SimpleQueue()
         self._closing = threading.Event()
+        self._stop = threading.Event()
         self._release_lock = threading.Lock()
 
     def start(self, specs: list[Any], feeds: list[Any], runners: list[Any]) -> Started | RunFailure:
@@ -207,27 +208,35 @@ class Driver:
 
     # ---- steps ----------------------------------------------------------------------------
 
-    def train(self, first: int, steps: int) -> None:
-        """Runs steps ``first`` to ``first + steps - 1``; events are read with `poll`."""
+    def train(self, first: int, steps: int, horizon: int) -> None:
+        """Runs steps ``first`` to ``first + steps - 1``; events are read with `poll`.
+
+        Args:
+            first: First step.
+            steps: How many.
+            horizon: Steps below it will follow, so data may be read ahead.
+        """
         cpu, began = time.process_time(), time.perf_counter()
+        self._stop.clear()
         try:
-            failure = self._drive(first, first + steps)
+            failure = self._drive(first, first + steps, max(horizon, first + steps))
         except BaseException as error:
             self._release()
             failure = self._failed(error)
         self._events.put(Ended(failure, time.process_time() - cpu, time.perf_counter() - began))
 
-    def _drive(self, first: int, end: int) -> RunFailure | None:
+    def _drive(self, first: int, end: int, horizon: int) -> RunFailure | None:
         calls = Calls()
         rows: Replies = {}
         counts: dict[int | None, int] = {}
         pace = _Pace(self._settings.steps_per_call)
         following, stopping = first, False
         while calls or (following < end and not stopping):
+            stopping = stopping or self._stop.is_set()
             while following < end and len(rows) < _WINDOW and not stopping:
                 count = min(pace.count, end - following)
                 for rank, actor in enumerate(self._actors):
-                    calls.add(actor.run.remote(following, count, end), rank, following)
+                    calls.add(actor.run.remote(following, count, horizon), rank, following)
                 rows[following] = {}
                 counts[following] = count
                 following += count
@@ -290,9 +299,14 @@ class Driver:
         except queue.Empty:
             return found
 
-    def tensors(self, what: str) -> list[Any]:
-        """References to every rank's ``state`` and the like; the tensors never come here."""
-        return [actor.tensors.remote(what) for actor in self._actors]
+    def call(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+        """References to what a method of every rank answers; the answers never come here."""
+        return [actor.call.remote(method, args) for actor in self._actors]
+
+    @ray.method(concurrency_group="control")
+    def request_stop(self) -> None:
+        """Has the `train` under way end with the calls that the actors have."""
+        self._stop.set()
 
     @ray.method(concurrency_group="control")
     def close(self) -> None:

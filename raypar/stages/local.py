@@ -66,6 +66,26 @@ class _Seat:
                 self._replies.put((self.spec.rank, "failed", error))
 
 
+class _Gate:
+    """Stops all ranks before the same step: the first that none of them has begun."""
+
+    def __init__(self, first: int) -> None:
+        self._lock = threading.Lock()
+        self._begun = first
+        self._end: int | None = None
+
+    def admits(self, step: int) -> bool:
+        with self._lock:
+            if self._end is not None and step >= self._end:
+                return False
+            self._begun = max(self._begun, step)
+            return True
+
+    def shut(self) -> None:
+        with self._lock:
+            self._end = self._begun + 1
+
+
 class LocalRun(Run):
     """Runs a plan's ranks as threads of this process.
 
@@ -92,6 +112,7 @@ class LocalRun(Run):
         self._replies: queue.SimpleQueue[tuple[int, str, Any]] = queue.SimpleQueue()
         self._seats: list[_Seat] = []
         self._world: LocalWorld | None = None
+        self._gate: _Gate | None = None
 
     def start(self) -> dict[str, float]:
         """Starts the threads and builds every rank's programs; see `Run.start`."""
@@ -117,13 +138,21 @@ class LocalRun(Run):
     def _build(self, seat: _Seat, group: Group) -> None:
         seat.worker = RankWorker(seat.spec, group, feed=self._feed, runner=self._runner)
 
-    def train(self, first_step: int, steps: int, on_report: OnReport | None = None) -> None:
+    def train(
+        self,
+        first_step: int,
+        steps: int,
+        on_report: OnReport | None = None,
+        *,
+        horizon: int | None = None,
+    ) -> int:
         """See `Run.train`."""
         if not self._seats:
             raise RayparError("the run has not been started: call start() first")
-        until = first_step + steps
+        until, following = first_step + steps, first_step
+        gate = self._gate = _Gate(first_step)
         for seat in self._seats:
-            seat.do("chunk", partial(self._train_rank, seat, first_step, steps))
+            seat.do("chunk", partial(self._train_rank, seat, gate, first_step, steps, horizon))
         waiting = set(range(len(self._seats)))
         rows: dict[int, dict[int, StepReport]] = {}
         chunks: list[Chunk] = []
@@ -148,6 +177,7 @@ class LocalRun(Run):
                 if len(row) == len(self._seats):
                     result = merge_reports([row[r] for r in sorted(rows.pop(value.step))])
                     bad = result if not result.applied else bad
+                    following = result.step + 1
                     if on_report is not None:
                         on_report(result)
                 continue
@@ -161,6 +191,12 @@ class LocalRun(Run):
         if bad is not None:
             raise_if_not_finite(bad)
         self._raise(_failures(chunks))
+        return following
+
+    def request_stop(self) -> None:
+        """See `Run.request_stop`."""
+        if self._gate is not None:
+            self._gate.shut()
 
     def _reached(self, chunks: Sequence[Chunk], until: int) -> bool:
         """Whether every rank has finished the steps before the failing one."""
@@ -168,26 +204,33 @@ class LocalRun(Run):
         done = [s.worker.completed for s in self._seats if s.worker is not None]
         return min(done) >= (until if step is None else step)
 
-    def _train_rank(self, seat: _Seat, first: int, steps: int) -> Chunk:
+    def _train_rank(
+        self, seat: _Seat, gate: _Gate, first: int, steps: int, horizon: int | None
+    ) -> Chunk:
         assert seat.worker is not None
         rank = seat.spec.rank
         return seat.worker.run(
-            first, steps, first + steps, lambda report: self._replies.put((rank, "report", report))
+            first,
+            steps,
+            max(horizon or 0, first + steps),
+            lambda report: self._replies.put((rank, "report", report)),
+            gate.admits,
         )
 
-    def _collect(self, what: str) -> list[dict[str, Any]]:
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """See `Run.call`."""
         if not self._seats:
             raise RayparError("the run is not started, or closed: read its state before close()")
         for seat in self._seats:
             assert seat.worker is not None
-            seat.do("tensors", getattr(seat.worker, what))
-        found: list[dict[str, Any]] = [{} for _ in self._seats]
+            seat.do("answer", partial(seat.worker.call, method, *args))
+        found: list[Any] = [None for _ in self._seats]
         left = len(self._seats)
         while left:
             rank, kind, value = self._next()
             if kind == "failed":
                 self._raise([failure_of(value, rank)])
-            elif kind == "tensors":
+            elif kind == "answer":
                 found[rank] = value
                 left -= 1
         return found

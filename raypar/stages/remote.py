@@ -128,11 +128,19 @@ class RayRun(Run):
             return [ray.put(cut(spec.rank)) for spec in self._specs]
         return [ray.put(self._feed)] * len(self._specs)
 
-    def train(self, first_step: int, steps: int, on_report: OnReport | None = None) -> None:
+    def train(
+        self,
+        first_step: int,
+        steps: int,
+        on_report: OnReport | None = None,
+        *,
+        horizon: int | None = None,
+    ) -> int:
         """See `Run.train`."""
         driver = self._open()
-        driver.train.remote(first_step, steps)
+        driver.train.remote(first_step, steps, horizon or first_step + steps)
         bad: StepResult | None = None
+        following = first_step
         while True:
             for event in self._ask(driver.poll.remote(_POLL_S)):
                 if isinstance(event, Ended):
@@ -141,19 +149,24 @@ class RayRun(Run):
                         raise_if_not_finite(bad)
                     if event.failure is not None:
                         self._raise(event.failure)
-                    return
+                    return following
                 for result in _results(event, len(self._specs)):
                     bad = result if not result.applied else bad
+                    following = result.step + 1
                     if on_report is not None:
                         on_report(result)
 
-    def _collect(self, what: str) -> list[dict[str, Any]]:
-        parts = self._ask(self._ask(self._open().tensors.remote(what)))
-        for rank, part in enumerate(parts):
-            if isinstance(part, Failure):
-                self._raise(RunFailure((part,)))
-            assert part is not None, rank
-        return list(parts)
+    def request_stop(self) -> None:
+        """See `Run.request_stop`."""
+        self._open().request_stop.remote()
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """See `Run.call`."""
+        answers = self._ask(self._ask(self._open().call.remote(method, args)))
+        failures = tuple(a for a in answers if isinstance(a, Failure))
+        if failures:
+            self._raise(RunFailure(failures))
+        return list(answers)
 
     def close(self) -> None:
         """Ends all actors of the run and gives its devices back; see `Run.close`."""

@@ -102,13 +102,25 @@ class Run(ABC):
         """
 
     @abstractmethod
-    def train(self, first_step: int, steps: int, on_report: OnReport | None = None) -> None:
-        """Runs `steps` steps from `first_step` on.
+    def train(
+        self,
+        first_step: int,
+        steps: int,
+        on_report: OnReport | None = None,
+        *,
+        horizon: int | None = None,
+    ) -> int:
+        """Runs `steps` steps from `first_step` on, or fewer after `request_stop`.
 
         Args:
             first_step: Number of the first step.
             steps: How many steps.
             on_report: Called in this thread, in step order, for every finished step.
+            horizon: Steps below it will follow in later calls, so their data may be read ahead;
+                default: none will.
+
+        Returns:
+            The number of the step that comes next.
 
         Raises:
             NonFiniteError: A step was not finite; it was reported, and not applied.
@@ -118,12 +130,31 @@ class Run(ABC):
         """
 
     @abstractmethod
+    def request_stop(self) -> None:
+        """Has `train` end soon, on all ranks before the same step; from any thread.
+
+        A later `train` goes on as if nothing had been.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Releases everything; safe to call twice, and after a failure."""
 
     @abstractmethod
-    def _collect(self, what: str) -> list[dict[str, Any]]:
-        """``state``, ``gradients`` or ``memory`` of every rank."""
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Calls a public method of every rank, between steps.
+
+        Args:
+            method: A method of `raypar.stages.worker.RankWorker`, or of its runner.
+            *args: The same for all ranks; they travel by value.
+
+        Returns:
+            The answers, by rank.
+
+        Raises:
+            StageDiedError: A rank's process or node is gone.
+            TrainingError: A rank raised; errors of raypar keep their type.
+        """
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of the whole model.
@@ -132,11 +163,11 @@ class Run(ABC):
             A dict with the keys, and in the order, of the model's own ``state_dict()``; names
             that are tied in the model share a tensor.
         """
-        return consolidate(self._specs, self._collect("state"))
+        return consolidate(self._specs, self.call("state"))
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The last step's gradients by parameter name, if the specs keep them."""
-        return assemble(self._specs, self._collect("gradients"))
+        return assemble(self._specs, self.call("gradients"))
 
     def memory(self) -> list[dict[str, int]]:
         """Bytes that every rank holds from step to step, measured on the tensors themselves.
@@ -145,7 +176,7 @@ class Run(ABC):
             By rank: ``parameters``, ``gradients``, ``optimizer`` (its states) and ``total``; after
             a step, since gradients and states come with it.
         """
-        return self._collect("memory")
+        return self.call("memory")
 
     def __enter__(self) -> Self:
         try:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from raypar.comm.group import Group
-from raypar.errors import CommAbortedError
+from raypar.errors import CommAbortedError, RayparError
 from raypar.stages.faults import Failure, RankInfo, failure_of
 from raypar.stages.spec import RankSpec, StepReport
 
@@ -157,6 +157,7 @@ class RankWorker:
         count: int,
         until: int,
         on_report: Callable[[StepReport], None] | None = None,
+        may_run: Callable[[int], bool] | None = None,
     ) -> Chunk:
         """Runs steps ``first`` to ``first + count - 1``.
 
@@ -165,6 +166,8 @@ class RankWorker:
             count: Number of steps.
             until: Steps below it will follow in later calls, so data may be read ahead.
             on_report: Called after every step, in this thread.
+            may_run: Says of every step, before it begins, whether to run it; the first that may not
+                ends the call.
 
         Returns:
             The reports of the steps that finished. Errors are in it, never raised: an error that
@@ -179,6 +182,8 @@ class RankWorker:
             for step in range(first, first + count):
                 if self._aborted is not None:
                     raise CommAbortedError(self._aborted)
+                if may_run is not None and not may_run(step):
+                    break
                 report = self._step(step)
                 if report is None:
                     self._over = True
@@ -211,6 +216,10 @@ class RankWorker:
         report.seconds["total"] = time.perf_counter() - began
         return report
 
+    def completed_steps(self) -> int:
+        """The number of the step after the last finished one."""
+        return self.completed
+
     def state(self) -> dict[str, torch.Tensor]:
         """The tensors that this rank owns."""
         return self._runner.state()
@@ -226,6 +235,21 @@ class RankWorker:
     def positions(self) -> str:
         """Where it stands; safe from any thread."""
         return self._standing or self._runner.positions()
+
+    def call(self, method: str, *args: Any) -> Any:
+        """What a public method of this worker, or else of its runner or feed, answers.
+
+        Raises:
+            RayparError: None of them has such a method.
+        """
+        for holder in (self, self._runner, self._feed):
+            found = None if method.startswith("_") else getattr(holder, method, None)
+            if callable(found):
+                return found(*args)
+        raise RayparError(
+            f"rank {self._spec.rank} has no method {method!r}: neither its worker, nor "
+            f"{type(self._runner).__name__}, nor {type(self._feed).__name__}"
+        )
 
     def abort(self, reason: str) -> None:
         """Ends the step under way, from any thread."""

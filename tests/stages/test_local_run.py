@@ -8,7 +8,13 @@ import time
 import pytest
 import torch
 
-from raypar.errors import CommTimeoutError, NonFiniteError, OptimizerError, TrainingError
+from raypar.errors import (
+    CommTimeoutError,
+    NonFiniteError,
+    OptimizerError,
+    RayparError,
+    TrainingError,
+)
 from raypar.stages.local import LocalRun
 from raypar.stages.run import StepResult, merge_reports
 from raypar.stages.spec import StepReport
@@ -120,3 +126,28 @@ def test_reports_of_one_step_are_added_up() -> None:
     assert (found.step, found.loss, found.grad_norm, found.seconds) == (7, 0.75, 2.0, 0.7)
     assert not found.applied
     assert found.non_finite == ("stage 2 loss",)
+
+
+def test_a_stop_ends_all_ranks_before_the_same_step_and_training_goes_on() -> None:
+    got: list[int] = []
+    with run_with(world=3) as run:
+
+        def seen(result: StepResult) -> None:
+            got.append(result.step)
+            if result.step == 3:
+                run.request_stop()
+
+        following = run.train(0, 100_000, seen)
+        assert got == list(range(following))
+        assert 4 <= following < 100_000
+        assert run.call("completed_steps") == [following] * 3
+        assert run.train(following, 2, horizon=following + 9) == following + 2
+
+
+def test_a_call_reaches_worker_and_runner_and_names_what_is_not_there() -> None:
+    with run_with(world=2) as run:
+        assert [sorted(m) for m in run.call("memory")] == [["parameters", "total"]] * 2
+        with pytest.raises(RayparError, match="has no method 'nothing_like_it'"):
+            run.call("nothing_like_it")
+        with pytest.raises(RayparError, match="has no method '_step'"):
+            run.call("_step", 1)
