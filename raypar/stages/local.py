@@ -225,14 +225,15 @@ class LocalRun(Run):
             assert seat.worker is not None
             seat.do("answer", partial(seat.worker.call, method, *args))
         found: list[Any] = [None for _ in self._seats]
-        left = len(self._seats)
-        while left:
+        left, failures = len(self._seats), []
+        while left:  # all of them: an answer that is left over would be taken for a later one
             rank, kind, value = self._next()
             if kind == "failed":
-                self._raise([failure_of(value, rank)])
+                failures.append(failure_of(value, rank))
             elif kind == "answer":
                 found[rank] = value
-                left -= 1
+            left -= kind in ("failed", "answer")
+        self._raise(failures)
         return found
 
     def close(self) -> None:
