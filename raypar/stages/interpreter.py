@@ -6,6 +6,7 @@ The same code runs in a stage actor and in a thread of the in-process backend.
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import Any
@@ -133,12 +134,17 @@ class RankRunner:
         self._gradients.begin()
         set_context(self._mesh)
         began = time.perf_counter()
+        stamps = array("d", (began,))
         with torch.no_grad():
             for position, instruction in enumerate(self.spec.instructions):
                 self._at = position
                 self._transfers.post(position)
                 self._handlers[instruction.kind](instruction)
+                stamps.append(time.perf_counter())
+                self._meter.mark()
             self._transfers.finish()
+        stamps.append(time.perf_counter())
+        self._report.stamps = stamps.tobytes()
         if not self._report.applied:
             self._holdings.buffers.update(old_buffers)
         self._seconds["total"] = time.perf_counter() - began
@@ -147,6 +153,8 @@ class RankRunner:
         if self._meter.open:
             self._report.peak_saved = dict(self._meter.peaks)
             self._report.most_saved = self._meter.most
+            self._report.saved_over = tuple(self._meter.marks)
+            self._report.held = self.memory()
             self._meter.close()
         self._at = -1
         return self._report
@@ -351,6 +359,8 @@ class RankRunner:
         if not self._report.applied or self._optimizer is None:
             return
         began = time.perf_counter()
+        rate = self._optimizer.param_groups[0].get("lr")
+        self._report.lr = None if rate is None else float(rate)
         self._gradients.assign()
         try:
             with torch.enable_grad():

@@ -17,12 +17,15 @@ class SavedMeter:
     Attributes:
         peaks: Stage → the most that it held at once.
         most: The most that all stages together held at once.
+        marks: What all stages together held at each `mark`.
     """
 
     def __init__(self) -> None:
         self.peaks: dict[int, int] = {}
         self.most = 0
+        self.marks: list[int] = []
         self._live: dict[int, dict[int, dict[int, int]]] = {}
+        self._now = 0
         self._open = True
 
     @property
@@ -40,13 +43,21 @@ class SavedMeter:
         live = self._live.setdefault(stage, {})
         live[microbatch] = sizes
         self.peaks[stage] = max(self.peaks.get(stage, 0), _bytes(live.values()))
-        everywhere = [part for parts in self._live.values() for part in parts.values()]
-        self.most = max(self.most, _bytes(everywhere))
+        self._now = self._all()
+        self.most = max(self.most, self._now)
 
     def drop(self, stage: int, microbatch: int) -> None:
         """The stage let go of what it held for a microbatch."""
+        if self._open and self._live.get(stage, {}).pop(microbatch, None) is not None:
+            self._now = self._all()
+
+    def mark(self) -> None:
+        """Notes what is held now, after one more instruction."""
         if self._open:
-            self._live.get(stage, {}).pop(microbatch, None)
+            self.marks.append(self._now)
+
+    def _all(self) -> int:
+        return _bytes(part for parts in self._live.values() for part in parts.values())
 
     def close(self) -> None:
         """Stops measuring."""

@@ -190,6 +190,12 @@ class StepReport:
         peak_saved: Stage → most bytes held between forward and backward at once; of a rank's first
             step alone, as `most_saved`.
         most_saved: The same for all stages of the rank together.
+        saved_over: The same after each instruction; of a rank's first step alone.
+        held: Bytes held from step to step (`raypar.stages.accounts.measured_memory`); of a rank's
+            first step alone.
+        lr: Learning rate of the first parameter group in this step, where it has one.
+        stamps: This host's monotonic clock in seconds, as packed float64: at the beginning of the
+            list, after each instruction, and once all sends are through.
     """
 
     step: int
@@ -201,3 +207,7 @@ class StepReport:
     passes: dict[int, tuple[float, float]] = field(default_factory=dict)
     peak_saved: dict[int, int] = field(default_factory=dict)
     most_saved: int = 0
+    saved_over: tuple[int, ...] = ()
+    held: dict[str, int] = field(default_factory=dict)
+    lr: float | None = None
+    stamps: bytes = b""
