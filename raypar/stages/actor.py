@@ -198,6 +198,17 @@ class StageActor:
         return str(self._standing or self._worker.positions())
 
     @ray.method(concurrency_group="control")
+    def hold(self) -> int:
+        """See `RankWorker.hold`."""
+        return -1 if self._worker is None else int(self._worker.hold())
+
+    @ray.method(concurrency_group="control")
+    def end_at(self, step: int | None) -> None:
+        """See `RankWorker.end_at`."""
+        if self._worker is not None:
+            self._worker.end_at(step)
+
+    @ray.method(concurrency_group="control")
     def abort(self, reason: str) -> None:
         """Ends the step under way."""
         if self._worker is not None:

@@ -33,6 +33,7 @@ from raypar.stages.seats import Seats, SeatSettings
 _WINDOW = 3
 _CALL_S = 1.5  # wall time that a call should take: shorter costs the driver, longer hides progress
 _MOST_STEPS = 512
+_STOP_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -217,8 +218,10 @@ class Driver:
             horizon: Steps below it will follow, so data may be read ahead.
         """
         cpu, began = time.process_time(), time.perf_counter()
-        self._stop.clear()
         try:
+            if self._stop.is_set():
+                self._stop.clear()
+                ray.get([actor.call.remote("go_on", ()) for actor in self._actors])
             failure = self._drive(first, first + steps, max(horizon, first + steps))
         except BaseException as error:
             self._release()
@@ -305,8 +308,14 @@ class Driver:
 
     @ray.method(concurrency_group="control")
     def request_stop(self) -> None:
-        """Has the `train` under way end with the calls that the actors have."""
+        """Has the `train` under way end before the first step that no rank has begun."""
         self._stop.set()
+        end: int | None = None
+        with contextlib.suppress(RayError):  # who is dead is found by the calls under way
+            begun = ray.get([actor.hold.remote() for actor in self._actors], timeout=_STOP_S)
+            end = max(begun) + 1
+        for actor in self._actors:  # also where not all answered: nobody may be held for ever
+            actor.end_at.remote(end)
 
     @ray.method(concurrency_group="control")
     def close(self) -> None:

@@ -66,26 +66,6 @@ class _Seat:
                 self._replies.put((self.spec.rank, "failed", error))
 
 
-class _Gate:
-    """Stops all ranks before the same step: the first that none of them has begun."""
-
-    def __init__(self, first: int) -> None:
-        self._lock = threading.Lock()
-        self._begun = first
-        self._end: int | None = None
-
-    def admits(self, step: int) -> bool:
-        with self._lock:
-            if self._end is not None and step >= self._end:
-                return False
-            self._begun = max(self._begun, step)
-            return True
-
-    def shut(self) -> None:
-        with self._lock:
-            self._end = self._begun + 1
-
-
 class LocalRun(Run):
     """Runs a plan's ranks as threads of this process.
 
@@ -112,7 +92,6 @@ class LocalRun(Run):
         self._replies: queue.SimpleQueue[tuple[int, str, Any]] = queue.SimpleQueue()
         self._seats: list[_Seat] = []
         self._world: LocalWorld | None = None
-        self._gate: _Gate | None = None
 
     def start(self) -> dict[str, float]:
         """Starts the threads and builds every rank's programs; see `Run.start`."""
@@ -150,9 +129,11 @@ class LocalRun(Run):
         if not self._seats:
             raise RayparError("the run has not been started: call start() first")
         until, following = first_step + steps, first_step
-        gate = self._gate = _Gate(first_step)
         for seat in self._seats:
-            seat.do("chunk", partial(self._train_rank, seat, gate, first_step, steps, horizon))
+            assert seat.worker is not None
+            seat.worker.go_on()
+        for seat in self._seats:
+            seat.do("chunk", partial(self._train_rank, seat, first_step, steps, horizon))
         waiting = set(range(len(self._seats)))
         rows: dict[int, dict[int, StepReport]] = {}
         chunks: list[Chunk] = []
@@ -195,8 +176,11 @@ class LocalRun(Run):
 
     def request_stop(self) -> None:
         """See `Run.request_stop`."""
-        if self._gate is not None:
-            self._gate.shut()
+        workers = [seat.worker for seat in self._seats if seat.worker is not None]
+        if workers:
+            end = max([worker.hold() for worker in workers]) + 1
+            for worker in workers:
+                worker.end_at(end)
 
     def _reached(self, chunks: Sequence[Chunk], until: int) -> bool:
         """Whether every rank has finished the steps before the failing one."""
@@ -204,9 +188,7 @@ class LocalRun(Run):
         done = [s.worker.completed for s in self._seats if s.worker is not None]
         return min(done) >= (until if step is None else step)
 
-    def _train_rank(
-        self, seat: _Seat, gate: _Gate, first: int, steps: int, horizon: int | None
-    ) -> Chunk:
+    def _train_rank(self, seat: _Seat, first: int, steps: int, horizon: int | None) -> Chunk:
         assert seat.worker is not None
         rank = seat.spec.rank
         return seat.worker.run(
@@ -214,7 +196,6 @@ class LocalRun(Run):
             steps,
             max(horizon or 0, first + steps),
             lambda report: self._replies.put((rank, "report", report)),
-            gate.admits,
         )
 
     def call(self, method: str, *args: Any) -> list[Any]:

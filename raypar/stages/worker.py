@@ -6,6 +6,7 @@ stop and report alike.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -118,6 +119,38 @@ class _EmptyFeed:
         pass
 
 
+class _Gate:
+    """Before every step: whether it may begin.
+
+    So all ranks end before the same step: each is held, tells what it has begun, and is told the
+    step after the last that any of them has.
+    """
+
+    def __init__(self) -> None:
+        self._turn = threading.Condition()
+        self._begun = -1
+        self._held = False
+        self._end: int | None = None
+
+    def admits(self, step: int) -> bool:
+        with self._turn:
+            self._turn.wait_for(lambda: not self._held)
+            if self._end is not None and step >= self._end:
+                return False
+            self._begun = step
+            return True
+
+    def hold(self) -> int:
+        with self._turn:
+            self._held = True
+            return self._begun
+
+    def end_at(self, step: int | None) -> None:
+        with self._turn:
+            self._held, self._end = False, step
+            self._turn.notify_all()
+
+
 class RankWorker:
     """Holds one rank's runner and feed, and runs steps until told to stop.
 
@@ -142,6 +175,7 @@ class RankWorker:
         self._spec = spec
         self._world = world
         self._aborted: str | None = None
+        self._gate = _Gate()
         self._over = False
         self.completed = 0
         self._standing = "building its programs"
@@ -157,7 +191,6 @@ class RankWorker:
         count: int,
         until: int,
         on_report: Callable[[StepReport], None] | None = None,
-        may_run: Callable[[int], bool] | None = None,
     ) -> Chunk:
         """Runs steps ``first`` to ``first + count - 1``.
 
@@ -166,8 +199,6 @@ class RankWorker:
             count: Number of steps.
             until: Steps below it will follow in later calls, so data may be read ahead.
             on_report: Called after every step, in this thread.
-            may_run: Says of every step, before it begins, whether to run it; the first that may not
-                ends the call.
 
         Returns:
             The reports of the steps that finished. Errors are in it, never raised: an error that
@@ -182,7 +213,7 @@ class RankWorker:
             for step in range(first, first + count):
                 if self._aborted is not None:
                     raise CommAbortedError(self._aborted)
-                if may_run is not None and not may_run(step):
+                if not self._gate.admits(step):
                     break
                 report = self._step(step)
                 if report is None:
@@ -215,6 +246,22 @@ class RankWorker:
         report.seconds["data"] = report.seconds.get("data", 0.0) + waited
         report.seconds["total"] = time.perf_counter() - began
         return report
+
+    def hold(self) -> int:
+        """Lets no further step begin until `end_at`; from any thread.
+
+        Returns:
+            The last step that was begun, -1 before the first.
+        """
+        return self._gate.hold()
+
+    def end_at(self, step: int | None) -> None:
+        """Lets steps begin again, but none from `step` on, if given; from any thread."""
+        self._gate.end_at(step)
+
+    def go_on(self) -> None:
+        """Lets every step begin again."""
+        self._gate.end_at(None)
 
     def completed_steps(self) -> int:
         """The number of the step after the last finished one."""
@@ -254,6 +301,7 @@ class RankWorker:
     def abort(self, reason: str) -> None:
         """Ends the step under way, from any thread."""
         self._aborted = self._aborted or reason
+        self._gate.end_at(None)  # a rank that is held must come and see
         self._runner.abort(reason)
         self._feed.abort(reason)
         self._world.abort(reason)

@@ -144,3 +144,19 @@ def test_a_driver_that_is_killed_takes_its_actors_and_devices_along() -> None:
     with pytest.raises(StageDiedError, match="lost an actor of run test-"):
         run.train(0, 3)
     run.close()
+
+
+def test_a_stop_ends_all_ranks_before_the_same_step_and_training_goes_on() -> None:
+    got: list[int] = []
+    with run_with(world=2) as run:
+
+        def seen(result: StepResult) -> None:
+            got.append(result.step)
+            if result.step == 3:
+                run.request_stop()
+
+        following = run.train(0, 1_000_000, seen)
+        assert got == list(range(following))
+        assert following < 1_000_000
+        assert run.call("completed_steps") == [following] * 2
+        assert run.train(following, 2, horizon=following + 9) == following + 2
