@@ -16,58 +16,86 @@ class Terminated(BaseException):
     """SIGTERM came; like KeyboardInterrupt it is no ordinary error."""
 
 
+class Signals:
+    """Ctrl-C and SIGTERM of one run; see `terminating`."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._softly: Callable[[BaseException], None] | None = None
+        self._before: dict[int, object] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def take(self) -> None:
+        """Takes the signals (again: ``ray.init`` replaces the handler of SIGTERM)."""
+        if not self._before:
+            return
+        signal.signal(signal.SIGTERM, self._on_term)
+        if self._before[signal.SIGINT] is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._on_interrupt)
+
+    @contextmanager
+    def softly(self, stop: Callable[[BaseException], None]) -> Iterator[None]:
+        """Inside, the first signal calls `stop` with the exception that is to be raised later.
+
+        `stop` runs between two instructions of the main thread, and so must wait for nothing.
+        """
+        self._softly = stop
+        try:
+            yield
+        finally:
+            self._softly = None
+
+    def _on_term(self, number: int, frame: FrameType | None) -> None:
+        self._note(Terminated())
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._note(KeyboardInterrupt())
+
+    def _note(self, error: BaseException) -> None:
+        # os.write and not print: a handler must not wait for a lock that the main thread holds.
+        if self._softly is not None:
+            stop, self._softly = self._softly, None
+            os.write(2, b"stopping after this step, with a checkpoint; once more: at once\n")
+            stop(error)
+            return
+        self._seen += 1
+        if self._seen == 1 or self._seen > _PATIENCE:
+            raise error
+        os.write(2, b"stopping: actors and devices are being released\n")
+
+    def hand_back(self) -> None:
+        """Sets the handlers that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
+
+    def end(self) -> None:
+        """Ends as SIGTERM asks: by the handler that was there before, else with status 143.
+
+        Raises:
+            SystemExit: There was none, or it returned.
+        """
+        own = self._before.get(signal.SIGTERM)
+        if callable(own) and not getattr(own, "__module__", "").startswith("ray."):
+            signal.signal(signal.SIGTERM, own)
+            signal.raise_signal(signal.SIGTERM)
+        raise SystemExit(128 + signal.SIGTERM) from None
+
+
 @contextmanager
-def terminating() -> Iterator[Callable[[], None]]:
+def terminating() -> Iterator[Signals]:
     """Inside, SIGTERM raises in the main thread, so that ``finally`` blocks run.
 
     Afterwards a handler that the user had set gets the signal; without one the process ends with
     status 143. While that, or Ctrl-C, is being cleaned up, the next two of either are noted and no
     more, so that an impatient second Ctrl-C leaves nothing behind; a third one ends at once.
     Outside of the main thread, where Python handles no signals, all this does nothing.
-
-    Yields:
-        A function that takes the signals again: ``ray.init`` replaces the handler of SIGTERM.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    patience = _Patience()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def arm() -> None:
-        signal.signal(signal.SIGTERM, patience.on_term)
-        if before[signal.SIGINT] is signal.default_int_handler:
-            signal.signal(signal.SIGINT, patience.on_interrupt)
-
-    arm()
+    signals = Signals()
+    signals.take()
     try:
-        yield arm
+        yield signals
     except Terminated:
-        own = before[signal.SIGTERM]
-        if callable(own) and not getattr(own, "__module__", "").startswith("ray."):
-            signal.signal(signal.SIGTERM, own)
-            signal.raise_signal(signal.SIGTERM)
-        raise SystemExit(128 + signal.SIGTERM) from None
+        signals.end()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-class _Patience:
-    """Raises at the first signal, and again only when somebody insists."""
-
-    def __init__(self) -> None:
-        self._seen = 0
-
-    def on_term(self, number: int, frame: FrameType | None) -> None:
-        self._note(Terminated())
-
-    def on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._note(KeyboardInterrupt())
-
-    def _note(self, error: BaseException) -> None:
-        self._seen += 1
-        if self._seen == 1 or self._seen > _PATIENCE:
-            raise error
-        # os.write and not print: a handler must not wait for a lock that the main thread holds.
-        os.write(2, b"stopping: actors and devices are being released\n")
+        signals.hand_back()

@@ -58,9 +58,9 @@ def test_sigterm_ends_with_143_also_after_its_handler_was_replaced() -> None:
     before = signal.getsignal(signal.SIGTERM)
 
     def replaced() -> None:
-        with terminating() as arm:
+        with terminating() as signals:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as ray.init does
-            arm()
+            signals.take()
             send(signal.SIGTERM)
 
     with pytest.raises(SystemExit) as ended:
@@ -83,3 +83,16 @@ def test_a_handler_of_the_user_gets_the_signal() -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     assert seen == [signal.SIGTERM]
+
+
+def test_a_first_signal_may_be_taken_softly_and_the_second_is_not(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    told: list[BaseException] = []
+    with pytest.raises(KeyboardInterrupt), terminating() as signals:
+        with signals.softly(told.append):
+            send(signal.SIGINT)
+            assert [type(error) for error in told] == [KeyboardInterrupt]
+            send(signal.SIGINT)
+    assert len(told) == 1
+    assert "with a checkpoint" in capfd.readouterr().err

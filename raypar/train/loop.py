@@ -1,0 +1,285 @@
+"""The loop over steps: segments that end where a checkpoint, an evaluation or the end is due."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from raypar.errors import ConfigError
+from raypar.stages.run import Run, StepResult
+from raypar.train.state import TrainState
+
+_ASK_AGAIN_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStop:
+    """Ends a run when a metric no longer gets better.
+
+    Attributes:
+        metric: Of evaluations, such as ``eval_loss``.
+        patience: Evaluations in a row that may pass without a better value.
+        min_delta: By how much a value has to be better to count.
+        mode: Whether ``"min"`` or ``"max"`` is better.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    metric: str = "eval_loss"
+    patience: int = 3
+    min_delta: float = 0.0
+    mode: str = "min"
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ConfigError(f"early_stop.patience is {self.patience!r}; give at least 1")
+        if self.min_delta < 0:
+            raise ConfigError(f"early_stop.min_delta is {self.min_delta!r}; give 0 or more")
+        if self.mode not in ("min", "max"):
+            raise ConfigError(f"early_stop.mode is {self.mode!r}; give 'min' or 'max'")
+
+    def after(self, known: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+        """What is known after one more evaluation: ``best`` and ``passed`` without a better one.
+
+        Raises:
+            ConfigError: The evaluation has no such metric.
+        """
+        if self.metric not in metrics:
+            raise ConfigError(
+                f"early_stop.metric is {self.metric!r}; evaluations give {sorted(metrics)}"
+            )
+        value = float(metrics[self.metric])
+        best = known.get("best")
+        sign = 1.0 if self.mode == "min" else -1.0
+        if best is None or sign * value < sign * best - self.min_delta:
+            return {"best": value, "passed": 0}
+        return {"best": best, "passed": int(known["passed"]) + 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """When a run ends, and what is due on its way.
+
+    Attributes:
+        steps: Optimizer steps in all.
+        time_limit_s: Training seconds in all, over all attempts; None: no limit.
+        checkpoint_steps: Steps between checkpoints, or None.
+        checkpoint_s: Seconds between checkpoints, or None.
+        checkpoint_at_end: Whether one is written at the end, and when the run is stopped.
+        evaluate_steps: Steps between evaluations, or None.
+        early_stop: Ends the run when evaluations no longer get better, or None.
+    """
+
+    steps: int
+    time_limit_s: float | None = None
+    checkpoint_steps: int | None = None
+    checkpoint_s: float | None = None
+    checkpoint_at_end: bool = True
+    evaluate_steps: int | None = None
+    early_stop: EarlyStop | None = None
+
+    def border(self, step: int) -> int:
+        """The next step at which something is due."""
+        periods = [p for p in (self.checkpoint_steps, self.evaluate_steps) if p]
+        return min([self.steps, *((step // p + 1) * p for p in periods)])
+
+
+class Hooks(Protocol):
+    """What the loop does beside steps."""
+
+    def reported(self, result: StepResult) -> None:
+        """A step was finished."""
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """Evaluates between two steps; metrics as plain numbers."""
+
+    def checkpoint(self, state: TrainState) -> None:
+        """Begins a checkpoint between two steps."""
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Position in the training data after so many steps."""
+
+
+class TrainLoop:
+    """Runs the steps of one attempt.
+
+    Args:
+        run: The ranks, started.
+        state: Where to begin.
+        limits: When to end.
+        hooks: What to do beside steps.
+        samples: Samples of a step.
+        on_first: Called after the first step of the attempt.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        state: TrainState,
+        limits: Limits,
+        hooks: Hooks,
+        *,
+        samples: int,
+        on_first: Callable[[], None] | None = None,
+    ) -> None:
+        self._run = run
+        self.state = state
+        self._limits = limits
+        self._hooks = hooks
+        self._samples = samples
+        self._on_first = on_first
+        self._saved_at = -1
+        self._saved_when = time.monotonic()
+        self.stopped = ""  # why it ended before its last step
+        self._signal: BaseException | None = None
+        self._watch = _Watch(run)
+
+    def interrupt(self, error: BaseException) -> None:
+        """Has the loop end after the steps under way, with a checkpoint, and raise `error`."""
+        self._signal = error
+        self._watch.stop_now()
+
+    def go(self) -> TrainState:
+        """Runs until the last step, a limit, or an interruption.
+
+        Raises:
+            BaseException: What `interrupt` was given.
+        """
+        with self._watch:
+            while not self.stopped and self.state.step < self._limits.steps:
+                self._segment()
+                self._at_border()
+        if self._limits.checkpoint_at_end and self._saved_at != self.state.step:
+            self._save()
+        if self._signal is not None:
+            raise self._signal
+        return self.state
+
+    def _segment(self) -> None:
+        began, limits = time.monotonic(), self._limits
+        deadlines = (
+            [began + limits.time_limit_s - self.state.seconds] if limits.time_limit_s else []
+        )
+        if limits.checkpoint_s:
+            deadlines.append(self._saved_when + limits.checkpoint_s)
+        first = self.state.step
+        with self._watch.until(min(deadlines, default=None)):
+            reached = self._run.train(
+                first, limits.border(first) - first, self._reported, horizon=limits.steps
+            )
+        self.state = replace(
+            self.state,
+            step=reached,
+            samples=self.state.samples + (reached - first) * self._samples,
+            seconds=self.state.seconds + time.monotonic() - began,
+        )
+
+    def _reported(self, result: StepResult) -> None:
+        if self._on_first is not None:
+            self._on_first()
+            self._on_first = None
+        self._hooks.reported(result)
+
+    def _at_border(self) -> None:
+        limits, step = self._limits, self.state.step
+        over = limits.time_limit_s is not None and self.state.seconds >= limits.time_limit_s
+        if self._signal is not None:
+            self.stopped = "interrupted"
+        elif over:
+            self.stopped = f"time limit of {limits.time_limit_s:g} s"
+        if self._due(limits.evaluate_steps) or (limits.evaluate_steps and step == limits.steps):
+            self._evaluate()
+        by_time = limits.checkpoint_s is not None and (
+            time.monotonic() - self._saved_when >= limits.checkpoint_s
+        )
+        if (self._due(limits.checkpoint_steps) or by_time) and self._saved_at != step:
+            self._save()
+
+    def _due(self, period: int | None) -> bool:
+        return bool(period) and self.state.step % int(period or 1) == 0
+
+    def _evaluate(self) -> None:
+        if self._signal is not None:
+            return  # the stop time is short
+        metrics = self._hooks.evaluate(self.state.step)
+        self.state = replace(self.state, metrics={**self.state.metrics, **metrics})
+        rule = self._limits.early_stop
+        if rule is None:
+            return
+        known = rule.after(self.state.extra.get("early_stop", {}), metrics)
+        self.state = replace(self.state, extra={**self.state.extra, "early_stop": known})
+        if known["passed"] >= rule.patience:
+            self.stopped = (
+                f"{rule.metric} has not got better than {known['best']:g} in "
+                f"{known['passed']} evaluations"
+            )
+
+    def _save(self) -> None:
+        self.state = replace(self.state, data=self._hooks.position(self.state.step))
+        self._hooks.checkpoint(self.state)
+        self._saved_at, self._saved_when = self.state.step, time.monotonic()
+
+
+class _Watch:
+    """A thread that stops the run's steps when it is time, or when asked.
+
+    A signal's handler must wait for nothing, and asking a run to stop waits for its ranks.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._turn = threading.Condition()
+        self._deadline: float | None = None
+        self._training = self._now = self._over = False
+        self._thread = threading.Thread(target=self._serve, name="raypar-watch", daemon=True)
+
+    def stop_now(self) -> None:
+        self._now = True  # without the lock: it is called from handlers; the thread looks often
+
+    @contextmanager
+    def until(self, deadline: float | None) -> Iterator[None]:
+        self._set(True, deadline)
+        try:
+            yield
+        finally:
+            self._set(False, None)
+
+    def _set(self, training: bool, deadline: float | None) -> None:
+        with self._turn:
+            self._training, self._deadline = training, deadline
+            self._turn.notify_all()
+
+    def _serve(self) -> None:
+        while True:
+            with self._turn:
+                self._turn.wait(_ASK_AGAIN_S)
+                if self._over:
+                    return
+                late = self._deadline is not None and time.monotonic() >= self._deadline
+                ask = self._training and (self._now or late)
+            if ask:
+                try:
+                    self._run.request_stop()
+                except Exception:  # the run failed meanwhile: the loop is told of that
+                    return
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._turn:
+            self._over = True
+            self._turn.notify_all()
+        self._thread.join(2 * _ASK_AGAIN_S)

@@ -1,0 +1,149 @@
+"""The loop over steps: what is due when, limits, early stop, interruptions."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from raypar.errors import ConfigError
+from raypar.stages.run import OnReport, Run, StepResult
+from raypar.train.loop import EarlyStop, Limits, TrainLoop
+from raypar.train.state import TrainState
+
+
+class FakeRun(Run):
+    """Counts steps; each takes a while."""
+
+    def __init__(self, step_s: float = 0.0) -> None:
+        super().__init__([])
+        self.step_s = step_s
+        self.segments: list[tuple[int, int, int | None]] = []
+        self._stop = threading.Event()
+
+    def start(self) -> dict[str, float]:
+        return {}
+
+    def train(
+        self,
+        first_step: int,
+        steps: int,
+        on_report: OnReport | None = None,
+        *,
+        horizon: int | None = None,
+    ) -> int:
+        self.segments.append((first_step, steps, horizon))
+        self._stop.clear()
+        for step in range(first_step, first_step + steps):
+            if self._stop.is_set():
+                return step
+            time.sleep(self.step_s)
+            if on_report is not None:
+                on_report(StepResult(step, 1.0, None, True, (), self.step_s, ()))
+        return first_step + steps
+
+    def request_stop(self) -> None:
+        self._stop.set()
+
+    def close(self) -> None:
+        pass
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        return []
+
+
+class Told:
+    """Hooks that write down what happened."""
+
+    def __init__(self, losses: list[float] | None = None) -> None:
+        self.events: list[tuple[str, int]] = []
+        self.losses = losses or []
+        self.saved: list[TrainState] = []
+
+    def reported(self, result: StepResult) -> None:
+        self.events.append(("step", result.step))
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        self.events.append(("evaluate", step))
+        return {"eval_loss": self.losses.pop(0) if self.losses else 1.0}
+
+    def checkpoint(self, state: TrainState) -> None:
+        self.events.append(("checkpoint", state.step))
+        self.saved.append(state)
+
+    def position(self, step: int) -> dict[str, Any]:
+        return {"at": step}
+
+    def other(self) -> list[tuple[str, int]]:
+        return [event for event in self.events if event[0] != "step"]
+
+
+def loop_of(run: FakeRun, told: Told, first: TrainState | None = None, **limits: Any) -> TrainLoop:
+    return TrainLoop(run, first or TrainState(), Limits(**limits), told, samples=4)
+
+
+def test_what_is_due_comes_at_its_step_and_evaluation_before_checkpoint() -> None:
+    run, told = FakeRun(), Told()
+    loop = loop_of(run, told, steps=10, checkpoint_steps=4, evaluate_steps=3)
+    state = loop.go()
+    assert (state.step, state.samples) == (10, 40)
+    assert told.other() == [
+        ("evaluate", 3), ("checkpoint", 4), ("evaluate", 6), ("checkpoint", 8), ("evaluate", 9),
+        ("evaluate", 10), ("checkpoint", 10),
+    ]  # fmt: skip
+    assert [e[1] for e in told.events if e[0] == "step"] == list(range(10))
+    assert {horizon for _, _, horizon in run.segments} == {10}
+    assert told.saved[-1].metrics == {"eval_loss": 1.0}
+    assert told.saved[0].data == {"at": 4}
+
+
+def test_a_resume_keeps_the_rhythm() -> None:
+    run, told = FakeRun(), Told()
+    loop_of(run, told, TrainState(step=6, samples=24), steps=9, checkpoint_steps=4).go()
+    assert run.segments == [(6, 2, 9), (8, 1, 9)]
+    assert told.other() == [("checkpoint", 8), ("checkpoint", 9)]
+    assert told.saved[-1].samples == 36
+
+
+def test_evaluations_that_get_no_better_end_the_run_also_over_a_resume() -> None:
+    rule = EarlyStop(patience=2)
+    run, told = FakeRun(), Told([1.0, 2.0])
+    first = loop_of(run, told, steps=4, evaluate_steps=2, early_stop=rule)
+    state = first.go()
+    assert not first.stopped
+    run, told = FakeRun(), Told([1.5, 0.1])
+    second = loop_of(run, told, state, steps=10, evaluate_steps=2, early_stop=rule)
+    assert second.go().step == 6
+    assert second.stopped == "eval_loss has not got better than 1 in 2 evaluations"
+    with pytest.raises(ConfigError, match=r"early_stop\.metric is 'accuracy'"):
+        EarlyStop(metric="accuracy").after({}, {"eval_loss": 1.0})
+
+
+def test_a_time_limit_ends_the_run_with_a_checkpoint() -> None:
+    run, told = FakeRun(0.01), Told()
+    loop = loop_of(run, told, steps=100_000, time_limit_s=0.2)
+    state = loop.go()
+    assert 0 < state.step < 100_000
+    assert "time limit" in loop.stopped
+    assert told.other() == [("checkpoint", state.step)]
+
+
+def test_checkpoints_come_by_time_and_training_goes_on() -> None:
+    run, told = FakeRun(0.02), Told()
+    loop_of(run, told, steps=100, checkpoint_s=0.6).go()
+    assert len(told.saved) >= 2
+    assert told.saved[-1].step == 100
+
+
+def test_an_interruption_ends_with_a_checkpoint_and_is_raised() -> None:
+    run, told = FakeRun(0.01), Told()
+    loop = loop_of(run, told, steps=100_000)
+    timer = threading.Timer(0.2, lambda: loop.interrupt(KeyboardInterrupt()))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        loop.go()
+    timer.join()
+    assert told.other() == [("checkpoint", loop.state.step)]
+    assert 0 < loop.state.step < 100_000
