@@ -1,0 +1,69 @@
+"""``metrics.jsonl`` and other files of one JSON object per line: how they are read again."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from raypar.errors import ConfigError
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every line as a dict.
+
+    A last line that was cut off, as by a killed process, is left out.
+
+    Raises:
+        ConfigError: The file cannot be read, or another line is no JSON object; names the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error}") from None
+    lines = text.split("\n")
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):  # no line feed behind it: the writer was stopped in it
+                break
+            raise ConfigError(f"{str(path)!r}, line {number} is damaged: {error}") from None
+        if not isinstance(value, dict):
+            raise ConfigError(f"{str(path)!r}, line {number}: a JSON object is expected")
+        found.append(value)
+    return found
+
+
+def is_step(line: dict[str, Any]) -> bool:
+    """Whether a line of ``metrics.jsonl`` is of an optimizer step; others are evaluations."""
+    return "step_s" in line
+
+
+def keep_before(path: Path, step: int) -> None:
+    """Drops the lines of steps from `step` on: a run that goes on there writes them again.
+
+    The new file takes the old one's place at once, so that a crash leaves one of them whole.
+
+    Raises:
+        ConfigError: The file is damaged or cannot be written.
+    """
+    if not path.exists():
+        return
+
+    def before(line: dict[str, Any]) -> bool:
+        number = line.get("step")
+        # An evaluation names how many steps were done, a step its own 0-based number.
+        return isinstance(number, int) and number < step + (0 if is_step(line) else 1)
+
+    kept = [line for line in read_lines(path) if before(line)]
+    fresh = path.with_suffix(".new")
+    try:
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(fresh, path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {str(path)!r}: {error.strerror}") from None
