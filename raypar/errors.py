@@ -66,6 +66,10 @@ class OptimizerError(RayparError):
     """The optimizer cannot be used, or raised."""
 
 
+class CheckpointError(RayparError):
+    """A checkpoint cannot be written, is damaged, or is not of this model."""
+
+
 class TrainingError(RayparError):
     """A running job failed."""
 

@@ -68,6 +68,7 @@ class Holdings:
         ways: How each of them gets from one to the other.
         buffers: Own buffers by name.
         constants: Constant tensors of the graph by placeholder id.
+        names: Key of the model's ``state_dict()`` → canonical name of its tensor.
         note: Why the whole model had to be built to get these, or None.
         stages: Stage number → programs.
     """
@@ -104,7 +105,7 @@ class Holdings:
             device,
         )
         self.params, self.buffers, self.constants = made.params, made.buffers, made.constants
-        self.note = made.note
+        self.names, self.note = made.names, made.note
         self.ways = {
             name: way_of(spec.params[name], spec.axes, spec.coordinate)
             for name in self.params

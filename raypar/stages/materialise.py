@@ -46,12 +46,15 @@ class Materialised:
         params: The wanted parts, in the model's order, with the parameters' ``requires_grad``.
         buffers: The wanted buffers, whole, in the model's order.
         constants: The wanted constants.
+        names: Key of the model's ``state_dict()`` → canonical name of the tensor: of tied names the
+            first, as in `torch.nn.Module.named_parameters`.
         note: Why the whole model had to be built to get them, or None.
     """
 
     params: dict[str, nn.Parameter] = field(default_factory=dict)
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     note: str | None = None
 
 
@@ -172,11 +175,12 @@ class _Order:
         return made
 
     def sort(self, model: nn.Module, made: Materialised) -> None:
-        """Puts parameters and buffers into the model's order."""
+        """Puts parameters and buffers into the model's order, and takes down all names."""
         names = [n for n, _ in model.named_parameters() if n in made.params]
         made.params = {n: made.params[n] for n in names}
         names = [n for n, _ in model.named_buffers() if n in made.buffers]
         made.buffers = {n: made.buffers[n] for n in names}
+        made.names = _state_names(model)
 
     def _param(
         self, into: dict[str, nn.Parameter], name: str, requires_grad: bool
@@ -191,6 +195,16 @@ class _Order:
             into[name] = part.to(self.device)
 
         return deliver
+
+
+def _state_names(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    canonical = {name: first.setdefault(id(tensor), name) for name, tensor in named}
+    return {key: canonical[key] for key in model.state_dict(keep_vars=True) if key in canonical}
 
 
 def _fits(part: tuple[Ranges, ...], shape: tuple[int, ...]) -> bool:
