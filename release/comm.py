@@ -48,10 +48,10 @@ def _timed(call: Callable[[], None], count: int) -> tuple[list[float], float]:
     return walls, (time.process_time() - cpu) / count
 
 
-def measure(rank: int, address: Address, queue: Any) -> None:
+def measure(rank: int, address: Address, store_port: int, queue: Any) -> None:
     torch.set_num_threads(1)
     group = GlooGroup.create("bench", rank, 2, address)
-    store = dist.TCPStore(address.host, address.port, is_master=False, wait_for_workers=False)
+    store = dist.TCPStore(address.host, store_port, is_master=False, wait_for_workers=False)
     gloo = dist.ProcessGroupGloo(dist.PrefixStore("plain", store), rank, 2, timedelta(seconds=60))
     other = 1 - rank
     rows = []
@@ -137,10 +137,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
     server = Rendezvous()
+    store = dist.TCPStore(server.address.host, 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     workers = [
-        context.Process(target=measure, args=(rank, server.address, queue)) for rank in range(2)
+        context.Process(target=measure, args=(rank, server.address, store.port, queue))
+        for rank in range(2)
     ]
     load = os.getloadavg()[0]
     for worker in workers:

@@ -55,6 +55,11 @@ class Endpoint(ABC):
         """Ends the whole endpoint."""
 
 
+def is_path(path: bytes) -> bool:
+    """Whether this is the path of a group."""
+    return _PATH.fullmatch(path) is not None
+
+
 def readable(key: bytes) -> str:
     """A key as text for people: the tag in quotes, or the collective and its number."""
     rest = _PATH.sub(b"", key, count=1)

@@ -59,16 +59,44 @@ class Inbox:
         elif failure is not None:
             pending.fail(*failure)
 
-    def claim(self, key: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Pending | None:
-        """The receive that is next for `key`, if it brought a buffer that the message fits."""
+    def claim(
+        self, key: bytes, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> tuple[Pending | None, bool]:
+        """The receive that the message about to be read is for, where that decides how.
+
+        Returns:
+            The receive, and whether the message has the form that it wants. None if there is none
+            yet, or if it takes the message but brings no buffer for it.
+        """
         with self._lock:
             waiting = self._waiting.get(key)
-            into = waiting[0].into if waiting else None
-            if waiting is None or into is None or into.dtype != dtype or into.shape != shape:
-                return None
+            form = waiting[0].form if waiting else None
+            if waiting is None or form is None:
+                return None, True
+            right = form.dtype == dtype and form.shape == shape
+            if right and waiting[0].into is None:
+                return None, True
             pending = self._pop(key, waiting)
             self._claimed = (key, pending)
-            return pending
+            return pending, right
+
+    def refuse(self, key: bytes, pending: Pending, outline: torch.Tensor) -> None:
+        """Ends a claimed receive with the outline of a message that it does not take.
+
+        Args:
+            key: The message's key.
+            pending: The receive.
+            outline: A meta tensor: shape and dtype of what came, without its memory.
+        """
+        with self._lock:
+            self._recent.append((key, time.monotonic()))
+            self._claimed = None
+            aborted = self._failure(key) is not None
+        if not pending.complete(outline) and not aborted:
+            # Its deadline won the race; a later receive must not get what has no values.
+            self.break_off(
+                CommError, f"a message for {readable(key)} had another form than was expected"
+            )
 
     def deliver(self, key: bytes, tensor: torch.Tensor, claimed: Pending | None = None) -> None:
         """Gives a whole message to the receive it belongs to, or keeps it."""

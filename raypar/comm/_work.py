@@ -80,6 +80,11 @@ class Pending(Work):
         self._gate.release()
 
     @property
+    def form(self) -> TensorSpec | torch.Tensor | None:
+        """What a message must look like, where that is known beforehand."""
+        return self.into
+
+    @property
     def error(self) -> tuple[type[CommError], str] | None:
         """Kind and reason of the failure, if it failed."""
         return self._error
@@ -135,6 +140,10 @@ class PendingReceive(Pending):
     ) -> None:
         super().__init__(call, timeout_s, evidence=evidence, on_timeout=on_timeout)
         self._spec = spec
+
+    @property
+    def form(self) -> TensorSpec | torch.Tensor | None:
+        return self._spec
 
     def _checked(self, value: torch.Tensor | None) -> torch.Tensor | None:
         if value is not None and not fits(value, self._spec):

@@ -10,7 +10,6 @@ receives can deadlock.
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import threading
 from collections import deque
@@ -94,9 +93,8 @@ class Mailbox(Endpoint):
         self._abort_here(path, reason)
         if known:
             return
-        said = json.dumps([path.decode(), reason]).encode()
         for peer in self._peers.values():
-            peer.tell(_frames.control_frame(_frames.ABORT, said))
+            peer.tell(_frames.abort_frame(path, reason))
             if path == b"/":
                 peer.shut()
 
@@ -272,10 +270,9 @@ class _Peer:
                     self._lost(self._gone("has closed the group"), PeerClosedError)
                     return
                 if head.kind == _frames.ABORT:
-                    path, reason = json.loads(head.key)
-                    self._box._abort_here(path.encode(), reason)
+                    self._box._abort_here(*_frames.read_abort(head.key))
                     continue
-                start = self._take(head, view, start, end)
+                start, end = self._take(head, view, start, end)
         except (OSError, EOFError) as error:
             said = (
                 "closed the connection without a goodbye"
@@ -283,12 +280,21 @@ class _Peer:
                 else (f"broke the connection ({error})")
             )
             self._lost(self._gone(f"{said}: its process died, or it aborted the group"))
+        except CommError as error:
+            self._lost(self._gone(f"sent what cannot be read: {error}"))
+            self.shut()
         except Exception as error:
             self._lost(self._gone(f"sent what cannot be read ({type(error).__name__}: {error})"))
+            self.shut()
 
-    def _take(self, head: _frames.Head, view: memoryview, start: int, end: int) -> int:
-        """Reads one tensor; returns where the next frame starts in the scratch buffer."""
-        claimed = self.inbox.claim(head.key, head.shape, head.dtype)
+    def _take(self, head: _frames.Head, view: memoryview, start: int, end: int) -> tuple[int, int]:
+        """Reads one tensor; returns where the next frame lies in the scratch buffer."""
+        claimed, right = self.inbox.claim(head.key, head.shape, head.dtype)
+        if claimed is not None and not right:
+            start, end = self._skip(head.nbytes, view, start, end)
+            outline = torch.empty(head.shape, dtype=head.dtype, device="meta")
+            self.inbox.refuse(head.key, claimed, outline)
+            return start, end
         tensor = claimed.into if claimed is not None else None
         if tensor is None:
             tensor = torch.empty(head.shape, dtype=head.dtype)
@@ -303,7 +309,19 @@ class _Peer:
         del body
         start += min(head.nbytes, end - start)
         self.inbox.deliver(head.key, tensor, claimed)
-        return start
+        return start, end
+
+    def _skip(self, count: int, view: memoryview, start: int, end: int) -> tuple[int, int]:
+        """Reads `count` bytes that nobody wants, without memory for them."""
+        have = min(count, end - start)
+        start, count = start + have, count - have
+        while count:
+            start = end = 0
+            got = self._sock.recv_into(view[: min(count, len(view))])
+            if got == 0:
+                raise EOFError
+            count -= got
+        return start, end
 
     def _need(self, view: memoryview, start: int, end: int, count: int) -> tuple[int, int]:
         """Reads until the scratch buffer holds `count` bytes from `start` on."""
@@ -338,7 +356,7 @@ class _Peer:
     def finish(self, timeout_s: float) -> None:
         """Waits until all is sent, then says goodbye."""
         self._idle.wait(timeout_s)
-        self.tell(_frames.control_frame(_frames.BYE, b""))
+        self.tell(_frames.bye_frame())
 
     def shut(self) -> None:
         """Ends the connection; both threads wake and leave."""

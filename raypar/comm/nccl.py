@@ -33,6 +33,7 @@ from raypar.comm._nccl_pair import Lane, Pairs
 from raypar.comm._work import PeerClosedError
 from raypar.comm.gloo import GlooGroup
 from raypar.comm.group import DEFAULT_TIMEOUT_S, Group, Ready, TensorSpec, Work
+from raypar.comm.network import NetworkSettings
 from raypar.comm.rendezvous import Address
 from raypar.errors import CommAbortedError, CommError, CommTimeoutError
 
@@ -88,6 +89,7 @@ class NcclGroup(Group):
         device: torch.device | str | int | None = None,
         host: str = "127.0.0.1",
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        network: NetworkSettings | None = None,
     ) -> NcclGroup:
         """Connects this process with the others; see `GlooGroup.create`.
 
@@ -99,6 +101,7 @@ class NcclGroup(Group):
             device: This rank's CUDA device; None for the current one.
             host: Host name or IP of this machine as the others reach it.
             timeout_s: Deadline of every wait, in seconds.
+            network: Which interface and ports to use, and what to tell NCCL.
 
         Raises:
             CommError: No GPU, no cupy, or NCCL failed; the text says what to install or change.
@@ -111,7 +114,11 @@ class NcclGroup(Group):
         place = torch.device("cuda", index) if isinstance(index, int) else torch.device(index)
         if place.type != "cuda":
             raise CommError(f"{name}: backend 'nccl' needs a CUDA device, not {place}")
-        control = GlooGroup.create(name, rank, size, address, host=host, timeout_s=timeout_s)
+        if network is not None:
+            network.apply_environment(host)
+        control = GlooGroup.create(
+            name, rank, size, address, host=host, timeout_s=timeout_s, network=network
+        )
         try:
             return cls(control, place)
         except BaseException:

@@ -1,34 +1,38 @@
 """How the ranks of a world find each other and connect.
 
-Rank 0's process serves a small store and hands its `Address` (a picklable value) to the others, by
+Rank 0's process serves a `Rendezvous` and hands its `Address` (a picklable value) to the others, by
 whatever means the caller has, for example an actor call. Then every rank calls `connect`, in any
 order and at any time before the deadline, and gets one connected socket for every peer: a unix
 socket where both are on one machine and see the same files, TCP otherwise.
+
+Nothing here is for strangers: every listening socket is bound to one address of its machine, and a
+connection is read only after it has proved that it knows the address's token (`_handshake.py`).
+Torch's `TCPStore` would do neither: whatever host it is given, it listens on all interfaces, and
+anyone who reaches it may write to it.
 """
 
 from __future__ import annotations
 
-import hmac
 import json
 import os
 import secrets
-import select
 import shutil
 import socket
-import struct
 import tempfile
 import time
-from dataclasses import dataclass
-from datetime import timedelta
+import weakref
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
+from raypar.comm._handshake import Door, DroppedError, introduce
+from raypar.comm._meeting import CONTEXT, LENGTH, MOST_ANSWER_BYTES, Meeting
+from raypar.comm.network import listen
 from raypar.errors import CommError, CommTimeoutError
 
-_HELLO = struct.Struct("<64sI")
-_POLL_S = 0.05
 _LONGEST_BASE = 80  # "/raypar-12345678/s" is added; the path of a unix socket has 103 bytes at most
+_GRACE_S = 2.0
+_TOKEN_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +42,12 @@ class Address:
     Attributes:
         host: Host name or IP that all ranks can reach.
         port: TCP port.
-        token: 64 hex digits; connections that do not know it are refused.
+        token: 64 hex digits, which are not printed; connections that do not know it are refused.
     """
 
     host: str
     port: int
-    token: str
+    token: str = field(repr=False)
 
 
 class Rendezvous:
@@ -53,27 +57,25 @@ class Rendezvous:
     been made do not need it any more.
 
     Args:
-        host: Host name or IP of this machine as the other ranks reach it.
+        host: Host name or IP of this machine as the other ranks reach it; bound to it alone.
+        port_range: First and last port to try; None for any.
 
     Raises:
-        CommError: The host cannot be served from here.
+        CommError: The host cannot be served from here, or every port of the range is taken.
     """
 
-    def __init__(self, host: str = "127.0.0.1") -> None:
+    def __init__(self, host: str = "127.0.0.1", port_range: tuple[int, int] | None = None) -> None:
         try:
-            self._store: TCPStore | None = TCPStore(
-                host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30)
-            )
-        except RuntimeError as error:
-            raise CommError(
-                f"cannot serve a rendezvous at host {host!r}: {_first_line(error)}; "
-                "give an address of this machine, for example host='127.0.0.1'"
-            ) from None
-        self.address = Address(host, self._store.port, secrets.token_hex(32))
+            listener = listen(host, port_range)
+        except CommError as error:
+            raise CommError(f"cannot serve a rendezvous: {error}") from None
+        token = secrets.token_hex(_TOKEN_BYTES)
+        self.address = Address(host, int(listener.getsockname()[1]), token)
+        self._end = weakref.finalize(self, Meeting(listener, bytes.fromhex(token)).stop)
 
     def close(self) -> None:
         """Ends the service."""
-        self._store = None
+        self._end()
 
 
 @dataclass
@@ -89,8 +91,39 @@ class Link:
     label: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Info:
+    """What a rank tells the others of itself.
+
+    Attributes:
+        machine: Equal for processes that can meet over a unix socket.
+        unix: Path of its unix socket.
+        host: Where it listens, with `port`.
+        port: TCP port.
+        door: What its listeners are called; part of every handshake with them.
+        label: Who it is, for people.
+    """
+
+    machine: str
+    unix: str
+    host: str
+    port: int
+    door: str
+    label: str
+
+    def plain(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
 def connect(
-    name: str, rank: int, size: int, address: Address, *, host: str, timeout_s: float
+    name: str,
+    rank: int,
+    size: int,
+    address: Address,
+    *,
+    host: str,
+    timeout_s: float,
+    port_range: tuple[int, int] | None = None,
 ) -> dict[int, Link]:
     """Connects this rank with every other rank of the world `name`.
 
@@ -104,12 +137,14 @@ def connect(
         address: What rank 0's `Rendezvous` gave.
         host: Host name or IP of this machine as the other ranks reach it.
         timeout_s: Deadline for all of it, in seconds.
+        port_range: First and last port on which to listen for the others; None for any.
 
     Raises:
         CommTimeoutError: Some ranks did not join in time; the text names them.
-        CommError: The rendezvous or a peer cannot be reached.
+        CommError: The rendezvous or a peer cannot be reached, or does not know the token.
     """
-    return _Join(name, rank, size, address, host, time.monotonic() + timeout_s, timeout_s).run()
+    join = _Join(name, rank, size, address, host, timeout_s, port_range)
+    return join.run()
 
 
 class _Join:
@@ -120,159 +155,194 @@ class _Join:
         size: int,
         address: Address,
         host: str,
-        deadline: float,
         timeout_s: float,
+        port_range: tuple[int, int] | None,
     ) -> None:
-        self._who = f"{name} rank {rank}"
+        self._name, self._who = name, f"{name} rank {rank}"
         self._rank, self._size = rank, size
-        self._address, self._host = address, host
-        self._deadline, self._timeout_s = deadline, timeout_s
-        try:
-            self._store = TCPStore(
-                address.host,
-                address.port,
-                is_master=False,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=max(1.0, timeout_s)),
-            )
-            use = self._store.add(f"raypar/{name}/uses/{rank}", 1)
-        except RuntimeError as error:
-            raise CommError(
-                f"{self._who}: cannot reach the rendezvous at {address.host}:{address.port}: "
-                f"{_first_line(error)}; is rank 0's process alive, and its host reachable?"
-            ) from None
-        self._prefix = f"raypar/{name}/{use}"
-        self._folder = tempfile.mkdtemp(prefix="raypar-", dir=_socket_base())
-        self._listeners: list[socket.socket] = []
+        self._address, self._host, self._port_range = address, host, port_range
+        self._secret = bytes.fromhex(address.token)
+        self._deadline, self._timeout_s = time.monotonic() + timeout_s, timeout_s
+        self._door_name = secrets.token_hex(16)
 
     def run(self) -> dict[int, Link]:
         links: dict[int, Link] = {}
+        folder = tempfile.mkdtemp(prefix="raypar-", dir=_socket_base())
+        door: Door | None = None
         try:
-            self._listen()
-            peers = {r: self._info(r) for r in range(self._rank)}
-            for peer, info in peers.items():
-                links[peer] = Link(self._dial(peer, info), str(info["label"]))
-            self._accept(links)
+            door, info = self._listen(str(Path(folder) / "s"))
+            infos = self._meet(info)
+            for peer in range(self._rank):
+                links[peer] = Link(self._dial(peer, infos[peer]), infos[peer].label)
+            self._accept(door, links, infos)
         except BaseException:
             for link in links.values():
                 link.sock.close()
             raise
         finally:
-            for listener in self._listeners:
-                listener.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            if door is not None:
+                door.close()
+            shutil.rmtree(folder, ignore_errors=True)
         for link in links.values():
             link.sock.settimeout(None)
         return links
 
-    def _listen(self) -> None:
-        path = str(Path(self._folder) / "s")
+    def _left(self) -> float:
+        return self._deadline - time.monotonic()
+
+    def _listen(self, path: str) -> tuple[Door, _Info]:
+        try:
+            remote = listen(self._host, self._port_range)
+        except CommError as error:
+            raise CommError(f"{self._who}: {error}") from None
         local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listeners.append(local)
-        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        remote = socket.socket(family, socket.SOCK_STREAM)
-        self._listeners.append(remote)
         try:
             local.bind(path)
-            remote.bind((self._host, 0))
+            local.listen(max(128, self._size))
+        except OSError as error:
+            local.close()
+            remote.close()
+            raise CommError(f"{self._who}: cannot listen at {path!r}: {error}") from None
+        info = _Info(
+            machine=_machine(),
+            unix=path,
+            host=self._host,
+            port=int(remote.getsockname()[1]),
+            door=self._door_name,
+            label=f"pid {os.getpid()} on {socket.gethostname()}",
+        )
+        return Door([local, remote], self._secret, _context(info)), info
+
+    # ---- meeting the others ---------------------------------------------------------------
+
+    def _meet(self, info: _Info) -> list[_Info]:
+        """Tells the rendezvous where this rank is; returns where all ranks are."""
+        where = f"{self._address.host}:{self._address.port}"
+        try:
+            sock = socket.create_connection(
+                (self._address.host, self._address.port), max(0.001, self._left())
+            )
         except OSError as error:
             raise CommError(
-                f"{self._who}: cannot listen at host {self._host!r} or {path!r}: {error}; pass an "
-                "address of this machine as host"
+                f"{self._who}: cannot reach the rendezvous at {where}: {error}; is rank 0's "
+                "process alive, and its host reachable?"
             ) from None
-        for listener in self._listeners:
-            listener.listen(self._size)
-        info = {
-            "machine": _machine(),
-            "unix": path,
-            "host": self._host,
-            "port": remote.getsockname()[1],
-            "label": f"pid {os.getpid()} on {socket.gethostname()}",
-        }
-        self._store.set(f"{self._prefix}/{self._rank}", json.dumps(info))
+        with sock:
+            try:
+                introduce(sock, self._secret, CONTEXT, self._rank, self._deadline)
+            except CommError as error:
+                raise CommError(f"{self._who}: the rendezvous at {where}: {error}") from None
+            asked = {
+                "world": self._name,
+                "size": self._size,
+                "wait_s": max(0.0, self._left()),
+                "info": info.plain(),
+            }
+            try:
+                body = json.dumps(asked).encode()
+                sock.sendall(LENGTH.pack(len(body)) + body)
+                answer = self._hear(sock)
+            except (OSError, ValueError) as error:
+                raise CommError(
+                    f"{self._who}: the rendezvous at {where} went away while ranks were joining "
+                    f"({error}); keep rank 0's Rendezvous until all joined"
+                ) from None
+        return self._roster(answer)
 
-    def _info(self, peer: int) -> dict[str, object]:
-        key = f"{self._prefix}/{peer}"
-        left = self._deadline - time.monotonic()
-        try:
-            self._store.wait([key], timedelta(seconds=max(0.001, left)))
-            found: dict[str, object] = json.loads(self._store.get(key))
-            return found
-        except RuntimeError as error:
-            raise self._missing(_first_line(error)) from None
+    def _hear(self, sock: socket.socket) -> Any:
+        (length,) = LENGTH.unpack(self._exactly(sock, LENGTH.size))
+        if length > MOST_ANSWER_BYTES:
+            raise ValueError(f"it answers with {length} bytes")
+        return json.loads(self._exactly(sock, length))
 
-    def _missing(self, why: str) -> CommError:
-        try:
-            silent = [
-                r for r in range(self._size) if not self._store.check([f"{self._prefix}/{r}"])
-            ]
-        except RuntimeError:
-            return CommError(
-                f"{self._who}: the rendezvous at {self._address.host}:{self._address.port} went "
-                f"away while ranks were joining ({why}); keep rank 0's Rendezvous until all joined"
-            )
-        who = f"rank {', '.join(map(str, silent))} did not join" if silent else "a peer is stuck"
+    def _exactly(self, sock: socket.socket, count: int) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            sock.settimeout(max(0.001, self._left() + _GRACE_S))
+            part = sock.recv(min(count - len(data), 1 << 20))
+            if not part:
+                raise OSError("it hung up")
+            data += part
+        return bytes(data)
+
+    def _roster(self, answer: Any) -> list[_Info]:
+        if "missing" in answer:
+            silent = [r for r in answer["missing"] if r != self._rank]
+            who = ", ".join(map(str, silent))
+            raise self._late(f"rank {who} did not join")
+        if "ranks" not in answer:
+            raise CommError(f"{self._who}: the rendezvous says: {answer.get('error')}")
+        infos = [_Info(**{k: info[k] for k in _Info.__slots__}) for info in answer["ranks"]]
+        if len(infos) != self._size:
+            raise CommError(f"{self._who}: the rendezvous knows {len(infos)} of {self._size} ranks")
+        return infos
+
+    def _late(self, who: str) -> CommTimeoutError:
         return CommTimeoutError(
             f"{self._who}: connecting {self._size} ranks: waited {self._timeout_s:.1f} s; {who}. "
             f"If they are only slow to start, raise timeout_s (now {self._timeout_s:g}), for "
             f"example to {4 * self._timeout_s:g}"
         )
 
-    def _dial(self, peer: int, info: dict[str, object]) -> socket.socket:
-        hello = _HELLO.pack(self._address.token.encode(), self._rank)
-        tries: list[tuple[socket.AddressFamily, object]] = []
-        if info["machine"] == _machine():
-            tries.append((socket.AF_UNIX, info["unix"]))
-        host = str(info["host"])
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        tries.append((family, (host, info["port"])))
+    # ---- connecting with them -------------------------------------------------------------
+
+    def _dial(self, peer: int, info: _Info) -> socket.socket:
+        ways: list[tuple[socket.AddressFamily, Any]] = []
+        if info.machine == _machine():
+            ways.append((socket.AF_UNIX, info.unix))
+        family = socket.AF_INET6 if ":" in info.host else socket.AF_INET
+        ways.append((family, (info.host, info.port)))
         problems: list[str] = []
-        for kind, where in tries:
-            sock = socket.socket(kind, socket.SOCK_STREAM)
-            sock.settimeout(max(0.001, self._deadline - time.monotonic()))
-            try:
-                sock.connect(where)  # type: ignore[arg-type]
-                if kind != socket.AF_UNIX:
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.sendall(hello)
-                return sock
-            except OSError as error:
-                problems.append(f"{where}: {error}")
-                sock.close()
+        pause = 0.02
+        while True:
+            again = False
+            problems.clear()
+            for kind, where in ways:
+                try:
+                    return self._connect(kind, where, info)
+                except DroppedError as error:  # it may be busy with strangers
+                    again = True
+                    problems.append(f"{where}: {error}")
+                except (OSError, CommError) as error:
+                    problems.append(f"{where}: {error}")
+            if not again or self._left() <= pause:
+                break
+            time.sleep(pause)
+            pause = min(1.0, 2 * pause)
         raise CommError(
-            f"{self._who}: cannot connect to rank {peer} ({info['label']}): {'; '.join(problems)}"
+            f"{self._who}: cannot connect to rank {peer} ({info.label}): {'; '.join(problems)}"
         )
 
-    def _accept(self, links: dict[int, Link]) -> None:
+    def _connect(self, kind: socket.AddressFamily, where: Any, info: _Info) -> socket.socket:
+        sock = socket.socket(kind, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(max(0.001, self._left()))
+            sock.connect(where)
+            if kind != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            introduce(sock, self._secret, _context(info), self._rank, self._deadline)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _accept(self, door: Door, links: dict[int, Link], infos: list[_Info]) -> None:
         """Takes the connections of all higher ranks."""
         while len(links) < self._size - 1:
-            left = self._deadline - time.monotonic()
-            if left <= 0:
-                raise self._missing("deadline")
-            for listener in select.select(self._listeners, [], [], left)[0]:
-                sock, _ = listener.accept()
-                peer = self._greet(sock)
-                if peer is None or not self._rank < peer < self._size or peer in links:
-                    sock.close()
+            if self._left() <= 0:
+                silent = [r for r in range(self._rank + 1, self._size) if r not in links]
+                raise self._late(f"rank {', '.join(map(str, silent))} joined but did not connect")
+            for one in door.admit(self._left()):
+                if not self._rank < one.rank < self._size or one.rank in links:
+                    one.sock.close()
                     continue
-                if listener.family != socket.AF_UNIX:
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                links[peer] = Link(sock, str(self._info(peer)["label"]))
+                if one.sock.family != socket.AF_UNIX:
+                    one.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                links[one.rank] = Link(one.sock, infos[one.rank].label)
 
-    def _greet(self, sock: socket.socket) -> int | None:
-        """The rank that a new connection says it is, if it knows the secret."""
-        sock.settimeout(max(_POLL_S, min(5.0, self._deadline - time.monotonic())))
-        raw = b""
-        try:
-            while len(raw) < _HELLO.size:
-                part = sock.recv(_HELLO.size - len(raw))
-                if not part:
-                    return None
-                raw += part
-        except OSError:
-            return None
-        token, peer = _HELLO.unpack(raw)
-        return int(peer) if hmac.compare_digest(token, self._address.token.encode()) else None
+
+def _context(info: _Info) -> bytes:
+    return f"link {info.door}".encode()
 
 
 def _machine() -> str:
@@ -293,7 +363,3 @@ def _socket_base() -> str:
         f"no writable temporary folder with a path of at most {_LONGEST_BASE} bytes, which sockets "
         f"need: {tempfile.gettempdir()!r} is longer; set TMPDIR=/tmp"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

@@ -133,9 +133,8 @@ def test_inbox_claims_a_buffer_only_where_the_message_fits() -> None:
     into = torch.zeros(3)
     pending = _pending(into=into)
     inbox.post(b"/:a", pending)
-    assert inbox.claim(b"/:a", (4,), torch.float32) is None
-    assert inbox.claim(b"/:a", (3,), torch.float64) is None
-    assert inbox.claim(b"/:a", (3,), torch.float32) is pending
+    assert inbox.claim(b"/:b", (3,), torch.float32) == (None, True)  # nobody waits for it yet
+    assert inbox.claim(b"/:a", (3,), torch.float32) == (pending, True)
     inbox.deliver(b"/:a", into, pending)
     assert pending.wait() is into
     late = _pending(into=into)
@@ -143,6 +142,26 @@ def test_inbox_claims_a_buffer_only_where_the_message_fits() -> None:
     inbox.post(b"/:a", late)
     assert late.wait() is into
     assert into.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((4,), torch.float32), ((3,), torch.float64)])
+def test_a_message_of_another_form_is_refused_before_it_is_read(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    inbox = Inbox({})
+    waiting = [_pending(into=torch.zeros(3)), _pending(timeout_s=0.0, into=torch.zeros(3))]
+    for pending in waiting:
+        inbox.post(b"/:a", pending)
+        assert inbox.claim(b"/:a", shape, dtype) == (pending, False)
+    outline = torch.empty(shape, dtype=dtype, device="meta")
+    inbox.refuse(b"/:a", waiting[0], outline)
+    assert waiting[0].wait() is outline
+    assert inbox.broken is None
+    with pytest.raises(CommTimeoutError):
+        waiting[1].wait()
+    inbox.refuse(b"/:a", waiting[1], outline)  # too late to tell it: nobody may get that message
+    assert inbox.broken is not None
+    assert "another form" in inbox.broken[1]
 
 
 def test_a_message_that_lost_to_the_deadline_is_kept() -> None:
