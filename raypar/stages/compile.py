@@ -17,6 +17,7 @@ from raypar.lowered import LoweredPlan, lower_plan
 from raypar.plan import Plan
 from raypar.programs.slicing import StageGraph
 from raypar.programs.wire import pack
+from raypar.stages.recipe import Recipe
 from raypar.stages.spec import OptimizerFn, RankSpec, StageSpec
 from raypar.stages.transfers import posting_plan
 
@@ -27,7 +28,7 @@ def compile_plan(
     *,
     optimizer: OptimizerFn,
     seed: int = 0,
-    clip_norm: float | None = None,
+    recipe: Recipe | None = None,
     keep_gradients: bool = False,
     threads: int | None = None,
     accelerator: bool = False,
@@ -37,9 +38,9 @@ def compile_plan(
     Args:
         graph: The captured model.
         plan: A plan for it.
-        optimizer: Builds the optimizer from one rank's own parameters.
+        optimizer: Builds the optimizer from parameters.
         seed: Seed of initialisation and of dropout.
-        clip_norm: Global gradient norm limit, or None.
+        recipe: Clipping, schedule, loss scale, average; default: none of them.
         keep_gradients: Keep a copy of every step's gradients on the ranks.
         threads: torch threads per rank, or None to leave them alone.
         accelerator: Whether ranks run on GPUs.
@@ -97,7 +98,8 @@ def compile_plan(
             params=low.layouts[group],
             edge_specs=low.edge_specs,
             link_costs=low.costs,
-            clip_norm=clip_norm,
+            recipe=recipe or Recipe(),
+            forms=graph.params,
             seed=seed,
             default_dtype=str(torch.get_default_dtype()).removeprefix("torch."),
             threads=threads,

@@ -15,7 +15,7 @@ import torch
 
 from raypar.comm.group import Group
 from raypar.comm.mesh import MeshGroups
-from raypar.errors import OptimizerError, RayparError
+from raypar.errors import OptimizerError
 from raypar.graph.replay import replay
 from raypar.plan import DATA
 from raypar.schedules.instructions import Instruction, Kind
@@ -26,9 +26,10 @@ from raypar.stages.gradients import GradientStore
 from raypar.stages.holdings import HeldStage, Holdings, Workshop
 from raypar.stages.layouts import reported_names
 from raypar.stages.meters import FiniteWatch, SavedMeter
-from raypar.stages.optimizers import check_cut
+from raypar.stages.snapshot import RankState
 from raypar.stages.spec import RankSpec, StepReport
 from raypar.stages.transfers import Transfers
+from raypar.stages.update import Update
 
 GRAD = "grad:"
 FORWARD, BACKWARD = 0, 1
@@ -55,8 +56,10 @@ class RankRunner:
         self._mesh = MeshGroups(world, spec.meshes, spec.bases, spec.group)
         self._replicas = self._mesh.along((DATA,))
         self._gradients = GradientStore(spec, self._holdings, world, self._mesh)
-        self._optimizer = self._make_optimizer()
+        self._update = Update(spec, self._holdings)
+        self._kept = RankState(spec, self._holdings, self._update)
         self._transfers = Transfers(spec, world)
+        self._scaled_by = self._update.scaler.scale
         self._tangents = self._loss_tangents()
         self._at = -1
         self._step = -1
@@ -79,30 +82,14 @@ class RankRunner:
 
     # -- set-up -----------------------------------------------------------------------------
 
-    def _make_optimizer(self) -> torch.optim.Optimizer | None:
-        params = list(self._holdings.stored.values())
-        if not params:
-            return None
-        try:
-            made = self.spec.optimizer(params)
-        except RayparError:
-            raise
-        except Exception as error:
-            raise OptimizerError(
-                f"the optimizer could not be built on the {len(params)} parameters of rank "
-                f"{self.spec.rank}: {type(error).__name__}: {error}"
-            ) from error
-        check_cut(made, self.spec.params, self.spec.axes)
-        return made
-
     def _loss_tangents(self) -> dict[int, torch.Tensor]:
-        """Stage → gradient of the global loss by the stage's loss of one microbatch."""
+        """Stage → gradient of the scaled global loss by the stage's loss of one microbatch."""
         found = {}
         for stage in self._holdings.stages.values():
             if stage.spec.loss_scale is not None:
                 dtype = getattr(torch, stage.spec.nodes["loss_dtype"])
                 found[stage.spec.index] = torch.tensor(
-                    stage.spec.loss_scale, dtype=dtype, device=self._device
+                    stage.spec.loss_scale * self._scaled_by, dtype=dtype, device=self._device
                 )
         return found
 
@@ -121,7 +108,15 @@ class RankRunner:
         """
         self._step = step
         self._inputs = {k: t.to(self._device, non_blocking=True) for k, t in inputs.items()}
-        self._report = StepReport(step)
+        scaler = self._update.scaler
+        if scaler.scale != self._scaled_by:
+            self._scaled_by = scaler.scale
+            self._tangents = self._loss_tangents()
+        self._report = StepReport(
+            step,
+            lr=self._update.learning_rate,
+            loss_scale=scaler.scale if scaler.active else None,
+        )
         self._values: dict[tuple[str, int], torch.Tensor] = {}
         self._saved: dict[tuple[int, int], list[Any]] = {}
         self._halves: dict[tuple[int, int], list[Any]] = {}
@@ -129,7 +124,7 @@ class RankRunner:
         self._watch = FiniteWatch()
         self._seconds = dict.fromkeys(("compute", "recv", "sync", "optimizer"), 0.0)
         self._passes = {index: [0.0, 0.0] for index in self._holdings.stages}
-        old_buffers = dict(self._holdings.buffers)
+        self._old_buffers = dict(self._holdings.buffers)
         self._params = {f"param:{k}": p.detach() for k, p in self._holdings.params.items()}
         self._gradients.begin()
         set_context(self._mesh)
@@ -145,8 +140,6 @@ class RankRunner:
             self._transfers.finish()
         stamps.append(time.perf_counter())
         self._report.stamps = stamps.tobytes()
-        if not self._report.applied:
-            self._holdings.buffers.update(old_buffers)
         self._seconds["total"] = time.perf_counter() - began
         self._report.seconds = self._seconds
         self._report.passes = {i: (both[0], both[1]) for i, both in self._passes.items()}
@@ -156,6 +149,7 @@ class RankRunner:
             self._report.saved_over = tuple(self._meter.marks)
             self._report.held = self.memory()
             self._meter.close()
+        self._old_buffers = {}
         self._at = -1
         return self._report
 
@@ -332,45 +326,55 @@ class RankRunner:
         self._gradients.check_complete(now.stage)
 
     def _norm(self, now: Instruction) -> None:
+        """Global loss and gradient norm, on every rank; one that is not finite is not applied."""
         began = time.perf_counter()
         scales = {i: s.spec.loss_scale or 0.0 for i, s in self._holdings.stages.items()}
         loss = self._watch.global_share(scales)
-        squares = self._gradients.finish(self._device)
-        own = float(squares)
-        totals = squares.reshape(1)
-        if loss is not None:
-            totals += loss * 0.0  # NaN or infinity anywhere makes the total NaN
+        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
+        totals[0] = self._gradients.finish(self._device)
+        own = float(totals[0])
+        if loss is not None:  # of the ranks of a replica one counts; NaN or infinity of any does
+            totals[1] = loss if self.spec.leads else loss * 0.0
         if self._world.size > 1:
-            self._world.all_reduce(totals, name="gradient norm").wait()
-        norm = float(totals.sqrt())
-        self._report.grad_norm = norm
-        self._report.loss = loss if self.spec.leads else None
-        if not torch.isfinite(totals).item():
-            self._report.applied = False
-            self._report.non_finite = self._watch.blame(self._holdings.stages, isfinite(own))
+            self._world.all_reduce(totals, name="gradient norm and loss").wait()
+        squares, self._loss = totals.tolist()
+        report = self._report
+        report.grad_norm = norm = squares**0.5 / self._scaled_by
+        report.loss = loss if self.spec.leads else None
+        if not (isfinite(squares) and isfinite(self._loss)):
+            report.applied = False
+            report.non_finite = self._watch.blame(self._holdings.stages, isfinite(own))
+            self._overflowed(report)
+        factor = 1.0 / self._scaled_by
         if self.spec.keep_gradients:
+            self._gradients.scale(factor)
             self._gradients.keep()
-        limit = self.spec.clip_norm
-        if limit is not None and self._report.applied:
-            self._gradients.scale(min(1.0, limit / (norm + 1e-6)))
+            factor = 1.0
+        if report.applied:
+            limit = self.spec.recipe.clip_norm
+            self._gradients.scale(factor * min(1.0, limit / (norm + 1e-6)) if limit else factor)
         self._seconds["sync"] += time.perf_counter() - began
 
+    def _overflowed(self, report: StepReport) -> None:
+        """A step that is not finite: skipped where a smaller loss scale may help, else the end.
+
+        Buffers are what forward made of them, as they are in torch after a step that its scaler
+        skips, unless forward itself was not finite.
+        """
+        report.skipped = self._update.scaler.overflowed()
+        if not report.skipped and report.non_finite is not None:
+            report.non_finite += self._update.scaler.story()
+        if not (report.skipped and isfinite(self._loss)):
+            self._holdings.buffers.update(self._old_buffers)
+
     def _optimize(self, now: Instruction) -> None:
-        if not self._report.applied or self._optimizer is None:
+        if not self._report.applied:
             return
         began = time.perf_counter()
-        rate = self._optimizer.param_groups[0].get("lr")
-        self._report.lr = None if rate is None else float(rate)
         self._gradients.assign()
-        try:
-            with torch.enable_grad():
-                self._optimizer.step()
-        except Exception as error:
-            raise OptimizerError(
-                f"step {self._step}: {type(self._optimizer).__name__}.step raised "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        self._update.step(self._step)
         self._gradients.spread()
+        self._update.applied(self._step, self._loss)
         self._seconds["optimizer"] += time.perf_counter() - began
 
     # -- what is held between forward and backward ------------------------------------------
@@ -394,31 +398,64 @@ class RankRunner:
     def state(self) -> dict[str, torch.Tensor]:
         """Own parts of parameters, and owned buffers, by the model's own names, on the CPU."""
         held = self._holdings
-        found = {
-            n: held.stored[n].detach().cpu().clone(memory_format=torch.contiguous_format)
-            for n in reported_names(self.spec)
-        }
-        found.update({n: held.buffers[n].cpu().clone() for n in self.spec.owned_buffers})
+        found = {n: _on_cpu(held.stored[n]) for n in reported_names(self.spec)}
+        found.update({n: _on_cpu(held.buffers[n]) for n in self.spec.owned_buffers})
         return found
+
+    def ema_state(self) -> dict[str, torch.Tensor]:
+        """The moving average in the form of `state`: own parts, and owned buffers.
+
+        Raises:
+            OptimizerError: The recipe has no ``ema_decay``.
+        """
+        average = self._update.average
+        if average is None:
+            raise OptimizerError(
+                "there is no moving average of the weights: set ema_decay, for example 0.999"
+            )
+        found = {n: _on_cpu(average.stored[n]) for n in reported_names(self.spec)}
+        found.update({n: _on_cpu(average.buffers[n]) for n in self.spec.owned_buffers})
+        return found
+
+    def recipe_state(self) -> dict[str, Any]:
+        """Schedule, loss scale and parameter groups as JSON values; see `Update.state`."""
+        return self._update.state()
+
+    def load_recipe_state(self, state: dict[str, Any]) -> None:
+        """Goes on from what `recipe_state` gave, under this plan or another.
+
+        Raises:
+            OptimizerError: It is of another recipe.
+        """
+        self._update.load(state)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Own parts of the last step's gradients, before clipping (with ``keep_gradients``)."""
         kept = self._gradients.kept
         return {n: kept[n].cpu() for n in reported_names(self.spec) if n in kept}
 
+    def visit(self, visitor: Callable[[RankState], Any]) -> Any:
+        """Shows a visitor the training state, between steps, and returns what it answers."""
+        return visitor(self._kept)
+
     def memory(self) -> dict[str, int]:
         """Bytes held from step to step, measured on the tensors themselves.
 
         Returns:
-            ``parameters``, ``gradients``, ``optimizer`` (its states), ``total``; compare
+            ``parameters``, ``gradients``, ``optimizer`` (its states, and the weights' moving
+            average), ``total``; compare
             `raypar.stages.accounts.predicted_memory`.
         """
         held = self._holdings
-        states = [] if self._optimizer is None else self._optimizer.state.values()
+        states = self._update.optimizer.state.values()
+        average = self._update.average
         return measured_memory(
             parameters=[*held.params.values(), *held.stored.values()],
             gradients=self._gradients.tensors(),
-            optimizer=[t for s in states for t in s.values() if isinstance(t, torch.Tensor)],
+            optimizer=[
+                *(t for s in states for t in s.values() if isinstance(t, torch.Tensor)),
+                *([] if average is None else average.tensors()),
+            ],
         )
 
     def predicted_saved(self) -> dict[int, int]:
@@ -446,6 +483,10 @@ class RankRunner:
     def close(self) -> None:
         """Drops everything held."""
         self._world.close()
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _device_of(spec: RankSpec) -> torch.device:

@@ -157,7 +157,7 @@ class LocalRun(Run):
                 row[rank] = value
                 if len(row) == len(self._seats):
                     result = merge_reports([row[r] for r in sorted(rows.pop(value.step))])
-                    bad = result if not result.applied else bad
+                    bad = result if result.ends_run else bad
                     following = result.step + 1
                     if on_report is not None:
                         on_report(result)

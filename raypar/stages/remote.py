@@ -151,7 +151,7 @@ class RayRun(Run):
                         self._raise(event.failure)
                     return following
                 for result in _results(event, len(self._specs)):
-                    bad = result if not result.applied else bad
+                    bad = result if result.ends_run else bad
                     following = result.step + 1
                     if on_report is not None:
                         on_report(result)

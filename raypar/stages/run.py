@@ -28,6 +28,7 @@ class StepResult:
         non_finite: What was not finite, and where.
         seconds: Wall time of the slowest rank.
         ranks: Every rank's own report, by rank.
+        skipped: Not applied, because the loss scale was too large; the run goes on.
     """
 
     step: int
@@ -37,6 +38,12 @@ class StepResult:
     non_finite: tuple[str, ...]
     seconds: float
     ranks: tuple[StepReport, ...]
+    skipped: bool = False
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether no step may follow: it was not finite, and not merely for the loss scale."""
+        return not (self.applied or self.skipped)
 
 
 OnReport = Callable[[StepResult], None]
@@ -54,6 +61,7 @@ def merge_reports(reports: Sequence[StepReport]) -> StepResult:
         non_finite=tuple(dict.fromkeys(r.non_finite for r in reports if r.non_finite)),
         seconds=max((r.seconds.get("total", 0.0) for r in reports), default=0.0),
         ranks=tuple(reports),
+        skipped=any(r.skipped for r in reports),
     )
 
 
@@ -75,7 +83,7 @@ def raise_if_not_finite(result: StepResult) -> None:
     Raises:
         NonFiniteError: Names the step and the stages.
     """
-    if result.applied:
+    if not result.ends_run:
         return
     places = ", ".join(result.non_finite) or "a gradient"
     raise NonFiniteError(

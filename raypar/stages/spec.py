@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,14 @@ from raypar.schedules.instructions import Instruction
 from raypar.schedules.io import Edge
 from raypar.sharding.layout import Axes, ParamLayout
 from raypar.sharding.spec import ShardingSpec
+from raypar.stages.recipe import Recipe
 
-OptimizerFn = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
-"""Builds the optimizer from one rank's own parameters."""
+OptimizerFn = Callable[[Iterable[Any]], torch.optim.Optimizer]
+"""Builds the optimizer from parameters, or from (name, parameter) pairs where its first parameter
+is called ``named_parameters``."""
+
+ParamForms = Mapping[str, tuple[tuple[int, ...], str, bool]]
+"""Shape, dtype as text, and whether it is trained, of the parameters of a model by name."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,9 @@ class RankSpec:
         link_costs: (sending, receiving) rank group → what messages cost, where links differ.
         model_fn: Builds the model.
         loss_fn: Maps the model's output (and batch) to the loss, or None.
-        optimizer: Builds the optimizer from the rank's own parameters.
-        clip_norm: Global gradient norm limit, or None.
+        optimizer: Builds the optimizer from parameters.
+        recipe: What else decides the numbers: clipping, schedule, loss scale, average.
+        forms: Every parameter of the model in its order, also those of other ranks.
         seed: Seed of initialisation and of dropout.
         default_dtype: `torch.get_default_dtype()` where the plan was compiled, as text.
         threads: torch threads for this rank, or None to leave them alone.
@@ -135,7 +141,8 @@ class RankSpec:
     params: dict[str, ParamLayout] = field(default_factory=dict)
     edge_specs: dict[tuple[str, int], ShardingSpec] = field(default_factory=dict)
     link_costs: dict[tuple[int, int], LinkCosts] = field(default_factory=dict)
-    clip_norm: float | None = None
+    recipe: Recipe = field(default_factory=Recipe)
+    forms: ParamForms = field(default_factory=dict)
     seed: int = 0
     default_dtype: str = "float32"
     threads: int | None = None
@@ -177,8 +184,11 @@ class StepReport:
         step: Step number, 0-based.
         loss: This rank's share of the global loss (the shares of all ranks add up to it); None on
             ranks without the loss stage.
-        grad_norm: Global gradient norm before clipping (equal on every rank).
+        grad_norm: Global gradient norm before clipping (equal on every rank), unscaled.
         applied: Whether the optimizer step was applied.
+        skipped: Not applied, because the loss scale was too large; the run goes on.
+        lr: Learning rate of the first parameter group in this step, where it has one.
+        loss_scale: What the loss was multiplied with for backward; None where it is not scaled.
         non_finite: Where this rank first saw a NaN or infinity ("stage 1 loss", "stage 0
             gradients", ...), or None.
         seconds: Wall time of the step here, and of parts of it: ``total``, ``compute``, ``recv``
@@ -193,7 +203,6 @@ class StepReport:
         saved_over: The same after each instruction; of a rank's first step alone.
         held: Bytes held from step to step (`raypar.stages.accounts.measured_memory`); of a rank's
             first step alone.
-        lr: Learning rate of the first parameter group in this step, where it has one.
         stamps: This host's monotonic clock in seconds, as packed float64: at the beginning of the
             list, after each instruction, and once all sends are through.
     """
@@ -202,6 +211,9 @@ class StepReport:
     loss: float | None = None
     grad_norm: float | None = None
     applied: bool = True
+    skipped: bool = False
+    lr: float | None = None
+    loss_scale: float | None = None
     non_finite: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     passes: dict[int, tuple[float, float]] = field(default_factory=dict)
@@ -209,5 +221,9 @@ class StepReport:
     most_saved: int = 0
     saved_over: tuple[int, ...] = ()
     held: dict[str, int] = field(default_factory=dict)
-    lr: float | None = None
     stamps: bytes = b""
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether no step may follow: it was not finite, and not merely for the loss scale."""
+        return not (self.applied or self.skipped)

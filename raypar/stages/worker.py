@@ -223,7 +223,7 @@ class RankWorker:
                 if on_report is not None:
                     on_report(report)
                 self.completed = step + 1
-                if not report.applied:
+                if report.ends_run:
                     self._over = True  # queued later steps become no-ops
                     break
         except BaseException as error:  # also SystemExit of user code: the others must be told

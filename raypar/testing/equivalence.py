@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from raypar.compat import pytree
 from raypar.graph.capture import build_model, capture
@@ -20,11 +21,14 @@ from raypar.plan import Plan
 from raypar.search.config import SearchConfig
 from raypar.search.plan import plan as make_plan
 from raypar.stages.compile import compile_plan
-from raypar.stages.run import Run
+from raypar.stages.consolidate import consolidate
+from raypar.stages.optimizers import call_optimizer
+from raypar.stages.recipe import Recipe
+from raypar.stages.run import Run, StepResult
+from raypar.stages.spec import OptimizerFn
 from raypar.testing.backends import start_run
 
 ModelFn = Callable[[], nn.Module]
-OptimizerFn = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 _TOLERANCES = {
     torch.float64: 1e-9,
@@ -32,6 +36,7 @@ _TOLERANCES = {
     torch.float16: 2e-3,
     torch.bfloat16: 2e-2,
 }
+_SCALER_WORDS = ("init_scale", "growth_factor", "backoff_factor", "growth_interval")
 
 
 @dataclass
@@ -40,14 +45,22 @@ class RunRecord:
 
     Attributes:
         losses: Global loss of every step, before its update.
-        gradients: For every step, parameter name → gradient (before clipping); a parameter that
-            gets none is left out.
+        gradients: For every step, parameter name → gradient (unscaled, before clipping); a
+            parameter that gets none is left out, and so are all of a step that was skipped.
+        rates: Learning rate of the first parameter group in every step.
+        scales: Loss scale of every step; 1 where the loss is not scaled.
+        skipped: Whether the loss scaler skipped the step.
         state_dict: Parameters and buffers after the last step, in the model's own names.
+        average: The same of the weights' moving average, if there is one.
     """
 
     losses: list[float] = field(default_factory=list)
     gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+    skipped: list[bool] = field(default_factory=list)
     state_dict: dict[str, torch.Tensor] = field(default_factory=dict)
+    average: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def default_optimizer(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -66,7 +79,7 @@ def run_plan(
     backend: str = "local",
     batch_dims: Any = None,
     seed: int = 0,
-    clip_norm: float | None = None,
+    recipe: Recipe | None = None,
 ) -> RunRecord:
     """Trains some steps on one batch with a plan.
 
@@ -82,7 +95,7 @@ def run_plan(
         backend: ``local`` (threads of this process) or ``ray`` (stage actors).
         batch_dims: As in `raypar.capture`; default: the plan's.
         seed: Seed of initialisation and dropout.
-        clip_norm: Global gradient norm limit.
+        recipe: Clipping, schedule, loss scale, average; default: none of them.
 
     Raises:
         PlanError: The plan is not for this model and batch.
@@ -97,7 +110,7 @@ def run_plan(
         steps=steps,
         backend=backend,
         seed=seed,
-        clip_norm=clip_norm,
+        recipe=recipe,
     )
 
 
@@ -110,7 +123,7 @@ def run_graph(
     steps: int = 3,
     backend: str = "local",
     seed: int = 0,
-    clip_norm: float | None = None,
+    recipe: Recipe | None = None,
 ) -> RunRecord:
     """`run_plan` for a model that is captured already."""
     specs = compile_plan(
@@ -118,7 +131,7 @@ def run_graph(
         plan,
         optimizer=optimizer or default_optimizer,
         seed=seed,
-        clip_norm=clip_norm,
+        recipe=recipe,
         keep_gradients=True,
     )
     tensors = [x for x in pytree.tree_leaves(batch) if isinstance(x, torch.Tensor)]
@@ -126,10 +139,20 @@ def run_graph(
     run: Run
     with start_run(backend, specs, tensors) as run:
         for step in range(steps):
-            run.train(step, 1, lambda r: record.losses.append(float(r.loss or 0.0)))
-            record.gradients.append(run.gradients())
+            run.train(step, 1, lambda r: _note(record, r))
+            record.gradients.append({} if record.skipped[-1] else run.gradients())
         record.state_dict = run.state_dict()
+        if recipe is not None and recipe.ema_decay is not None:
+            record.average = consolidate(specs, run.call("ema_state"))
     return record
+
+
+def _note(record: RunRecord, result: StepResult) -> None:
+    first = result.ranks[0]
+    record.losses.append(float(result.loss or 0.0))
+    record.rates.append(float(first.lr or 0.0))
+    record.scales.append(1.0 if first.loss_scale is None else first.loss_scale)
+    record.skipped.append(result.skipped)
 
 
 def reference_run(
@@ -140,7 +163,7 @@ def reference_run(
     optimizer: OptimizerFn | None = None,
     steps: int = 3,
     seed: int = 0,
-    clip_norm: float | None = None,
+    recipe: Recipe | None = None,
 ) -> RunRecord:
     """What the law compares a plan with.
 
@@ -153,32 +176,77 @@ def reference_run(
             graph, Cluster.local(1), SearchConfig(stages=1, replicas=1, microbatches=parts)
         )
         return run_graph(
-            graph, batch, single, optimizer=optimizer, steps=steps, seed=seed, clip_norm=clip_norm
+            graph, batch, single, optimizer=optimizer, steps=steps, seed=seed, recipe=recipe
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(graph.model_fn, on_meta=False)
     if isinstance(graph.model_fn, nn.Module):
         model = copy.deepcopy(model)
+    return _train_plainly(
+        graph,
+        model,
+        _microbatches(graph, batch, parts),
+        optimizer or default_optimizer,
+        recipe or Recipe(),
+        steps,
+    )
+
+
+def _train_plainly(
+    graph: OpGraph,
+    model: nn.Module,
+    microbatches: Sequence[Any],
+    make_optimizer: OptimizerFn,
+    recipe: Recipe,
+    steps: int,
+) -> RunRecord:
+    """The loop that a user of torch alone would write, with torch's own tools."""
     record = RunRecord()
-    made = (optimizer or default_optimizer)(model.parameters())
-    microbatches = _microbatches(graph, batch, parts)
+    optimizer = call_optimizer(make_optimizer, model.named_parameters())
+    rule = recipe.loss_scale
+    scaler = torch.amp.GradScaler(
+        "cpu",
+        **{} if rule is None else {name: getattr(rule, name) for name in _SCALER_WORDS},
+        enabled=rule is not None,
+    )
+    scheduler = None if recipe.scheduler is None else recipe.scheduler(optimizer)
+    average = None
+    if recipe.ema_decay is not None:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
     for _ in range(steps):
-        made.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
+        record.rates.append(float(optimizer.param_groups[0]["lr"]))
+        record.scales.append(scaler.get_scale())
         total = 0.0
         for part in microbatches:
-            loss = graph.loss_of(model, part) / parts
-            loss.backward()
+            loss = graph.loss_of(model, part) / len(microbatches)
+            scaler.scale(loss).backward()
             total += loss.item()
+        scaler.unscale_(optimizer)
         record.losses.append(total)
-        record.gradients.append(
-            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        )
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-        made.step()
-    record.state_dict = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        if recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        record.skipped.append(scaler.get_scale() < record.scales[-1])
+        record.gradients.append({} if record.skipped[-1] else found)
+        if record.skipped[-1]:
+            continue
+        if average is not None:
+            average.update_parameters(model)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            scheduler.step(total)
+        elif scheduler is not None:
+            scheduler.step()
+    record.state_dict = _copied(model)
+    record.average = {} if average is None else _copied(average.module)
     return record
+
+
+def _copied(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 
 def _microbatches(graph: OpGraph, batch: Any, parts: int) -> list[Any]:
@@ -230,10 +298,21 @@ def gaps(found: RunRecord, wanted: RunRecord, *, strict: bool = False) -> list[G
     for step, (a, b) in enumerate(zip(found.losses, wanted.losses, strict=True)):
         ratio = _finite(abs(a - b) / max(1.0, abs(b)))
         rows.append(Gap(f"loss of step {step}", ratio, f"is {a!r}, not {b!r}"))
+    rows += _number_gaps("learning rate", found.rates, wanted.rates)
+    rows += _number_gaps("loss scale", found.scales, wanted.scales)
+    rows += _number_gaps("skipping", found.skipped, wanted.skipped)
     for step, (mine, theirs) in enumerate(zip(found.gradients, wanted.gradients, strict=True)):
         least = 0.01 * max(map(_largest, theirs.values()), default=0.0) if strict else 1.0
         rows += _gaps(f"gradient of step {step}", mine, theirs, least)
-    return [*rows, *_gaps("state", found.state_dict, wanted.state_dict)]
+    rows += _gaps("state", found.state_dict, wanted.state_dict)
+    return [*rows, *_gaps("average", found.average, wanted.average)]
+
+
+def _number_gaps(what: str, found: Sequence[float], wanted: Sequence[float]) -> Iterator[Gap]:
+    """Of numbers that are no sums over the batch: a difference is relative to the number."""
+    for step, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        ratio = 0.0 if a == b else _finite(abs(a - b) / max(abs(a), abs(b)))
+        yield Gap(f"{what} of step {step}", ratio, f"is {a!r}, not {b!r}")
 
 
 def compare(
@@ -291,7 +370,7 @@ def assert_plan_equivalent(
     backend: str = "local",
     batch_dims: Any = None,
     seed: int = 0,
-    clip_norm: float | None = None,
+    recipe: Recipe | None = None,
     rtol: float | None = None,
 ) -> None:
     """Trains with the plan and without it, and compares every loss, gradient and tensor.
@@ -306,7 +385,7 @@ def assert_plan_equivalent(
         backend: See there.
         batch_dims: See there.
         seed: See there.
-        clip_norm: See there.
+        recipe: See there.
         rtol: Bound on max|Δ| over a tensor's scale (see `gaps`; strict where all is float64);
             default: by the graph's dtypes.
 
@@ -319,7 +398,7 @@ def assert_plan_equivalent(
         "optimizer": optimizer,
         "steps": steps,
         "seed": seed,
-        "clip_norm": clip_norm,
+        "recipe": recipe,
     }
     bound = tolerance(graph) if rtol is None else rtol
     wanted = reference_run(graph, batch, plan, **options)

@@ -24,6 +24,7 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.search.measure import Measured
 from raypar.stages.compile import compile_plan
+from raypar.stages.recipe import Recipe
 from raypar.stages.spec import OptimizerFn
 from raypar.train._measured import measured_of
 from raypar.train._warm_pool import Loaded, PoolSettings, WarmPool
@@ -54,7 +55,7 @@ class RayMeasurer:
         batch: A global batch (any pytree) that every step trains on.
         optimizer: Builds the optimizer from one rank's own parameters.
         seed: Seed of initialisation and of dropout.
-        clip_norm: Global gradient norm limit, or None.
+        recipe: What else decides the numbers (`raypar.stages.recipe.Recipe`).
         scaling: What of the cluster a device is; default: a CPU core.
         step_timeout_s: Deadline of one step (of loading a plan: `start_timeout_s`), in seconds. A
             plan that takes longer is ended, and counts as failed.
@@ -71,7 +72,7 @@ class RayMeasurer:
         optimizer: OptimizerFn,
         *,
         seed: int = 0,
-        clip_norm: float | None = None,
+        recipe: Recipe | None = None,
         scaling: ScalingConfig | None = None,
         step_timeout_s: float = 60.0,
         start_timeout_s: float = 120.0,
@@ -82,7 +83,7 @@ class RayMeasurer:
         self._cluster = cluster
         self._optimizer = optimizer
         self._seed = seed
-        self._clip_norm = clip_norm
+        self._recipe = recipe
         self._scaling = scaling or ScalingConfig()
         self._step_timeout_s = step_timeout_s
         self._at_once = at_once
@@ -187,7 +188,7 @@ class RayMeasurer:
             plan,
             optimizer=self._optimizer,
             seed=self._seed,
-            clip_norm=self._clip_norm,
+            recipe=self._recipe,
             threads=self._scaling.threads(plan),
             accelerator=self._scaling.use_gpu,
         )

@@ -8,14 +8,16 @@ or calls the model again, does not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from raypar.errors import OptimizerError
-from raypar.stages.optimizers import check_cut
-from raypar.stages.spec import OptimizerFn, RankSpec
+from raypar.stages.optimizers import EXAMPLE, check_cut, empty_optimizer
+from raypar.stages.recipe import Recipe
+from raypar.stages.spec import OptimizerFn, ParamForms, RankSpec
+from raypar.stages.update import build_scheduler, scheduler_state
 
 _REFUSED = {
     "LBFGS": "it evaluates the model several times in a step and mixes all parameters of the model "
@@ -25,16 +27,14 @@ _REFUSED = {
 }
 
 
-def check_optimizer(
-    optimizer: Any, parameters: Iterable[tuple[tuple[int, ...], torch.dtype, bool]]
-) -> OptimizerFn:
+def check_optimizer(optimizer: Any, forms: ParamForms) -> OptimizerFn:
     """Builds `optimizer` once, on empty tensors of the model's shapes, to see what it is.
 
     Args:
         optimizer: A callable from parameters to an optimizer, such as
-            ``lambda params: torch.optim.AdamW(params, lr=3e-4)``, or an optimizer class.
-        parameters: Shape, dtype and whether it requires a gradient, of each of the model's
-            parameters.
+            ``lambda params: torch.optim.AdamW(params, lr=3e-4)``, or an optimizer class; one whose
+            first parameter is called ``named_parameters`` is given (name, parameter) pairs.
+        forms: The model's parameters (`raypar.OpGraph.params`).
 
     Returns:
         `optimizer` itself.
@@ -43,64 +43,72 @@ def check_optimizer(
         OptimizerError: It is no such callable, raises, or makes something that cannot be run on
             one rank's parameters.
     """
-    example = "for example lambda params: torch.optim.AdamW(params, lr=3e-4)"
-    if isinstance(optimizer, torch.optim.Optimizer):
-        raise OptimizerError(
-            f"optimizer is a built {type(optimizer).__name__}; every rank needs its own: pass a "
-            f"callable that builds it from parameters, {example}"
-        )
-    if not callable(optimizer):
-        raise OptimizerError(
-            f"optimizer is {optimizer!r}; pass a callable that builds a torch.optim.Optimizer from "
-            f"parameters, {example}"
-        )
-    refused = getattr(optimizer, "__name__", "")
-    if refused in _REFUSED and getattr(optimizer, "__module__", "").startswith("torch.optim"):
-        raise _refused(refused)
-    built = _build_empty(optimizer, parameters)
-    for kind in type(built).__mro__:
-        if kind.__name__ in _REFUSED and kind.__module__.startswith("torch.optim"):
-            raise _refused(kind.__name__)
+    _check_built(_callable(optimizer), forms)
     return optimizer  # type: ignore[no-any-return]
 
 
-def check_optimizer_on(
-    specs: Sequence[RankSpec], parameters: Iterable[tuple[tuple[int, ...], torch.dtype, bool]]
-) -> None:
+def check_recipe(optimizer: Any, recipe: Recipe, forms: ParamForms) -> None:
+    """Checks, before anything is started, all that decides the numbers of a training.
+
+    Args:
+        optimizer: As in `check_optimizer`.
+        recipe: What goes with it.
+        forms: The model's parameters.
+
+    Raises:
+        OptimizerError: Optimizer or scheduler cannot be built or not be resumed, or the loss is
+            scaled for parameters that are float16 themselves.
+    """
+    built = _check_built(_callable(optimizer), forms)
+    if recipe.scheduler is not None:
+        scheduler_state(build_scheduler(recipe.scheduler, built))
+    if recipe.loss_scale is not None:
+        coarse = [n for n, (_, dtype, trained) in forms.items() if trained and dtype == "float16"]
+        if coarse:
+            raise OptimizerError(
+                f"loss scaling is for float32 parameters under float16 autocast, and {coarse[0]!r} "
+                f"and {len(coarse) - 1} other trained parameters are float16, in which gradients "
+                "cannot be unscaled: leave the model in float32 (without .half()), and let "
+                'precision="fp16" choose the ops'
+            )
+
+
+def check_optimizer_on(specs: Sequence[RankSpec]) -> None:
     """Checks, before anything is started, that the optimizer may see the parts that ranks hold.
 
     Args:
         specs: Every rank's spec; they hold the optimizer.
-        parameters: As in `check_optimizer`.
 
     Raises:
         OptimizerError: It needs parameters whole that the plan cuts.
     """
-    built = _build_empty(specs[0].optimizer, parameters)
+    built, _ = empty_optimizer(specs[0].optimizer, specs[0].forms)
     for spec in {spec.group: spec for spec in specs}.values():
         check_cut(built, spec.params, spec.axes)
 
 
-def _build_empty(
-    optimizer: OptimizerFn, parameters: Iterable[tuple[tuple[int, ...], torch.dtype, bool]]
-) -> torch.optim.Optimizer:
-    example = "for example lambda params: torch.optim.AdamW(params, lr=3e-4)"
-    empty = [
-        torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=grad)
-        for shape, dtype, grad in parameters
-    ]
-    try:
-        built = optimizer(empty)
-    except Exception as error:
+def _callable(optimizer: Any) -> OptimizerFn:
+    if isinstance(optimizer, torch.optim.Optimizer):
         raise OptimizerError(
-            f"the optimizer callable raised {type(error).__name__}: {error}; it is called on every "
-            f"rank with the parameters that the rank holds, {example}"
-        ) from error
-    if not isinstance(built, torch.optim.Optimizer):
-        raise OptimizerError(
-            f"the optimizer callable returned {type(built).__name__}, not a torch.optim.Optimizer; "
-            f"{example}"
+            f"optimizer is a built {type(optimizer).__name__}; every rank needs its own: pass a "
+            f"callable that builds it from parameters, {EXAMPLE}"
         )
+    if not callable(optimizer):
+        raise OptimizerError(
+            f"optimizer is {optimizer!r}; pass a callable that builds a torch.optim.Optimizer from "
+            f"parameters, {EXAMPLE}"
+        )
+    refused = getattr(optimizer, "__name__", "")
+    if refused in _REFUSED and getattr(optimizer, "__module__", "").startswith("torch.optim"):
+        raise _refused(refused)
+    return optimizer  # type: ignore[no-any-return]
+
+
+def _check_built(optimizer: OptimizerFn, forms: ParamForms) -> torch.optim.Optimizer:
+    built, _ = empty_optimizer(optimizer, forms)
+    for kind in type(built).__mro__:
+        if kind.__name__ in _REFUSED and kind.__module__.startswith("torch.optim"):
+            raise _refused(kind.__name__)
     return built
 
 

@@ -33,6 +33,7 @@ from raypar.stages.interpreter import RankRunner
 from raypar.stages.layouts import is_view, reports, stored_piece, taken_ranges, way_of
 from raypar.stages.local import LocalRun
 from raypar.stages.optimizers import ELEMENTWISE, is_elementwise
+from raypar.stages.recipe import Recipe
 from raypar.stages.run import StepResult
 from raypar.stages.spec import RankSpec
 from raypar.testing import assert_plan_equivalent
@@ -123,7 +124,9 @@ GRID: Mesh = ((2, 2), ("data", "x"))
 @pytest.mark.parametrize("mesh", [DATA2, X2, GRID, ((1, 2), ("data", "x"))])
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_one_mesh(graph: OpGraph, mesh: Mesh, zero: int) -> None:
-    assert_plan_equivalent(net, BATCH, make_plan(graph, [mesh], [zero]), clip_norm=0.05)
+    assert_plan_equivalent(
+        net, BATCH, make_plan(graph, [mesh], [zero]), recipe=Recipe(clip_norm=0.05)
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,7 +146,7 @@ def test_a_tied_parameter_on_two_meshes(
     graph: OpGraph, meshes: list[Mesh], zero: list[int], schedule: str
 ) -> None:
     plan = make_plan(graph, meshes, zero, schedule=schedule)
-    assert_plan_equivalent(net, BATCH, plan, clip_norm=0.05, steps=2)
+    assert_plan_equivalent(net, BATCH, plan, recipe=Recipe(clip_norm=0.05), steps=2)
 
 
 class Detached(Net):
@@ -185,7 +188,7 @@ def test_a_parameter_that_two_stages_of_a_rank_share(graph: OpGraph, zero: tuple
         stages=tuple(dataclasses.replace(stage, mesh=mesh) for stage in plan.stages),
         schedule=ScheduleSpec("interleaved_1f1b", ((0, 0), (0, 1))),
     )
-    assert_plan_equivalent(net, BATCH, plan, clip_norm=0.05, steps=2)
+    assert_plan_equivalent(net, BATCH, plan, recipe=Recipe(clip_norm=0.05), steps=2)
 
 
 def test_both_copies_of_a_tied_parameter_keep_the_same_bits(graph: OpGraph) -> None:
@@ -491,20 +494,17 @@ def test_elementwise_optimizers_are_exact_on_parts(graph: OpGraph, kind: Any) ->
 
 
 def test_an_optimizer_that_needs_whole_parameters_is_refused(graph: OpGraph) -> None:
-    parameters = [((2, 2), torch.float32, True)]
     optimizer = torch.optim.Adafactor
     for zero in (1, 2, 3):
         specs = compile_plan(graph, make_plan(graph, [DATA2], [zero]), optimizer=optimizer)
         with pytest.raises(
             OptimizerError, match=r"Adafactor.*first.weight.*memory.zero = 0.*AdamW"
         ):
-            check_optimizer_on(specs, parameters)
+            check_optimizer_on(specs)
         with (
             pytest.raises(OptimizerError, match="Adafactor is not known"),
             start_run("local", specs, list(BATCH)),
         ):
             pass
-    check_optimizer_on(
-        compile_plan(graph, make_plan(graph, [DATA2], [0]), optimizer=optimizer), parameters
-    )
+    check_optimizer_on(compile_plan(graph, make_plan(graph, [DATA2], [0]), optimizer=optimizer))
     assert_plan_equivalent(net, BATCH, make_plan(graph, [GRID], [0]), optimizer=optimizer, steps=2)

@@ -16,6 +16,7 @@ from raypar.plan import Plan
 from raypar.stages.compile import compile_plan
 from raypar.stages.interpreter import RankRunner
 from raypar.stages.local import LocalRun
+from raypar.stages.recipe import Recipe
 from raypar.stages.run import StepResult
 from raypar.stages.spec import RankSpec
 from raypar.stages.worker import RunnerFactory
@@ -40,7 +41,8 @@ def _model() -> tuple[Any, rp.OpGraph, Plan]:
 
 def _specs(seed: int = 0, clip_norm: float | None = None) -> list[RankSpec]:
     _, graph, plan = _model()
-    return compile_plan(graph, plan, optimizer=default_optimizer, seed=seed, clip_norm=clip_norm)
+    recipe = Recipe(clip_norm=clip_norm)
+    return compile_plan(graph, plan, optimizer=default_optimizer, seed=seed, recipe=recipe)
 
 
 def _run(

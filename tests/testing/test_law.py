@@ -17,6 +17,7 @@ import raypar as rp
 from raypar.errors import ConfigError, PlanError
 from raypar.plan import RECOMPUTE_POLICIES, Plan
 from raypar.schedules.registry import schedule_names
+from raypar.stages.recipe import Recipe
 from raypar.testing import assert_plan_equivalent, models, random_plan, run_plan
 from raypar.testing.equivalence import gaps, reference_run, run_graph, tolerance
 
@@ -142,8 +143,8 @@ def test_clipping_is_torchs_clip_grad_norm():
     plain = run_graph(graph, batch, plan, optimizer=sgd)
     norm = torch.cat([g.flatten() for g in plain.gradients[0].values()]).norm()
     limit = float(norm) / 3
-    found = run_graph(graph, batch, plan, optimizer=sgd, clip_norm=limit)
-    wanted = reference_run(graph, batch, plan, optimizer=sgd, clip_norm=limit)
+    found = run_graph(graph, batch, plan, optimizer=sgd, recipe=Recipe(clip_norm=limit))
+    wanted = reference_run(graph, batch, plan, optimizer=sgd, recipe=Recipe(clip_norm=limit))
     assert _worst(found, wanted) <= EXACT
     assert _worst(found, plain) > 1e-6
 

@@ -13,6 +13,7 @@ import pytest
 import raypar as rp
 from raypar.errors import PlanError
 from raypar.plan import MemoryPolicy, Plan
+from raypar.stages.recipe import Recipe
 from raypar.testing import models, random_plan, random_sharding
 from raypar.testing.equivalence import gaps, reference_run, run_graph
 from raypar.testing.sharding import MESHES
@@ -65,8 +66,8 @@ def test_clipping_counts_every_element_once() -> None:
     batch, graph = _captured("gpt")
     plan = random_plan(graph, FEW, seed=1, stages=2, replicas=1, microbatches=2)
     plan = random_sharding(graph, plan, MANY, seed=1, meshes=[(2, 2)])
-    found = run_graph(graph, batch, plan, steps=2, clip_norm=0.01)
-    wanted = reference_run(graph, batch, plan, steps=2, clip_norm=0.01)
+    found = run_graph(graph, batch, plan, steps=2, recipe=Recipe(clip_norm=0.01))
+    wanted = reference_run(graph, batch, plan, steps=2, recipe=Recipe(clip_norm=0.01))
     assert max(g.ratio for g in gaps(found, wanted)) <= EXACT
 
 

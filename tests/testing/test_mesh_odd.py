@@ -17,6 +17,7 @@ from torch.nn import functional
 import raypar as rp
 from raypar.graph.opgraph import OpGraph
 from raypar.plan import MeshSlice, Plan
+from raypar.stages.recipe import Recipe
 from raypar.testing import random_plan, random_sharding
 from raypar.testing.equivalence import gaps, reference_run, run_graph
 
@@ -182,7 +183,7 @@ def test_ties_and_frozen_parameters_over_unequal_meshes(zero: int, replicas: int
         plan = sharded(
             graph, seed, meshes, stages=3, replicas=replicas, microbatches=2, zero=[zero]
         )
-        assert worst(graph, ids, plan, clip_norm=0.05) <= EXACT
+        assert worst(graph, ids, plan, recipe=Recipe(clip_norm=0.05)) <= EXACT
 
 
 class Kinds(nn.Module):

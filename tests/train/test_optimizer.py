@@ -11,7 +11,7 @@ import torch
 from raypar.errors import OptimizerError
 from raypar.train.optimizer import check_optimizer
 
-PARAMETERS = [((4, 3), torch.float32, True), ((3, 3), torch.float64, True)]
+PARAMETERS = {"first": ((4, 3), "float32", True), "second": ((3, 3), "float64", True)}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,219 @@
+"""What a rank does with complete gradients: optimizer, learning rate, loss scale, average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from raypar.errors import OptimizerError
+from raypar.stages.average import WeightAverage
+from raypar.stages.holdings import Holdings
+from raypar.stages.loss_scale import LossScaler
+from raypar.stages.optimizers import build_optimizer, check_cut
+from raypar.stages.plain import from_plain, to_plain
+from raypar.stages.recipe import SchedulerFn
+from raypar.stages.spec import RankSpec
+
+# How an optimizer computes, not what: the code that resumes decides (`fused` on a GPU, say).
+_OF_THE_MACHINE = frozenset({"params", "param_names", "foreach", "fused", "capturable"})
+
+
+class Update:
+    """The optimizer of one rank and what goes with it, by the recipe of its spec.
+
+    Every rank steps through the same learning rates, loss scales and verdicts: they follow from
+    numbers that all ranks share (the global loss and norm), without any further exchange.
+
+    Args:
+        spec: What the rank is.
+        holdings: What it holds.
+
+    Attributes:
+        optimizer: Built on the stored parts (`build_optimizer`).
+        scaler: Scale of the loss.
+        average: Moving average of the weights, if the recipe has one.
+
+    Raises:
+        OptimizerError: Optimizer or scheduler cannot be built, or not on parts of parameters.
+    """
+
+    def __init__(self, spec: RankSpec, holdings: Holdings) -> None:
+        recipe = spec.recipe
+        made = build_optimizer(spec.optimizer, spec.forms, holdings.stored, holdings.device)
+        check_cut(made, spec.params, spec.axes)
+        self.optimizer = made
+        self.scaler = LossScaler(recipe.loss_scale)
+        self._scheduler = None
+        if recipe.scheduler is not None:
+            self._scheduler = build_scheduler(recipe.scheduler, made)
+        self.average = None
+        if recipe.ema_decay is not None:
+            self.average = WeightAverage(holdings, recipe.ema_decay)
+
+    @property
+    def learning_rate(self) -> float | None:
+        """That of the first group in the next step; None where the optimizer has none."""
+        rate = self.optimizer.param_groups[0].get("lr")
+        return None if rate is None else float(rate)
+
+    def step(self, step: int) -> None:
+        """Applies the gradients that the parameters have.
+
+        Raises:
+            OptimizerError: The optimizer raised.
+        """
+        try:
+            with torch.enable_grad():
+                self.optimizer.step()
+        except Exception as error:
+            raise OptimizerError(
+                f"step {step}: {type(self.optimizer).__name__}.step raised "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def applied(self, step: int, loss: float) -> None:
+        """After `step`: what follows an optimizer step that was applied.
+
+        Args:
+            step: Its number.
+            loss: The global loss of the step, equal on every rank.
+
+        Raises:
+            OptimizerError: The scheduler raised.
+        """
+        self.scaler.applied()
+        if self.average is not None:
+            self.average.update()
+        if self._scheduler is None:
+            return
+        try:
+            step_scheduler(self._scheduler, loss)
+        except Exception as error:
+            raise OptimizerError(
+                f"after step {step}, {type(self._scheduler).__name__}.step raised "
+                f"{type(error).__name__}: {error}; schedulers are stepped once for every optimizer "
+                "step, so give it as many steps as the training has"
+            ) from error
+
+    # -- for checkpoints --------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """All that is not in tensors of parameters: equal on every rank, and for every plan.
+
+        Returns:
+            JSON values: ``groups`` (what each parameter group says), ``scheduler``,
+            ``loss_scale``, ``ema_updates``; None for what the recipe does not have.
+
+        Raises:
+            OptimizerError: A group or the scheduler holds what JSON cannot.
+        """
+        return {
+            "optimizer": type(self.optimizer).__name__,
+            "groups": [_group_state(g, i) for i, g in enumerate(self.optimizer.param_groups)],
+            "scheduler": scheduler_state(self._scheduler),
+            "loss_scale": self.scaler.state(),
+            "ema_updates": None if self.average is None else self.average.updates,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` gave, here or under another plan.
+
+        Raises:
+            OptimizerError: The state is of another recipe; names what differs.
+        """
+        groups = self.optimizer.param_groups
+        scheduler = None if self._scheduler is None else type(self._scheduler).__name__
+        saved = state["scheduler"]
+        mine: dict[str, Any] = {}
+        theirs: dict[str, Any] = {}
+        mine["optimizer"], theirs["optimizer"] = type(self.optimizer).__name__, state["optimizer"]
+        mine["parameter groups"], theirs["parameter groups"] = len(groups), len(state["groups"])
+        mine["scheduler"], theirs["scheduler"] = scheduler, saved and saved["type"]
+        for name, found, has in (
+            ("loss_scale", self.scaler.active, state["loss_scale"] is not None),
+            ("ema_decay", self.average is not None, state["ema_updates"] is not None),
+        ):
+            mine[name], theirs[name] = ("set" if x else "not set" for x in (found, has))
+        wrong = [f"{k} {theirs[k]} (here {mine[k]})" for k in mine if mine[k] != theirs[k]]
+        if wrong:
+            raise OptimizerError(
+                f"what is to be resumed was trained with {', '.join(wrong)}: resume with the same "
+                "recipe, or start a new training from its weights (init_from)"
+            )
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(from_plain(saved["state"]))
+        # After the scheduler: a scheduler's own state may set learning rates when it is loaded.
+        for group, values in zip(groups, state["groups"], strict=True):
+            for name, value in from_plain(values).items():
+                known = group.get(name)
+                if isinstance(known, torch.Tensor):  # a learning rate that a graph reads
+                    known.fill_(value)
+                else:
+                    group[name] = value
+        if self.scaler.active:
+            self.scaler.load(state["loss_scale"])
+        if self.average is not None:
+            self.average.updates = int(state["ema_updates"])
+
+
+def build_scheduler(
+    make: SchedulerFn, optimizer: torch.optim.Optimizer
+) -> LRScheduler | ReduceLROnPlateau:
+    """Makes the scheduler of an optimizer.
+
+    Raises:
+        OptimizerError: `make` raises, or makes no scheduler of that optimizer.
+    """
+    example = (
+        "for example lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)"
+    )
+    try:
+        made = make(optimizer)
+    except Exception as error:
+        raise OptimizerError(
+            f"the scheduler callable raised {type(error).__name__}: {error}; it is called on every "
+            f"rank with the rank's optimizer ({len(optimizer.param_groups)} parameter groups), "
+            f"{example}"
+        ) from error
+    if not isinstance(made, (LRScheduler, ReduceLROnPlateau)):
+        raise OptimizerError(
+            f"the scheduler callable returned {type(made).__name__}, not a scheduler of "
+            f"torch.optim.lr_scheduler; {example}"
+        )
+    if made.optimizer is not optimizer:
+        raise OptimizerError(
+            f"the scheduler callable returned a {type(made).__name__} of another optimizer than "
+            f"the one it was given; {example}"
+        )
+    return made
+
+
+def step_scheduler(scheduler: LRScheduler | ReduceLROnPlateau, loss: float) -> None:
+    """Steps a scheduler after an optimizer step with this global loss."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step(loss)
+    else:
+        scheduler.step()
+
+
+def scheduler_state(scheduler: LRScheduler | ReduceLROnPlateau | None) -> dict[str, Any] | None:
+    """``type`` and ``state`` of a scheduler as JSON values; functions are made anew on a resume.
+
+    Raises:
+        OptimizerError: It holds something that JSON cannot.
+    """
+    if scheduler is None:
+        return None
+    name = type(scheduler).__name__
+    held = {k: v for k, v in scheduler.state_dict().items() if not callable(v)}
+    return {"type": name, "state": to_plain(held, f"scheduler {name}")}
+
+
+def _group_state(group: dict[str, Any], index: int) -> dict[str, Any]:
+    return {
+        k: to_plain(v, f"parameter group {index}: {k}")
+        for k, v in group.items()
+        if k not in _OF_THE_MACHINE
+    }
