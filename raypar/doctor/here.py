@@ -1,4 +1,4 @@
-"""``raypar doctor``: what is installed here, whether it fits together, and how to mend it.
+"""This machine: what is installed, whether it fits together, and how to mend it.
 
 Uses the standard library as far as it can, so that it works where raypar itself does not: every
 check is run behind a guard, and none of them raises.
@@ -15,12 +15,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-OK, WARN, FAIL = "ok", "warn", "fail"
+from raypar.doctor.finding import FAIL, OK, WARN, Finding
 
 _TORCH_RANGE = ((2, 11), (2, 14))
 _RAY_RANGE = ((2, 60), (3,))
@@ -36,23 +35,6 @@ _LONGEST_TEMP = 45
 _RAY_PROBE_S = 1.5
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What one check found.
-
-    Attributes:
-        name: What was looked at.
-        status: ``ok``, ``warn`` (works, but not as well as it could) or ``fail``.
-        found: What is there.
-        mend: The command or change that puts it right; empty where nothing is wrong.
-    """
-
-    name: str
-    status: str
-    found: str
-    mend: str = ""
-
-
 def diagnose() -> list[Finding]:
     """Runs every check; never raises, and does not wait long for an unreachable cluster."""
     findings: list[Finding] = []
@@ -64,45 +46,6 @@ def diagnose() -> list[Finding]:
                 Finding(name, WARN, f"could not be looked at: {type(error).__name__}: {error}")
             )
     return findings
-
-
-def render(findings: Iterable[Finding]) -> None:
-    """Prints a table (plain lines where rich is missing), and then what to do."""
-    rows = list(findings)
-    try:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError:
-        for row in rows:
-            print(
-                f"[{row.status}] {row.name}: {row.found}" + (f" -> {row.mend}" if row.mend else "")
-            )
-        return
-    colours = {OK: "green", WARN: "yellow", FAIL: "bold red"}
-    console = Console(highlight=False)
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "what", "found"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(
-            Text(row.status, colours.get(row.status, "")), Text(row.name), Text(row.found)
-        )
-    console.print(table)
-    for row in rows:
-        if row.mend:
-            colour = colours.get(row.status, "")
-            # soft_wrap: a command must be copied as one line.
-            console.print(Text.assemble((f"{row.name}: ", colour), row.mend), soft_wrap=True)
-    bad = sum(row.status == FAIL for row in rows)
-    console.print(f"{bad} to mend before raypar works" if bad else "raypar can run here")
-
-
-def main() -> int:
-    """Looks, prints, and returns the exit code: 1 if something has to be mended, else 0."""
-    findings = diagnose()
-    render(findings)
-    return int(any(f.status == FAIL for f in findings))
 
 
 # -- Python and the operating system ---------------------------------------------------------
@@ -487,6 +430,3 @@ _CHECKS: tuple[tuple[str, Callable[[], list[Finding]]], ...] = (
     ("disk", _disk),
     ("Ray cluster", _cluster),
 )
-
-if __name__ == "__main__":
-    sys.exit(main())

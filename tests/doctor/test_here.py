@@ -8,14 +8,14 @@ import sys
 import pytest
 
 from raypar import doctor
-from raypar.doctor import FAIL, OK, WARN, Finding
+from raypar.doctor import FAIL, OK, WARN, Finding, here
 
 
 @pytest.mark.parametrize(
     ("version", "status"), [((3, 10, 2), FAIL), ((3, 11, 0), OK), ((3, 13, 1), OK)]
 )
 def test_python(version: tuple[int, ...], status: str) -> None:
-    assert doctor.python_finding(version).status == status
+    assert here.python_finding(version).status == status
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_python(version: tuple[int, ...], status: str) -> None:
     ],
 )
 def test_system(system: str, machine: str, status: str) -> None:
-    finding = doctor.system_finding(system, machine)
+    finding = here.system_finding(system, machine)
     assert finding.status == status
     assert (status == OK) == (finding.mend == "")
 
@@ -45,7 +45,7 @@ def test_system(system: str, machine: str, status: str) -> None:
     ],
 )
 def test_torch(version: str | None, status: str) -> None:
-    finding = doctor.torch_finding(version)
+    finding = here.torch_finding(version)
     assert finding.status == status
     if status == FAIL:
         assert finding.mend.endswith("-m pip install 'torch>=2.11,<2.14'")
@@ -55,8 +55,8 @@ def test_torch(version: str | None, status: str) -> None:
     ("version", "status"), [(None, FAIL), ("2.59.1", FAIL), ("2.60.0", OK), ("3.0.0", FAIL)]
 )
 def test_ray(version: str | None, status: str) -> None:
-    assert doctor.ray_finding(version).status == status
-    assert doctor.ray_finding("2.60.0", default_extra=False).status == WARN
+    assert here.ray_finding(version).status == status
+    assert here.ray_finding("2.60.0", default_extra=False).status == WARN
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_ray(version: str | None, status: str) -> None:
 def test_cupy_goes_with_torchs_cuda(
     installed: dict[str, str], cuda: str | None, gpu: bool, status: str, mend: str
 ) -> None:
-    finding = doctor.cupy_finding(installed, cuda, gpu)
+    finding = here.cupy_finding(installed, cuda, gpu)
     assert finding.status == status
     assert mend in finding.mend
     assert bool(finding.mend) == bool(mend)
@@ -99,14 +99,14 @@ def test_cupy_goes_with_torchs_cuda(
     ],
 )
 def test_nccl(libraries: dict[str, str], cuda: str | None, status: str) -> None:
-    assert doctor.nccl_finding(libraries, cuda).status == status
+    assert here.nccl_finding(libraries, cuda).status == status
 
 
 def test_temp_path_and_space() -> None:
-    assert doctor.temp_finding("/tmp").status == OK
-    long = doctor.temp_finding("/tmp/" + "x" * 60)
+    assert here.temp_finding("/tmp").status == OK
+    long = here.temp_finding("/tmp/" + "x" * 60)
     assert (long.status, long.mend) == (WARN, "export TMPDIR=/tmp")
-    assert doctor.space_finding("disk", 10, 2**30, "free some").mend == "free some"
+    assert here.space_finding("disk", 10, 2**30, "free some").mend == "free some"
 
 
 def test_a_dead_cluster_is_a_failure_with_a_mend(
@@ -136,7 +136,7 @@ def test_a_check_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
     def broken() -> list[Finding]:
         raise OSError("libtorch.so: cannot open")
 
-    monkeypatch.setattr(doctor, "_CHECKS", (("torch", broken),))
+    monkeypatch.setattr(here, "_CHECKS", (("torch", broken),))
     (finding,) = doctor.diagnose()
     assert finding.status != OK
     assert "libtorch.so" in finding.found

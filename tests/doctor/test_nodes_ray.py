@@ -1,0 +1,68 @@
+"""Two Ray nodes on two loopback addresses, one with another raypar; in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import sys, ray
+from ray.cluster_utils import Cluster as Rays
+from raypar import Cluster, doctor
+from raypar.errors import ClusterError
+from raypar.mesh.skew import check_skew
+
+small = dict(num_cpus=1, object_store_memory=80 * 2**20)
+rays = Rays()
+rays.add_node(node_ip_address="127.0.0.2", include_dashboard=False, **small)
+rays.add_node(node_ip_address="127.0.0.3", env_vars={"PYTHONPATH": sys.argv[1]}, **small)
+ray.init(address=rays.address, _node_ip_address="127.0.0.2", log_to_driver=False)
+try:
+    try:
+        check_skew(Cluster.from_ray())
+    except ClusterError as error:
+        print("SKEW", error)
+    report = doctor.examine_cluster("127.0.0.0/8", (24000, 24100))
+    print("FOUND", {n.address: (n.listens_at, n.software.raypar) for n in report.nodes})
+    for finding in report.findings:
+        print("FINDING", finding.status, finding.name, finding.found)
+finally:
+    ray.shutdown()
+    rays.shutdown()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(180)
+def test_two_nodes_with_different_raypar(tmp_path: Path) -> None:
+    other = tmp_path / "raypar"
+    other.mkdir()
+    (other / "__init__.py").write_text("")
+    (other / "_version.py").write_text('__version__ = "0.0.1"\n')
+    # Ray puts the folder of the driver's script before PYTHONPATH on every node: an empty one.
+    script = tmp_path / "script" / "run.py"
+    script.parent.mkdir()
+    script.write_text(SCRIPT)
+    root = str(Path(__file__).parents[2])
+    env = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": root}
+    env.pop("RAY_ADDRESS", None)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env=env,
+        cwd=script.parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = done.stdout
+    assert "SKEW the 2 nodes of" in out, out + done.stderr
+    assert "0.0.1 on " in out
+    assert "'127.0.0.2': ('127.0.0.2'" in out
+    assert "'127.0.0.3'" in out
+    assert "FINDING fail equal versions raypar: " in out
