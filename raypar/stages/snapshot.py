@@ -7,9 +7,8 @@ that `raypar.stages.layouts.reports` gives it, and takes whatever parts its own 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -18,97 +17,19 @@ from raypar.sharding.pieces import Piece, piece_of
 from raypar.stages.generators import random_states, set_random_states
 from raypar.stages.holdings import Holdings
 from raypar.stages.layouts import is_view, reports, stored_piece, taken_ranges
+from raypar.stages.saved import (
+    AVERAGE,
+    BUFFER,
+    OPTIMIZER,
+    PARAMETER,
+    RANDOM,
+    Held,
+    Key,
+    Saved,
+    Want,
+)
 from raypar.stages.spec import RankSpec
-
-PARAMETER, BUFFER, OPTIMIZER, RANDOM = "parameter", "buffer", "optimizer", "random"
-EXTRA = "extra"
-
-_HOW_NOT_WHAT = frozenset({"foreach", "fused", "capturable", "differentiable"})
-"""Options of torch's optimizers that say how to compute, not what: a new run keeps its own."""
-
-
-class Key(NamedTuple):
-    """What a tensor is.
-
-    Attributes:
-        kind: ``parameter``, ``buffer``, ``optimizer``, ``extra`` (made by a part of the recipe) or
-            ``random`` (the state of a generator).
-        slot: Which one of a parameter's tensors: the optimizer's state key, the extra's name, the
-            generator; else empty.
-        name: Canonical name of the parameter or buffer; the rank's number for ``random``.
-    """
-
-    kind: str
-    slot: str
-    name: str
-
-    def __str__(self) -> str:
-        return "/".join(part for part in self if part)
-
-
-@dataclass(frozen=True)
-class Held:
-    """A tensor that a rank speaks for.
-
-    Attributes:
-        key: What it is.
-        shape: Shape of the whole.
-        piece: Which part of the whole `tensor` is.
-        tensor: The rank's own memory: it changes with the next step.
-        like: Whether it lies like the parameter of its name, and is cut where that is.
-    """
-
-    key: Key
-    shape: tuple[int, ...]
-    piece: Piece
-    tensor: torch.Tensor
-    like: bool
-
-
-@dataclass(frozen=True)
-class Want:
-    """Memory to be filled with a part of a saved tensor."""
-
-    key: Key
-    shape: tuple[int, ...]
-    piece: Piece
-    tensor: torch.Tensor
-
-
-class SavedForm(NamedTuple):
-    """Form of a saved tensor: whole shape, dtype, and `Held.like`."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    like: bool
-
-
-class Saved(Protocol):
-    """What was saved, as far as it is needed before any tensor is read."""
-
-    @property
-    def world(self) -> int:
-        """Ranks of the run that saved it."""
-
-    @property
-    def values(self) -> Mapping[str, Any]:
-        """`RankState.values` of all ranks as one."""
-
-    def slots(self, kind: str, name: str) -> Mapping[str, SavedForm]:
-        """The saved tensors of one name and kind, by slot."""
-
-
-class Extra(Protocol):
-    """A part of the recipe that has state of its own, such as averaged weights."""
-
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Parameter name → a tensor in the form of the optimizer's part of it; may be empty."""
-
-    def values(self) -> Any:
-        """Plain values that are equal on every rank, or None."""
-
-    def restored(self, values: Any, found: bool) -> None:
-        """After a restore: `values` as saved; whether its tensors were among what was saved."""
+from raypar.stages.update import Update
 
 
 class RankState:
@@ -117,26 +38,18 @@ class RankState:
     Args:
         spec: What the rank is.
         holdings: What it holds.
-        optimizer: Its optimizer; None without parameters.
-        extras: State of the recipe, by name.
+        update: Its optimizer, and what else the recipe keeps.
 
     Attributes:
         scratch: Room for what visitors keep from one visit to the next.
     """
 
-    def __init__(
-        self,
-        spec: RankSpec,
-        holdings: Holdings,
-        optimizer: torch.optim.Optimizer | None,
-        extras: Callable[[], Mapping[str, Extra]] = dict,
-    ) -> None:
+    def __init__(self, spec: RankSpec, holdings: Holdings, update: Update) -> None:
         self.spec = spec
         self.scratch: dict[str, Any] = {}
         self._generators: dict[str, torch.Tensor] = {}
         self._holdings = holdings
-        self._optimizer = optimizer
-        self._extras = extras
+        self._update = update
 
     @property
     def names(self) -> dict[str, str]:
@@ -160,11 +73,9 @@ class RankState:
             shape, piece = self._shape(name), self._stored_piece(name)
             found.append(Held(Key(PARAMETER, "", name), shape, piece, param.detach(), True))
             found += self._optimizer_state(name, param, shape, piece)
-            for slot, extra in self._extras().items():
-                tensor = extra.tensors().get(name)
-                if tensor is not None:
-                    key = Key(EXTRA, slot, name)
-                    found.append(Held(key, shape, piece, tensor.detach(), True))
+            average = self._averages().get(name)
+            if average is not None:
+                found.append(Held(Key(AVERAGE, "", name), shape, piece, average, True))
         for name in self.spec.owned_buffers:
             found.append(_whole(Key(BUFFER, "", name), held.buffers[name]))
         for slot, tensor in random_states(accelerator=self.on_device).items():
@@ -191,35 +102,16 @@ class RankState:
         """What is saved beside tensors.
 
         Returns:
-            ``optimizer`` (its class, or None), ``groups`` (options of every parameter group with
-            the names of its parameters), ``states`` (parameter → the optimizer's values that are
-            no tensors) and ``extras`` (name → values).
+            ``states``: parameter → the optimizer's values of it that are no tensors; ``update``:
+            what is equal on every rank (`raypar.stages.update.Update.state`).
         """
-        groups, states = [], {}
-        names = self._names_of_stored()
-        for group in self._groups():
-            options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-            groups.append({"options": options, "names": [names[id(p)] for p in group["params"]]})
+        states = {}
         for name, param in self._holdings.stored.items():
-            plain = {
-                k: v for k, v in self._state_of(param).items() if not isinstance(v, torch.Tensor)
-            }
+            state = self._state_of(param)
+            plain = {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)}
             if plain:
                 states[name] = plain
-        return {
-            "optimizer": self.optimizer_name,
-            "groups": groups,
-            "states": states,
-            "extras": {name: extra.values() for name, extra in self._extras().items()},
-        }
-
-    @property
-    def optimizer_name(self) -> str | None:
-        """Class of the optimizer, or None without one."""
-        if self._optimizer is None:
-            return None
-        kind = type(self._optimizer)
-        return f"{kind.__module__}.{kind.__qualname__}"
+        return {"states": states, "update": self._update.state()}
 
     # -- what is restored -------------------------------------------------------------------
 
@@ -255,37 +147,34 @@ class RankState:
             wants.append(Want(key, shape, _all_of(shape), held.buffers[name]))
         if weights_only:
             return wants
-        names = self._names_of_stored()
-        for group in self._groups():
+        names = {id(param): name for name, param in held.stored.items()}
+        for group in self._update.optimizer.param_groups:
             for param in group["params"]:
-                wants += self._room_for_state(names[id(param)], param, group, saved)
-        for slot, extra in self._extras().items():
-            for name, tensor in extra.tensors().items():
-                if slot in saved.slots(EXTRA, name):
-                    piece = self._stored_piece(name)
-                    key = Key(EXTRA, slot, name)
-                    wants.append(Want(key, self._shape(name), piece, tensor.detach()))
+                if id(param) in names:
+                    wants += self._room_for_state(names[id(param)], param, group, saved)
+        for name, average in self._averages().items():
+            piece = self._stored_piece(name)
+            wants.append(Want(Key(AVERAGE, "", name), self._shape(name), piece, average))
         return wants + self._room_for_generators(saved)
 
     def _room_for_state(
         self, name: str, param: torch.nn.Parameter, group: Mapping[str, Any], saved: Saved
     ) -> Iterator[Want]:
-        assert self._optimizer is not None
         before, state = self._state_of(param), dict(saved.values["states"].get(name, {}))
         for slot, form in saved.slots(OPTIMIZER, name).items():
             piece = self._stored_piece(name) if form.like else _all_of(form.shape)
             device = param.device
             if slot == "step" and not (group.get("capturable") or group.get("fused")):
                 device = torch.device("cpu")  # where torch's optimizers count
-            room = before.get(slot)
+            room: Any = before.get(slot)
             if not _has_form(room, piece.shape, form.dtype, device):
                 room = torch.empty(piece.shape, dtype=form.dtype, device=device)
             state[slot] = room
             yield Want(Key(OPTIMIZER, slot, name), form.shape, piece, room)
         if state:
-            self._optimizer.state[param] = state
+            self._update.optimizer.state[param] = state
         else:
-            self._optimizer.state.pop(param, None)
+            self._update.optimizer.state.pop(param, None)
 
     def _room_for_generators(self, saved: Saved) -> list[Want]:
         """Generators go on where they were if there are as many ranks; else they mean nothing."""
@@ -303,8 +192,9 @@ class RankState:
         """After all `wants` were filled: what follows from them, and what is no tensor.
 
         Raises:
-            CheckpointError: A parameter group holds parameters that were saved with unlike
-                options.
+            CheckpointError: What was saved of a random generator is no state of one.
+            OptimizerError: It was saved with another optimizer, scheduler, or other options of the
+                recipe.
         """
         held = self._holdings
         for name, way in held.ways.items():
@@ -312,51 +202,26 @@ class RankState:
                 way.own.copy_into(held.params[name].detach(), held.stored[name].detach())
         if weights_only:
             return
+        self._update.load(dict(saved.values["update"]))
+        if self._update.average is not None:
+            self._update.average.buffers = dict(held.buffers)
         try:
             set_random_states(self._generators)
         except ValueError as error:
             raise CheckpointError(f"rank {self.spec.rank}: {error}") from None
-        self._restore_groups(saved.values["groups"])
-        for slot, extra in self._extras().items():
-            found = all(slot in saved.slots(EXTRA, name) for name in extra.tensors())
-            extra.restored(saved.values["extras"].get(slot), found)
-
-    def _restore_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        of_name = {name: group["options"] for group in groups for name in group["names"]}
-        names = self._names_of_stored()
-        for group in self._groups():
-            own = [names[id(p)] for p in group["params"] if names[id(p)] in of_name]
-            if not own:
-                continue
-            options = of_name[own[0]]
-            other = next((n for n in own if not _alike(of_name[n], options)), None)
-            if other is not None:
-                raise CheckpointError(
-                    f"the optimizer puts {own[0]!r} and {other!r} into one parameter group; the "
-                    f"checkpoint has them with unlike options {options} and {of_name[other]}: "
-                    "build the groups as the run that saved it did, or restore the weights alone"
-                )
-            for option, value in options.items():
-                if option in _HOW_NOT_WHAT:
-                    continue
-                now = group.get(option)
-                if isinstance(now, torch.Tensor):
-                    now.fill_(value)  # others may hold on to this very tensor
-                else:
-                    group[option] = value
 
     # -- helpers ----------------------------------------------------------------------------
 
-    def _names_of_stored(self) -> dict[int, str]:
-        return {id(param): name for name, param in self._holdings.stored.items()}
-
-    def _groups(self) -> list[dict[str, Any]]:
-        return [] if self._optimizer is None else self._optimizer.param_groups
+    def _averages(self) -> dict[str, torch.Tensor]:
+        """Averages of the trained parameters; of the others they are the parameters themselves."""
+        average = self._update.average
+        if average is None:
+            return {}
+        trained = {n for n, p in self._holdings.stored.items() if p.requires_grad}
+        return {n: t for n, t in average.stored.items() if n in trained}
 
     def _state_of(self, param: torch.nn.Parameter) -> dict[str, Any]:
-        # Looking a parameter up would make an entry for it: the mapping is a defaultdict.
-        state = {} if self._optimizer is None else self._optimizer.state
-        return state[param] if param in state else {}
+        return self._update.optimizer.state.get(param, {})
 
     def _shape(self, name: str) -> tuple[int, ...]:
         layout = self.spec.params.get(name)
@@ -390,7 +255,3 @@ def _has_form(
     return isinstance(tensor, torch.Tensor) and (
         (tuple(tensor.shape), tensor.dtype, tensor.device) == (shape, dtype, device)
     )
-
-
-def _alike(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
-    return mine.keys() == theirs.keys() and all(bool(mine[k] == theirs[k]) for k in mine)
