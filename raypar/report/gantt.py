@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raypar.errors import ConfigError
-from raypar.search.simulation import Simulation, Span
+from raypar.report._played import PlayedStep
+from raypar.search.simulation import Span
 
-LETTERS = {"wait": ".", "comm": "~"}
+LETTERS = {"wait": ".", "comm": "~", "data": "d", "other": "-"}
 """What stands for a span whose kind is no letter."""
 LEGEND = (
     "F forward  B backward  I, W its input and weight halves  O optimizer  G gather and counts  "
@@ -33,7 +34,7 @@ class GanttRow:
     idle: float
 
 
-def gantt_rows(simulation: Simulation, columns: int) -> list[GanttRow]:
+def gantt_rows(simulation: PlayedStep, columns: int) -> list[GanttRow]:
     """What is drawn.
 
     Args:
@@ -54,7 +55,7 @@ def gantt_rows(simulation: Simulation, columns: int) -> list[GanttRow]:
     ]
 
 
-def gantt(simulation: Simulation, width: int | None = None) -> str:
+def gantt(simulation: PlayedStep, width: int | None = None) -> str:
     """The chart as text.
 
     Args:

@@ -196,13 +196,19 @@ class Breakdown:
             step_s: Seconds of the step; every row adds up to it.
         """
         stamps = self.stamps(reports)
-        found = _without_stamps(reports) if stamps is None else self._with_stamps(stamps)
+        found = _without_stamps(reports) if stamps is None else self.of_stamps(stamps)
         found[:, _DATA] = [report.seconds.get("data", 0.0) for report in reports]
         found[:, _OTHER] = 0.0
         found[:, _OTHER] = np.maximum(step_s - found.sum(axis=1), 0.0)
         return found
 
-    def _with_stamps(self, stamps: np.ndarray) -> np.ndarray:
+    def of_stamps(self, stamps: np.ndarray) -> np.ndarray:
+        """``[ranks, parts]``: what stamps alone tell, in seconds: ``data`` is not in them.
+
+        Args:
+            stamps: Of all ranks in a row, by one clock; ``other`` is what instructions of other
+                kinds take.
+        """
         ranks, parts = len(self.lists.ranks), len(PARTS)
         sums = np.bincount(self._bins, np.diff(stamps), minlength=ranks * parts + 1)
         found: np.ndarray = sums[:-1].reshape(ranks, parts)

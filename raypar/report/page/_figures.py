@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from raypar._plan_text import count_of, duration, size
@@ -100,10 +101,10 @@ def headline(
     ]
 
 
-def path_bars(played: Simulation) -> list[ShareBar]:
-    """Shares of the critical path, largest first."""
+def path_bars(shares: Mapping[str, float]) -> list[ShareBar]:
+    """Shares of the critical path (`Simulation.path_shares`), in their order."""
     found = []
-    for kind, share in played.path_shares().items():
+    for kind, share in shares.items():
         style, name = _PATH.get(kind, ("k-comm", kind))
         found.append(ShareBar(name, share, f"{share:.1%}", style))
     return found

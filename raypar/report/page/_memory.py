@@ -9,6 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from raypar._plan_text import duration, size
+from raypar.report._played import PlayedStep
 from raypar.report.page._svg import (
     Scale,
     element,
@@ -19,7 +20,7 @@ from raypar.report.page._svg import (
     svg,
 )
 from raypar.report.page._words import MEMORY, moment
-from raypar.search.simulation import MOVING, LaneReport, MemoryTimeline, Simulation
+from raypar.search.simulation import MOVING, LaneReport, MemoryTimeline
 
 _MOST = 12
 _BINS = 120
@@ -48,10 +49,17 @@ class MemoryChart:
     y_axis: Markup
 
 
-def memory_charts(played: Simulation) -> tuple[list[MemoryChart], str]:
+def memory_charts(
+    played: PlayedStep, until: float | None = None, top: int = 0
+) -> tuple[list[MemoryChart], str]:
     """A chart for every rank group, and what is left out in words.
 
     Ranks that read alike share a chart; of more than a dozen the fullest are shown.
+
+    Args:
+        played: The step.
+        until: Seconds at which the time axes end; default: with the step.
+        top: Bytes that have a place on all axes, so that several steps' charts have one scale.
     """
     pairs = list(zip(played.lanes, played.memory, strict=True))
     groups: dict[tuple[object, ...], list[int]] = {}
@@ -60,25 +68,27 @@ def memory_charts(played: Simulation) -> tuple[list[MemoryChart], str]:
         groups.setdefault((lane.memory_limit, memory.peak_bytes, parts), []).append(i)
     alike = list(groups.values())
     fullest = sorted(alike, key=lambda own: -_full(*pairs[own[0]]))[:_MOST]
-    charts = [_chart(played, own) for own in alike if own in fullest]
+    charts = [_chart(played, own, until or played.step_s, top) for own in alike if own in fullest]
     left = len(alike) - len(fullest)
     return charts, f"{left} more rank groups fill less of their memory" if left else ""
 
 
 def _full(lane: LaneReport, memory: MemoryTimeline) -> float:
-    return memory.peak_bytes / lane.memory_limit
+    """Peak as a share of the limit; 0 where that is not known."""
+    return memory.peak_bytes / lane.memory_limit if lane.memory_limit else 0.0
 
 
-def _chart(played: Simulation, own: list[int]) -> MemoryChart:
+def _chart(played: PlayedStep, own: list[int], until: float, top: int) -> MemoryChart:
     lane, memory = played.lanes[own[0]], played.memory[own[0]]
     more = f" and {len(own) - 1} more alike" if len(own) > 1 else ""
     full = _full(lane, memory)
-    x = Scale(0.0, played.step_s)
+    x = Scale(0.0, until)
     near = full > 0.25  # of a device that is nearly empty the limit would leave nothing to see
     y = Scale.around(
-        [float(memory.peak_bytes), float(lane.memory_limit) if near else 0.0], zero=True
+        [float(memory.peak_bytes), float(lane.memory_limit) if near else 0.0, float(top)],
+        zero=True,
     )
-    areas = stretched(_areas(memory, x, y))
+    areas = stretched(_areas(memory, x, y, played.step_s))
     marks = [_limit(lane.memory_limit, y)] if near else []
     marks.append(_peak(memory, x, y))
     drawing = svg(
@@ -87,13 +97,11 @@ def _chart(played: Simulation, own: list[int]) -> MemoryChart:
         title=f"Memory of {lane.label} over a step: peak {size(memory.peak_bytes)}",
         class_="memory",
     )
-    words = (
-        f"peak {size(memory.peak_bytes)} of {size(lane.memory_limit)} ({full:.0%}) at "
-        f"{duration(memory.peak_s)}"
-    )
+    limit = f" of {size(lane.memory_limit)} ({full:.0%})" if lane.memory_limit else ""
+    words = f"peak {size(memory.peak_bytes)}{limit} at {duration(memory.peak_s)}"
     return MemoryChart(
         f"{lane.label}{more}",
-        words if near else f"{words}; the limit is far above this picture",
+        words if near or not limit else f"{words}; the limit is far above this picture",
         full,
         drawing,
         labels(x, moment, most=3),
@@ -101,9 +109,9 @@ def _chart(played: Simulation, own: list[int]) -> MemoryChart:
     )
 
 
-def _areas(memory: MemoryTimeline, x: Scale, y: Scale) -> list[Markup]:
+def _areas(memory: MemoryTimeline, x: Scale, y: Scale, step: float) -> list[Markup]:
     """What is held all the time as bars, what comes and goes as areas on top of them."""
-    times, rows = _binned(memory, x.high)
+    times, rows = _binned(memory, step)
     found, below = [], np.zeros(len(times))
     for key in MEMORY:
         if key in _RESIDENT:

@@ -10,11 +10,12 @@ from markupsafe import Markup
 
 from raypar._plan_text import duration
 from raypar.plan import Plan
+from raypar.report._played import PlayedStep
 from raypar.report.gantt import LETTERS, gantt_rows
 from raypar.report.page._svg import Scale, element, grid, joined, labels, share, svg
-from raypar.report.page._words import moment
+from raypar.report.page._words import KINDS, moment
 from raypar.schedules.instructions import COMPUTE, Instruction
-from raypar.search.simulation import Simulation, Span
+from raypar.search.simulation import Span
 
 _MOST_SPANS = 2600
 """Spans that are drawn one by one; a step of more is shown as a whole in columns, and its
@@ -26,6 +27,8 @@ _SHADES = 3
 _LABELLED = 0.022, 0.06
 """Share of the width from which on a span carries its microbatch's number: of one drawing, and of
 three side by side."""
+_NO_INSTRUCTION = frozenset({"OPTIMIZER", "GATHER", "DATA", "END"})
+"""Names of spans that are no part of an instruction list."""
 _KIND = {letter: kind for kind, letter in LETTERS.items()}
 
 
@@ -65,20 +68,23 @@ class Gantt:
     folded: str
 
 
-def gantt_chart(plan: Plan, played: Simulation) -> Gantt:
-    """Draws a simulated step.
+def gantt_chart(plan: Plan, played: PlayedStep, until: float | None = None) -> Gantt:
+    """Draws a step.
 
     Args:
         plan: Its plan.
         played: The step.
+        until: Seconds at which the time axis ends, so that several charts have one scale; default:
+            with the step.
     """
+    until = until or played.step_s
     chosen = shown_lanes(played)
     spans = [played.spans(i) for i in chosen]
     height = 24 if len(chosen) <= 12 else 18 if len(chosen) <= 24 else 14
     chunks = [chunk for _, chunk in plan.schedule.placement]
     kinds = {s.kind for lane in spans for s in lane}
     many = sum(map(len, spans)) > _MOST_SPANS
-    windows = _windows(spans, played.step_s) if many else [("", 0.0, played.step_s)]
+    windows = _windows(spans, played.step_s) if many else [("", 0.0, until)]
     panels = [
         Panel(
             title,
@@ -103,24 +109,26 @@ def gantt_chart(plan: Plan, played: Simulation) -> Gantt:
         row_height=height,
         whole=_whole(played, chosen, height) if many else None,
         panels=panels,
-        kinds=[k for k in ("F", "B", "I", "W", "O", "G", "comm", "wait") if k in kinds],
+        kinds=[k for k in KINDS if k in kinds],
         folded="; ".join(folded),
     )
 
 
-def shown_lanes(played: Simulation, most: int = _MOST_LANES) -> list[int]:
+def shown_lanes(played: PlayedStep, most: int = _MOST_LANES) -> list[int]:
     """Lanes to draw: all, or so many evenly spread, with the busiest and the fullest of all."""
     count = len(played.lanes)
     if count <= most:
         return list(range(count))
     busiest = min(range(count), key=lambda i: played.lanes[i].idle)
-    fullest = max(range(count), key=lambda i: played.peak_bytes[i] / played.lanes[i].memory_limit)
+    fullest = max(
+        range(count), key=lambda i: played.peak_bytes[i] / (played.lanes[i].memory_limit or 1)
+    )
     spread = most - 2
     even = {round(i * (count - 1) / (spread - 1)) for i in range(spread)}
     return sorted(even | {busiest, fullest})
 
 
-def _row(played: Simulation, lane: int) -> tuple[str, str]:
+def _row(played: PlayedStep, lane: int) -> tuple[str, str]:
     found = played.lanes[lane]
     name = f"group {found.group}" + ("" if found.replica is None else f" r{found.replica}")
     devices, stages = (", ".join(map(str, n)) for n in (found.devices[:8], found.stages))
@@ -185,7 +193,7 @@ class _Canvas:
 
     def _span(self, span: Span, row: int) -> list[Markup]:
         start, end = self.x.place(span.start), self.x.place(span.end)
-        once = span.name in ("OPTIMIZER", "GATHER")  # not part of an instruction list
+        once = span.name in _NO_INSTRUCTION
         now = None if once else Instruction.parse(span.name)
         stage = now.stage if now is not None and now.kind in COMPUTE else None
         chunk = 0 if stage is None else min(self.chunks[stage], _SHADES)
@@ -212,7 +220,7 @@ def _background(row: int, height: int) -> Markup:
     )  # fmt: skip
 
 
-def _whole(played: Simulation, chosen: Sequence[int], height: int) -> Panel:
+def _whole(played: PlayedStep, chosen: Sequence[int], height: int) -> Panel:
     """The step in columns, equal neighbours as one."""
     rows = gantt_rows(played, _COLUMNS)
     parts = []

@@ -84,7 +84,7 @@ def plan_page(
         folded_bands=rows[_FIRST_BANDS:-_LAST_BANDS] if len(rows) > _MOST_BANDS else [],
         first_bands=_FIRST_BANDS,
         gantt=gantt_chart(plan, simulation),
-        path=path_bars(simulation),
+        path=path_bars(simulation.path_shares()),
         memory_charts=charts,
         memory_left=charts_left,
         record=record,
