@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -118,9 +118,8 @@ class BlockRows:
         self._held[number] = block  # the newest is last
         while len(self._held) > _HELD:
             self._held.popitem(last=False)
-        taken = BlockAccessor.for_block(block).take(rows)
-        found: Columns = BlockAccessor.for_block(taken).to_numpy()
-        return found
+        taken = BlockAccessor.for_block(block).take(rows.tolist())
+        return cast(Columns, BlockAccessor.for_block(taken).to_numpy())
 
 
 class StreamedRows:

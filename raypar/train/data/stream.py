@@ -91,11 +91,13 @@ class Passes:
 
     def begin(self, epoch: int, index: int) -> tuple[Iterator[Any], int]:
         """An iterator of pass `epoch`, and the samples of it that are still to be skipped."""
-        if self._restored:
-            self._restored = False
-            return iter(self.loader), 0
+        source = self.loader if self._restored else self._batches
         if not self._keywords:
-            return iter(self._batches), index
+            tell = getattr(source, "set_epoch", None)
+            if callable(tell):  # the name that torch's and Hugging Face's sources have for it
+                tell(epoch)
+            skip, self._restored = 0 if self._restored else index, False
+            return iter(source), skip
         found = called(self._call, epoch, index)
         return iter(found), 0 if "start_sample" in self._keywords else index
 
