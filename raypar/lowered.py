@@ -14,14 +14,17 @@ from torch import fx
 
 from raypar.comm.reshard import LinkCosts
 from raypar.fit import check_plan, stage_ranges
+from raypar.graph.forward import ForwardGraph
 from raypar.graph.opgraph import OpGraph
 from raypar.graph.replay import gradient_flow
 from raypar.graph.turns import in_turn
 from raypar.mesh.devices import DEVICES
 from raypar.plan import Plan
+from raypar.plan_rebind import forward_ranges, forward_shardings
 from raypar.programs.slicing import StageGraph, ValueEdge, slice_stages
 from raypar.schedules.check import check_lists
 from raypar.schedules.compile import compile_schedule
+from raypar.schedules.forward_only import ForwardOnly
 from raypar.schedules.instructions import Instruction
 from raypar.schedules.io import Edge, StageIO
 from raypar.sharding.blocks import annotate_blocks
@@ -103,22 +106,87 @@ def lower_plan(graph: OpGraph, plan: Plan) -> LoweredPlan:
         for s in whole
     ]
     layouts = [_layouts(graph, plan, whole, chosen, group) for group in range(max(groups) + 1)]
-    specs = _arrivals(plan, values, whole, chosen)
-    lowered = []
-    for stage in whole:
-        group = groups[stage.index]
-        found = _lower_stage(plan, stage, chosen[stage.index], layouts[group], specs, group)
-        specs.update({(edge, group): spec for edge, spec in found.departures.items()})
-        lowered.append(found)
-    stages = [
-        StageGraph(
-            s.index, low.graph, s.edges_out, s.has_loss, s.updates, s.globals_graph, s.globals
-        )
-        for s, low in zip(whole, lowered, strict=True)
-    ]
+    stages, lowered, specs = _lower_stages(plan, whole, values, chosen, layouts)
     return LoweredPlan(
         stages, whole, lowered, values, flow, io, lists, layouts, specs, chosen, link_costs(plan)
     )
+
+
+@in_turn
+def lower_forward(
+    graph: ForwardGraph,
+    plan: Plan,
+    trained: OpGraph,
+    layouts: Sequence[Mapping[str, ParamLayout]],
+    parts: tuple[int, int],
+) -> LoweredPlan:
+    """A graph that evaluates, on the stages and meshes of a plan that trains it.
+
+    Parameters are taken as training holds them; what a rank group reads and does not hold is taken
+    whole (`raypar.stages.evaluation` moves it there). The results are `graph.clean.results`, then
+    what the loss is a mean over, where there is such a count (`ForwardGraph.count_of_loss`).
+
+    Args:
+        graph: The model in eval mode.
+        plan: The plan.
+        trained: The graph that the plan is for.
+        layouts: Per rank group how training holds its parameters.
+        parts: How many microbatches its batch is cut into, and over how many replicas each of them.
+
+    Raises:
+        ScheduleError: The instruction lists do not pass the checker.
+    """
+    microbatches, replicas = parts
+    local = graph.global_batch // (microbatches * replicas)
+    ranges = forward_ranges(plan, trained, graph)
+    shardings = forward_shardings(plan, graph, ranges, local)
+    clean = graph.local(local)
+    annotate_blocks(clean.graph)
+    count = graph.count_of_loss()
+    counted = [n for n in clean.ops if count is not None and n.meta["id"] == count.meta["id"]]
+    whole, values = slice_stages(
+        clean, ranges, graph.cloneable, graph.analysis.globals, [*clean.results, *counted]
+    )
+    edges = tuple(Edge(v.id, v.source, v.targets, False, v.nbytes) for v in values)
+    groups = tuple(group for group, _ in plan.schedule.placement)
+    io = StageIO(len(whole), groups, edges, (False,) * len(whole))
+    lists = compile_schedule(ForwardOnly(), io, microbatches)
+    check_lists(lists, io, microbatches, trains=False)
+    chosen = [
+        assign(s.graph, sharding, [n for _, n in plan.stages[s.index].mesh.inner])
+        for s, sharding in zip(whole, shardings, strict=True)
+    ]
+    taken = [dict(held) for held in layouts]
+    for stage in whole:
+        axes = plan.stages[stage.index].mesh.named
+        for name in stage.keys("param:"):
+            spec = ShardingSpec.replicated(len(axes))
+            layout = layout_of(graph.params[name][0], spec, axes, 0)
+            taken[groups[stage.index]].setdefault(name, layout)
+    stages, lowered, specs = _lower_stages(plan, whole, values, chosen, taken)
+    return LoweredPlan(
+        stages, whole, lowered, values, frozenset(), io, lists, taken, specs, chosen,
+        link_costs(plan),
+    )  # fmt: skip
+
+
+def _lower_stages(
+    plan: Plan,
+    whole: Sequence[StageGraph],
+    values: Sequence[ValueEdge],
+    chosen: Sequence[Mapping[fx.Node, Strategy]],
+    layouts: Sequence[Mapping[str, ParamLayout]],
+) -> tuple[list[StageGraph], list[Lowered], dict[tuple[str, int], ShardingSpec]]:
+    """The stages of local shape, how values lie at their borders, and how on each rank group."""
+    specs = _arrivals(plan, values, whole, chosen)
+    lowered = []
+    for stage in whole:
+        group = plan.schedule.placement[stage.index][0]
+        found = _lower_stage(plan, stage, chosen[stage.index], layouts[group], specs, group)
+        specs.update({(edge, group): spec for edge, spec in found.departures.items()})
+        lowered.append(found)
+    stages = [replace(s, graph=low.graph) for s, low in zip(whole, lowered, strict=True)]
+    return stages, lowered, specs
 
 
 def _flow(graph: OpGraph) -> frozenset[str]:

@@ -1,8 +1,9 @@
-"""Carries a plan over to another capture of the model."""
+"""Carries a plan over to another capture of the model: one that trains, or one that evaluates."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import fx
@@ -60,6 +61,86 @@ def rebind(plan: Plan, graph: OpGraph) -> Plan:
     )
 
 
+_FAR = 1000  # a tensor that has to be moved weighs like so many ops on other stages
+
+
+def forward_ranges(plan: Plan, trained: OpGraph, graph: OpGraph) -> list[tuple[int, int]]:
+    """Op positions ``[first, end)`` of every stage for a graph that evaluates.
+
+    In eval mode some ops are gone (dropout) and some are others (batch norm), while parameters stay
+    where training holds them. Of all ways to cut, this takes one with the fewest ops that read a
+    parameter or buffer which their rank group does not hold, and then with the fewest ops on
+    another stage than in training. A stage may get no ops at all.
+
+    Args:
+        plan: The plan that trains.
+        trained: Its graph.
+        graph: The same model in eval mode.
+    """
+    stage_of = _stages_by_id(plan, trained)
+    groups = [group for group, _ in plan.schedule.placement]
+    holders: dict[str, set[int]] = {}
+    for op in trained.ops:
+        for key in op.inputs:
+            if key.startswith(("param:", "buffer:")):
+                holders.setdefault(key, set()).add(groups[stage_of[op.id]])
+    places = [0, *graph.cuts, len(graph.ops)]
+    # best[k]: the least cost of the ops before places[k], on the stages so far.
+    best = [0.0, *[math.inf] * (len(places) - 1)]
+    choices: list[list[int]] = []
+    for stage, group in enumerate(groups):
+        sums = [0.0]
+        for op in graph.ops:
+            away = [k for k in op.inputs if k in holders and group not in holders[k]]
+            moved = stage_of.get(op.id, stage) != stage
+            sums.append(sums[-1] + moved + _FAR * len(away))
+        reached, chosen = [], []
+        start = 0  # the best place where this stage can begin, of those up to the present one
+        for k, place in enumerate(places):
+            if best[k] - sums[place] < best[start] - sums[places[start]]:
+                start = k
+            reached.append(best[start] + sums[place] - sums[places[start]])
+            chosen.append(start)
+        best = reached
+        choices.append(chosen)
+    ranges, end = [], len(places) - 1
+    for chosen in reversed(choices):
+        ranges.append((places[chosen[end]], places[end]))
+        end = chosen[end]
+    return ranges[::-1]
+
+
+def _stages_by_id(plan: Plan, graph: OpGraph) -> dict[str, int]:
+    """Op id → its stage."""
+    found: dict[str, int] = {}
+    for s, stage in enumerate(plan.stages):
+        for op in graph.ops[graph.index[stage.first] : graph.index[stage.last] + 1]:
+            found[op.id] = s
+    return found
+
+
+def forward_shardings(
+    plan: Plan, graph: OpGraph, ranges: Sequence[tuple[int, int]], local_batch: int
+) -> list[dict[str, str]]:
+    """How the ops of a graph that evaluates run on each stage's mesh: op id → strategy.
+
+    An op runs as the op of its id trains, where that divides; else it is computed whole.
+
+    Args:
+        plan: The plan that trains.
+        graph: The model in eval mode.
+        ranges: From `forward_ranges`.
+        local_batch: Samples of a microbatch on one replica.
+    """
+    if not any(stage.sharding for stage in plan.stages):
+        return [{} for _ in plan.stages]
+    nodes = _annotated(graph, local_batch)
+    return [
+        _strategies(plan, s, [op.id for op in graph.ops[first:end]], nodes)
+        for s, (first, end) in enumerate(ranges)
+    ]
+
+
 def _mapped_ends(plan: Plan, graph: OpGraph) -> list[int] | None:
     """Where the stages end in the new graph, or None where one end is gone."""
     cuts = set(graph.cuts)
@@ -82,7 +163,14 @@ def _annotated(graph: OpGraph, local_batch: int) -> dict[str, fx.Node]:
 def _carried(
     plan: Plan, index: int, ids: Sequence[str], nodes: Mapping[str, fx.Node]
 ) -> dict[str, str]:
-    """The sharding of a stage that now has the ops `ids`.
+    """The sharding of a stage that now has the ops `ids`, in as few entries as possible."""
+    return fold_patterns(_strategies(plan, index, ids, nodes), ids)
+
+
+def _strategies(
+    plan: Plan, index: int, ids: Sequence[str], nodes: Mapping[str, fx.Node]
+) -> dict[str, str]:
+    """The strategy of every op of a stage that now has the ops `ids`.
 
     An op does as it did, also where it was in another stage on a mesh of the same axes. What no
     longer divides, or has no such op to follow, is left to be computed whole.
@@ -96,4 +184,4 @@ def _carried(
         text = next((t for t in texts if t), None)
         if text and any(str(known) == text for known in strategies(nodes[key], sizes)):
             exact[key] = text
-    return fold_patterns(exact, ids)
+    return exact

@@ -48,6 +48,7 @@ class BatchAnalysis:
         globals: Ids of values that are summed over the whole batch before use (counts of a masked
             mean and the like), with the power of N to apply after the sum.
         loss: The loss's state.
+        results: The states of all results, the loss first.
         blockers: (op id, reason) of every op that keeps the batch from being split exactly.
         layouts: Seeded op id → layout.
         rescales: Id of a sum → (power of N for its second term, whether its terms change places).
@@ -57,6 +58,7 @@ class BatchAnalysis:
     states: dict[str, States] = field(default_factory=dict)
     globals: dict[str, int] = field(default_factory=dict)
     loss: State = field(default_factory=Const)
+    results: tuple[State, ...] = ()
     blockers: list[tuple[str, str]] = field(default_factory=list)
     layouts: dict[str, Layout] = field(default_factory=dict)
     rescales: dict[str, tuple[int, bool]] = field(default_factory=dict)
@@ -152,6 +154,8 @@ def analyze(
     twin: fx.Graph,
     inputs: Sequence[tuple[fx.Node, int | None]],
     param_free: set[fx.Node],
+    *,
+    per_sample: bool = False,
 ) -> BatchAnalysis:
     """Propagates states from the inputs to the loss and the buffer updates.
 
@@ -161,10 +165,11 @@ def analyze(
         inputs: Every input placeholder with its batch dim.
         param_free: Nodes that depend on neither parameters nor changing buffers: what they
             reduce over the batch may be reduced over the whole batch ahead of the step.
+        per_sample: Whether results may have a row for every sample, as a model's output has.
     """
     forced: dict[str, int] = {}
     while True:
-        analysis = _propagate(graph, twin, dict(inputs), param_free, forced)
+        analysis = _propagate(graph, twin, dict(inputs), param_free, forced, per_sample)
         if analysis.globals == forced:
             break
         forced = dict(analysis.globals)
@@ -182,6 +187,7 @@ def _propagate(
     dims: dict[fx.Node, int | None],
     param_free: set[fx.Node],
     forced: dict[str, int],
+    per_sample: bool,
 ) -> BatchAnalysis:
     analysis = BatchAnalysis(globals=dict(forced))
     states: dict[fx.Node, States] = {}
@@ -197,7 +203,7 @@ def _propagate(
             if node.meta["id"] in forced:
                 states[node] = Const()
         elif node.op == "output":
-            _finish(node, states, analysis, reported)
+            _finish(node, states, analysis, reported, per_sample)
         if node.op != "output":
             analysis.states[node.meta.get("id", node.name)] = states[node]
     analysis.blockers = list(reported.items())
@@ -209,17 +215,24 @@ def _finish(
     states: dict[fx.Node, States],
     analysis: BatchAnalysis,
     reported: dict[str, str],
+    per_sample: bool,
 ) -> None:
     returned: Any = output.args[0]
-    loss, *updates = returned
+    count = output.meta.get("results", 1)
+    results, updates = returned[:count], returned[count:]
     names = output.meta.get("updates", [])
-    found = states[loss]  # type: ignore[index]
-    if isinstance(found, Mixed):
-        reported[found.op] = found.reason
-    elif not isinstance(found, (Const, Reduced)):
-        reported[loss.meta.get("id", "loss")] = "the loss keeps one value per sample"  # type: ignore[union-attr]
-    assert not isinstance(found, tuple)
-    analysis.loss = found
+    found: list[State] = []
+    for node in results:
+        state = states[node]
+        assert not isinstance(state, tuple)
+        if isinstance(state, Mixed):
+            reported[state.op] = state.reason
+        elif not isinstance(state, (Const, Reduced)) and not (
+            per_sample and isinstance(state, Batch)
+        ):
+            reported[node.meta.get("id", "loss")] = "the loss keeps one value per sample"
+        found.append(state)
+    analysis.loss, analysis.results = found[0], tuple(found)
     for name, node in zip(names, updates, strict=True):
         state = states[node]  # type: ignore[index]
         assert not isinstance(state, tuple)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from raypar.graph.passes.emit import Emitter, aten, is_op, op_name
 from raypar.graph.passes.functionalize import functionalize
 from raypar.graph.passes.randomness import seed_random_ops
 from raypar.graph.passes.regions import drop_regions
-from raypar.graph.trace import RawTrace, trace_forward
+from raypar.graph.trace import LossOf, RawTrace, trace_forward
 
 
 class NeedsRealTensors(Exception):
@@ -28,7 +27,7 @@ class NeedsRealTensors(Exception):
 
 @dataclass
 class CleanGraph:
-    """A pure forward graph: placeholders in, (loss, buffer updates...) out.
+    """A pure forward graph: placeholders in, (results..., buffer updates...) out.
 
     Every node carries ``meta``: ``val`` (fake value), ``id`` (canonical id of ops; key of
     placeholders: ``param:NAME``, ``buffer:NAME``, ``in:I``, ``const:K``, ``rng``),
@@ -41,8 +40,8 @@ class CleanGraph:
         inputs: Placeholders of the example tensors.
         constants: Constant name → (placeholder, tensor).
         rng: Placeholder of the random state.
-        updates: Buffer name → node of its new value.
-        loss: The loss node.
+        updates: Buffer name → node of its new value; none in a graph that is only evaluated.
+        results: The loss; of a graph that is only evaluated whatever was asked for.
     """
 
     graph: fx.Graph
@@ -52,7 +51,12 @@ class CleanGraph:
     constants: dict[str, tuple[fx.Node, torch.Tensor]]
     rng: fx.Node
     updates: dict[str, fx.Node]
-    loss: fx.Node
+    results: tuple[fx.Node, ...]
+
+    @property
+    def loss(self) -> fx.Node:
+        """The loss node: the first result."""
+        return self.results[0]
 
     @property
     def ops(self) -> list[fx.Node]:
@@ -62,17 +66,27 @@ class CleanGraph:
 
 def build_graph(
     model: nn.Module,
-    loss_of: Callable[[Callable[..., Any], Any], torch.Tensor],
+    loss_of: LossOf,
     spec: BatchSpec,
     batch_size: int,
+    *,
+    training: bool = True,
 ) -> CleanGraph:
     """Traces and cleans the model at one batch size.
+
+    Args:
+        model: The module.
+        loss_of: Called with the (functional) model and the batch; returns the loss, or all results.
+        spec: Form of the batch.
+        batch_size: Samples of the traced batch.
+        training: Whether gradients will be taken. If not, nothing is detached and new values of
+            buffers are dropped: what only looks at a model leaves it as it is.
 
     Raises:
         CaptureError: The model cannot be captured.
         NeedsRealTensors: It was built on the meta device and uses unregistered tensors.
     """
-    raw = trace_forward(model, loss_of, spec, batch_size)
+    raw = trace_forward(model, loss_of, spec, batch_size, training=training)
     graph = raw.module.graph
     constants = _lift_constants(raw)
     rng = _add_rng(graph, raw)
@@ -80,26 +94,42 @@ def build_graph(
     canonicalize(graph)
     updates = functionalize(graph, raw.params, raw.buffers)
     seed_random_ops(graph, rng)
-    _drop_aliases(graph)
+    _drop_aliases(graph, () if training else (aten.detach.default,))
     output = next(n for n in graph.nodes if n.op == "output")
-    loss = _leaf(output)
-    updates.update(_reassigned(graph, raw, output))
-    updates = {name: _resolve(node) for name, node in updates.items()}
-    if not isinstance(loss, fx.Node) or loss.op == "placeholder":
-        raise CaptureError("the loss does not depend on any op of the model")
-    output.args = ((loss, *updates.values()),)
+    results = _results(graph, raw, output, training)
+    if training:
+        updates.update(_reassigned(graph, raw, output))
+        updates = {name: _resolve(node) for name, node in updates.items()}
+    else:
+        updates = {}
+    output.args = ((*results, *updates.values()),)
+    output.meta["results"] = len(results)
     output.meta["updates"] = list(updates)
     _drop_dead(graph)
     _name(raw, constants, rng)
     assign_ids(graph)
     graph.lint()
-    return CleanGraph(graph, raw.params, raw.buffers, raw.inputs, constants, rng, updates, loss)
+    return CleanGraph(graph, raw.params, raw.buffers, raw.inputs, constants, rng, updates, results)
+
+
+def _results(
+    graph: fx.Graph, raw: RawTrace, output: fx.Node, training: bool
+) -> tuple[fx.Node, ...]:
+    returned: Any = output.args[0]
+    found = []
+    for node in returned[: raw.n_results]:
+        if not isinstance(node, fx.Node) or (node.op == "placeholder" and training):
+            raise CaptureError("the loss does not depend on any op of the model")
+        # Stages return what their ops make: a model that hands on an input gets an op for it.
+        copied = node.op == "placeholder"
+        found.append(Emitter(graph, output)(aten.clone.default, node) if copied else node)
+    return tuple(found)
 
 
 def _reassigned(graph: fx.Graph, raw: RawTrace, output: fx.Node) -> dict[str, fx.Node]:
     """New values of the buffers that the module replaced by another tensor."""
     returned: Any = output.args[0]
-    values = returned[1:] if raw.reassigned else ()
+    values = returned[raw.n_results :] if raw.reassigned else ()
     found = {}
     for name, node in zip(raw.reassigned, values, strict=True):
         assert isinstance(node, fx.Node)
@@ -107,13 +137,6 @@ def _reassigned(graph: fx.Graph, raw: RawTrace, output: fx.Node) -> dict[str, fx
         # A copy: the new value may be an input, a parameter or another buffer.
         found[name] = emit(aten.clone.default, node) if node.op == "placeholder" else node
     return found
-
-
-def _leaf(output: fx.Node) -> Any:
-    value = output.args[0]
-    while isinstance(value, (list, tuple)):
-        value = value[0]
-    return value
 
 
 def _lift_constants(raw: RawTrace) -> dict[str, tuple[fx.Node, torch.Tensor]]:
@@ -165,13 +188,10 @@ def _add_rng(graph: fx.Graph, raw: RawTrace) -> fx.Node:
     return rng
 
 
-def _drop_aliases(graph: fx.Graph) -> None:
+def _drop_aliases(graph: fx.Graph, others: tuple[Any, ...]) -> None:
+    plain = (aten.alias.default, aten.lift_fresh.default, aten.contiguous.default, *others)
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in (
-            aten.alias.default,
-            aten.lift_fresh.default,
-            aten.contiguous.default,
-        ):
+        if node.op == "call_function" and node.target in plain:
             node.meta["replaced_by"] = node.args[0]
             node.replace_all_uses_with(node.args[0])
 

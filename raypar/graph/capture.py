@@ -111,16 +111,33 @@ def _loss_of(
     model: nn.Module, loss_fn: LossFn | None
 ) -> Callable[[Callable[..., Any], Any], torch.Tensor]:
     def loss_of(call: Callable[..., Any], batch: Any) -> torch.Tensor:
-        args, kwargs = split_arguments(batch)
-        if loss_fn is None:
-            return _scalar(_own_loss(call(*args, **kwargs)))
-        taken = _positional(model, args, kwargs)
-        output = call(*args[:taken], **kwargs)
-        if taken < len(args):
-            return _scalar(loss_fn(output, *args[taken:]))
-        return _scalar(loss_fn(output, batch) if _wants_batch(loss_fn) else loss_fn(output))
+        return loss_from(model, loss_fn, call_model(model, loss_fn, call, batch), batch)
 
     return loss_of
+
+
+def call_model(
+    model: nn.Module, loss_fn: LossFn | None, call: Callable[..., Any], batch: Any
+) -> Any:
+    """The module's output for a batch: it gets all but what is left for the loss function."""
+    args, kwargs = split_arguments(batch)
+    taken = len(args) if loss_fn is None else _positional(model, args, kwargs)
+    return call(*args[:taken], **kwargs)
+
+
+def loss_from(model: nn.Module, loss_fn: LossFn | None, output: Any, batch: Any) -> torch.Tensor:
+    """The loss of a batch, given the module's output for it.
+
+    Raises:
+        CaptureError: It is not one floating-point number.
+    """
+    if loss_fn is None:
+        return _scalar(_own_loss(output))
+    args, kwargs = split_arguments(batch)
+    taken = _positional(model, args, kwargs)
+    if taken < len(args):
+        return _scalar(loss_fn(output, *args[taken:]))
+    return _scalar(loss_fn(output, batch) if _wants_batch(loss_fn) else loss_fn(output))
 
 
 def _positional(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -180,4 +197,4 @@ def _scalar(loss: Any) -> torch.Tensor:
     return loss.reshape(()) if loss.dim() else loss
 
 
-__all__ = ["build_model", "capture", "split_arguments"]
+__all__ = ["build_model", "call_model", "capture", "loss_from", "split_arguments"]

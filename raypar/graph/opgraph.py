@@ -39,6 +39,8 @@ class OpGraph:
         memo: Room for what others worked out about this graph; it dies with the graph.
     """
 
+    _per_sample = False
+
     def __init__(
         self,
         clean: CleanGraph,
@@ -56,6 +58,11 @@ class OpGraph:
         self._model = model
         self._loss_of = loss_of
         self._sized: dict[int, CleanGraph] = {spec.size: clean}
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that was traced; its tensors may be on the meta device."""
+        return self._model
 
     def loss_of(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """The eager loss of a real model on a batch, as it was captured."""
@@ -134,7 +141,7 @@ class OpGraph:
             CaptureError: The model's ops are not the same at that size.
         """
         if local_batch not in self._sized:
-            graph = build_graph(self._model, self._loss_of, self.spec, local_batch)
+            graph = self._build(local_batch)
             if [n.meta["id"] for n in graph.ops] != [n.meta["id"] for n in self.clean.ops]:
                 restore_expands(self.clean, graph)
             mine, theirs = self.clean.ops, graph.ops
@@ -147,6 +154,9 @@ class OpGraph:
                 )
             self._sized[local_batch] = graph
         return self._sized[local_batch]
+
+    def _build(self, local_batch: int) -> CleanGraph:
+        return build_graph(self._model, self._loss_of, self.spec, local_batch)
 
     @in_turn
     def local(self, local_batch: int) -> CleanGraph:
@@ -177,7 +187,9 @@ class OpGraph:
             found.blockers = [(self.ops[0].id, str(error))]
             return found
         inputs = list(zip(self.clean.inputs, self.batch_dims, strict=True))
-        return analyze(self.clean.graph, twin.graph, inputs, self.param_free)
+        return analyze(
+            self.clean.graph, twin.graph, inputs, self.param_free, per_sample=self._per_sample
+        )
 
     @cached_property
     def param_free(self) -> set[fx.Node]:

@@ -42,6 +42,9 @@ from raypar.graph.side_effects import (
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
 
+LossOf = Callable[[Callable[..., Any], Any], torch.Tensor | list[torch.Tensor]]
+"""Calls the (functional) model with a batch; returns the loss, or all results."""
+
 
 @dataclass
 class RawTrace:
@@ -52,10 +55,11 @@ class RawTrace:
         params: Parameter name → placeholder (first names only; aliases share a placeholder).
         buffers: Buffer name → placeholder.
         inputs: One placeholder per example tensor.
-        reassigned: Buffers that the module replaced; their new values follow the loss in the
+        reassigned: Buffers that the module replaced; their new values follow the results in the
             output.
         built_from_constants: Module attributes that now hold a tensor which depends on neither
             inputs, parameters nor buffers.
+        n_results: Number of leading outputs: the loss, or the results that were asked for.
     """
 
     module: fx.GraphModule
@@ -64,6 +68,7 @@ class RawTrace:
     inputs: list[fx.Node]
     reassigned: list[str]
     built_from_constants: frozenset[str] = frozenset()
+    n_results: int = 1
 
 
 class _Recorder(TorchFunctionMode):
@@ -192,17 +197,21 @@ def _fake_like(tensor: torch.Tensor) -> torch.Tensor:
 
 def trace_forward(
     model: nn.Module,
-    loss_of: Callable[[Callable[..., Any], Any], torch.Tensor],
+    loss_of: LossOf,
     spec: BatchSpec,
     batch_size: int,
+    *,
+    training: bool = True,
 ) -> RawTrace:
     """Traces the model with its loss on fake tensors of the given batch size.
 
     Args:
         model: The module; its tensors may live on the meta device.
-        loss_of: Called with the (functional) model and the example batch; returns the loss.
+        loss_of: Called with the (functional) model and the example batch; returns the loss, or all
+            results.
         spec: The example batch's form.
         batch_size: Samples of the traced batch.
+        training: Whether gradients will be taken; if not, it runs under ``no_grad``.
 
     Raises:
         CaptureError: The forward pass needs tensor values, or fails; names the source line.
@@ -210,11 +219,11 @@ def trace_forward(
     refuse_hooks(model)
     state = ModuleState(model)
     try:
-        raw, recorder = _trace_once(model, loss_of, spec, batch_size)
+        raw, recorder = _trace_once(model, loss_of, spec, batch_size, training)
     finally:
         changes = state.restore()
     if changes:
-        _check_python_state(state, changes, raw, model, loss_of, spec, batch_size)
+        _check_python_state(state, changes, raw, model, loss_of, spec, batch_size, training)
     for node in raw.module.graph.nodes:
         path, line = recorder.marks.get(node.name, ("", "unknown line"))
         node.meta["module_path"], node.meta["source"] = path, line
@@ -222,10 +231,7 @@ def trace_forward(
 
 
 def _trace_once(
-    model: nn.Module,
-    loss_of: Callable[[Callable[..., Any], Any], torch.Tensor],
-    spec: BatchSpec,
-    batch_size: int,
+    model: nn.Module, loss_of: LossOf, spec: BatchSpec, batch_size: int, training: bool
 ) -> tuple[RawTrace, _Recorder]:
     named_params = dict(model.named_parameters())
     named_buffers = dict(model.named_buffers())
@@ -249,6 +255,7 @@ def _trace_once(
     hooks = _path_hooks(model, recorder)
     reassigned: list[str] = []
     tables: set[str] = set()
+    counts: list[int] = []
 
     def forward(
         params: dict[str, torch.Tensor],
@@ -265,14 +272,16 @@ def _trace_once(
             return result
 
         with recorder:
-            loss = loss_of(call, spec.rebuild(inputs))
+            made = loss_of(call, spec.rebuild(inputs))
+        results = made if isinstance(made, list) else [made]
+        counts[:] = [len(results)]
         tables.update(_tables(model))
         reassigned[:] = [n for n in buffers if present[n] is not buffers[n]]
         _check_buffers(buffers, present, reassigned)
-        return [loss, *(present[n] for n in reassigned)]
+        return [*results, *(present[n] for n in reassigned)]
 
     try:
-        with torch.enable_grad(), visible_backwards(user_line):
+        with torch.set_grad_enabled(training), visible_backwards(user_line):
             module = make_fx(
                 forward, tracing_mode="fake", _allow_non_fake_inputs=True, pre_dispatch=True
             )(params, buffers, inputs)
@@ -304,6 +313,7 @@ def _trace_once(
         placeholders[end:],
         reassigned,
         frozenset(tables),
+        counts[0],
     )
     return raw, recorder
 
@@ -354,9 +364,10 @@ def _check_python_state(
     changes: list[Change],
     raw: RawTrace,
     model: nn.Module,
-    loss_of: Callable[[Callable[..., Any], Any], torch.Tensor],
+    loss_of: LossOf,
     spec: BatchSpec,
     batch_size: int,
+    training: bool,
 ) -> None:
     """Refuses Python attributes that one forward pass leaves to the next.
 
@@ -384,7 +395,7 @@ def _check_python_state(
         return
     state.impose(carried)
     try:
-        again, _ = _trace_once(model, loss_of, spec, batch_size)
+        again, _ = _trace_once(model, loss_of, spec, batch_size, training)
         held = [
             getattr(again.module, str(n.target), None)
             for n in again.module.graph.nodes

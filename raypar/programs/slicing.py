@@ -20,8 +20,8 @@ class StageGraph:
 
     Placeholders carry ``meta["id"]``: ``param:NAME``, ``buffer:NAME``, ``in:I``, ``const:K``,
     ``rng``, ``edge:ID`` (a value from another stage) or ``global:ID`` (a value summed over the
-    whole batch before the step). The output is one tuple: edges, then the loss if this stage
-    makes it, then buffer updates.
+    whole batch before the step). The output is one tuple: edges, then the results (the loss) that
+    this stage makes, then buffer updates.
 
     Attributes:
         index: Number of the stage.
@@ -31,6 +31,7 @@ class StageGraph:
         updates: Names of the buffers whose new values end the output.
         globals_graph: Computes this part's share of every global used here, or None.
         globals: Ids of those globals, in output order.
+        results: Numbers of the results that are made here, in output order.
     """
 
     index: int
@@ -40,6 +41,7 @@ class StageGraph:
     updates: tuple[str, ...]
     globals_graph: fx.Graph | None = None
     globals: tuple[str, ...] = ()
+    results: tuple[int, ...] = ()
 
     def keys(self, prefix: str) -> list[str]:
         """Ids of what this stage reads of one kind, without their prefix, in order.
@@ -91,6 +93,7 @@ def slice_stages(
     ranges: Sequence[tuple[int, int]],
     cloneable: frozenset[str],
     globals_: Mapping[str, int],
+    results: Sequence[fx.Node] | None = None,
 ) -> tuple[list[StageGraph], list[ValueEdge]]:
     """Cuts the graph.
 
@@ -99,6 +102,7 @@ def slice_stages(
         ranges: For every stage its op positions ``[first, end)``; together they cover all ops.
         cloneable: Ids of ops that a stage computes itself rather than receives.
         globals_: Ids of the values that are summed over the batch ahead of the step.
+        results: What to compute beside buffer updates; default: the graph's own results.
 
     Raises:
         PlanError: A value whose size depends on the data would cross a cut.
@@ -106,8 +110,10 @@ def slice_stages(
     ops = clean.ops
     stage_of = {ops[i]: s for s, (first, end) in enumerate(ranges) for i in range(first, end)}
     roots: list[list[fx.Node]] = [[] for _ in ranges]
-    if clean.loss in stage_of:
-        roots[stage_of[clean.loss]].append(clean.loss)
+    wanted_results = clean.results if results is None else tuple(results)
+    makers = _makers(wanted_results, stage_of, globals_)
+    for node, maker in zip(wanted_results, makers, strict=True):
+        roots[maker].append(node)
     for name, node in clean.updates.items():
         roots[_update_stage(clean, name, node, stage_of)].append(node)
     needs: list[_Need] = []
@@ -122,8 +128,19 @@ def slice_stages(
     edges = [_edge(node, stage_of[node], targets) for node, targets in requested.items()]
     place = {node.meta["id"]: i for i, node in enumerate(ops)}
     edges.sort(key=lambda e: place[e.id])
-    stages = [_build(clean, s, need, edges, stage_of) for s, need in enumerate(needs)]
+    stages = [
+        _build(clean, s, need, edges, stage_of, wanted_results, makers)
+        for s, need in enumerate(needs)
+    ]
     return stages, edges
+
+
+def _makers(
+    results: Sequence[fx.Node], stage_of: Mapping[fx.Node, int], globals_: Mapping[str, int]
+) -> list[int]:
+    """The stage that returns each result: a count of the whole batch comes with the loss."""
+    first = stage_of[results[0]]
+    return [first if n.meta["id"] in globals_ else stage_of[n] for n in results]
 
 
 def _update_stage(
@@ -184,15 +201,16 @@ def _build(
     need: _Need,
     edges: Sequence[ValueEdge],
     stage_of: Mapping[fx.Node, int],
+    results: Sequence[fx.Node],
+    makers: Sequence[int],
 ) -> StageGraph:
     incoming = {node: f"edge:{node.meta['id']}" for node in need.edges}
     incoming.update({node: f"global:{node.meta['id']}" for node in need.globals})
     by_id = {n.meta["id"]: n for n in clean.ops}
     edges_out = tuple(e.id for e in edges if e.source == stage)
     outputs = [by_id[key] for key in edges_out]
-    has_loss = stage_of.get(clean.loss) == stage
-    if has_loss:
-        outputs.append(clean.loss)
+    own = tuple(i for i, maker in enumerate(makers) if maker == stage)
+    outputs += [results[i] for i in own]
     updates = tuple(
         name
         for name, node in clean.updates.items()
@@ -207,10 +225,11 @@ def _build(
         stage,
         graph,
         edges_out,
-        has_loss,
+        bool(own),
         updates,
         globals_graph,
         tuple(n.meta["id"] for n in need.globals),
+        own,
     )
 
 

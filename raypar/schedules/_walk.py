@@ -16,8 +16,15 @@ class Walk:
     """The walk behind `check_lists`; `ranks` and `peaks` hold what it learned."""
 
     def __init__(
-        self, lists: Sequence[Sequence[Instruction]], io: StageIO, microbatches: int
+        self,
+        lists: Sequence[Sequence[Instruction]],
+        io: StageIO,
+        microbatches: int,
+        *,
+        trains: bool = True,
     ) -> None:
+        self.trains = trains
+        self.once = (Kind.GLOBALS, Kind.NORM, Kind.OPTIMIZER) if trains else (Kind.GLOBALS,)
         self.io = io
         self.microbatches = microbatches
         n_ranks = max(io.rank_of, default=-1) + 1
@@ -108,9 +115,9 @@ class Walk:
                 )
             rank.synced.add(ins.stage)
             return
-        order = (Kind.GLOBALS, Kind.NORM, Kind.OPTIMIZER)
-        if ins.kind not in order[len(rank.done) : len(rank.done) + 1]:
-            self._fail(rank, "each list has GLOBALS first, and NORM, OPTIMIZER last, once each")
+        if ins.kind not in self.once[len(rank.done) : len(rank.done) + 1]:
+            last = ", and NORM, OPTIMIZER last, once each" if self.trains else ", once"
+            self._fail(rank, f"each list has GLOBALS first{last}")
         missing = sorted(set(rank.stages) - rank.synced)
         if ins.kind is not Kind.GLOBALS and missing:
             self._fail(rank, f"comes before the GRAD_SYNC of stages {missing}")
@@ -128,12 +135,15 @@ class Walk:
         for way in self.outputs[stage]:
             rank.values[way.edge.name, mb] = set()
             rank.edge_bytes += way.edge.nbytes
-        slot = rank.stages.index(stage)
-        rank.counts[slot] += 1
-        self.peaks[stage] = max(self.peaks[stage], rank.counts[slot])
+        if self.trains:  # else nothing is kept for a backward
+            slot = rank.stages.index(stage)
+            rank.counts[slot] += 1
+            self.peaks[stage] = max(self.peaks[stage], rank.counts[slot])
         rank.note()
 
     def _backward(self, rank: Rank, kind: Kind, stage: int, mb: int) -> None:
+        if not self.trains:
+            self._fail(rank, "these lists only evaluate: there is no backward")
         before = self.backwards.get((stage, mb))
         wanted = Kind.BACKWARD_INPUT if kind is Kind.BACKWARD_WEIGHT else None
         if before is not wanted or mb >= self.forwards[stage]:
@@ -265,8 +275,16 @@ class Walk:
             waits = "\n".join(f"  {self._waiting(rank)}" for rank in stuck)
             self._fail(stuck[0], f"nobody can go on; who waits for whom:\n{waits}", stuck)
         for rank in self.ranks:
-            if rank.done != [Kind.GLOBALS, Kind.NORM, Kind.OPTIMIZER]:
-                self._fail(rank, "the list ends without NORM and OPTIMIZER")
+            if tuple(rank.done) != self.once:
+                missing = "NORM and OPTIMIZER" if self.trains else "GLOBALS"
+                self._fail(rank, f"the list ends without {missing}")
+            for stage in rank.stages:
+                if self.forwards[stage] < self.microbatches:
+                    self._fail(
+                        rank,
+                        f"stage {stage} has done {self.forwards[stage]} of {self.microbatches} "
+                        "forwards",
+                    )
             held = [f"{n} of microbatch {m}" for n, m in rank.values]
             held += [f"{GRAD}{n} of microbatch {m}" for n, m in rank.grads]
             if held:

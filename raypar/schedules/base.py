@@ -98,6 +98,8 @@ class Schedule(ABC):
     """
 
     name: ClassVar[str]
+    trains: ClassVar[bool] = True
+    """Whether there are backwards; without them, only forwards are asked for."""
 
     def check(self, placement: Placement, microbatches: int) -> None:
         """Says whether this schedule can run such a plan.
@@ -173,8 +175,17 @@ def check_orders(
     orders: Sequence[Sequence[Action]],
     placement: Placement,
     microbatches: int,
+    *,
+    trains: bool = True,
 ) -> None:
     """Checks what a schedule returned: every action is there once, on the right rank group.
+
+    Args:
+        name: The schedule's name.
+        orders: What it returned.
+        placement: Where the stages sit.
+        microbatches: M.
+        trains: Whether every forward has its backward; if not, there is none.
 
     Raises:
         ScheduleError: An action is missing, twice, misplaced, or before what it follows on the
@@ -209,8 +220,12 @@ def check_orders(
             if kind is Kind.BACKWARD and Action(Kind.BACKWARD_INPUT, stage, mb) in done:
                 fail(f"{action} after its input half")
             done.add(action)
+            if kind is not Kind.FORWARD and not trains:
+                fail(f"{action} in a schedule without backwards")
         for stage in stages:
-            for mb in range(microbatches):
+            if not trains and Action(Kind.FORWARD, stage, microbatches - 1) not in done:
+                fail(f"stage {stage} never does the forward of microbatch {microbatches - 1}")
+            for mb in range(microbatches if trains else 0):
                 whole = Action(Kind.BACKWARD, stage, mb) in done
                 if not whole and Action(Kind.BACKWARD_WEIGHT, stage, mb) not in done:
                     fail(f"stage {stage} never finishes the backward of microbatch {mb}")

@@ -69,7 +69,11 @@ class LifetimeReport:
 
 
 def check_lists(
-    lists: Sequence[Sequence[Instruction]], io: StageIO, microbatches: int
+    lists: Sequence[Sequence[Instruction]],
+    io: StageIO,
+    microbatches: int,
+    *,
+    trains: bool = True,
 ) -> LifetimeReport:
     """Walks all lists together.
 
@@ -80,6 +84,7 @@ def check_lists(
         lists: One list per rank group, as `compile_schedule` makes them.
         io: The plan's stages.
         microbatches: M.
+        trains: Whether they train; lists that only evaluate hold nothing behind a forward.
 
     Returns:
         Peaks of what is alive.
@@ -89,7 +94,7 @@ def check_lists(
             grid with the failing cell marked ``>>so<<``, and who waits for whom.
     """
     check_io(io)
-    walk = Walk(lists, io, microbatches)
+    walk = Walk(lists, io, microbatches, trains=trains)
     walk.run()
     return LifetimeReport(
         tuple(walk.peaks),

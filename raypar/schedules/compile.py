@@ -28,7 +28,8 @@ drops the rank's reference: a transfer under way keeps its own. Received values 
 early; a RECV is the place where the value must be there.
 
 One list is: GLOBALS; the compute with all around it; SYNC per stage, in the order in which their
-last backward ends (its buckets may be sent from that moment on); NORM; OPTIMIZER.
+last backward ends (its buckets may be sent from that moment on); NORM; OPTIMIZER. A list that only
+evaluates ends behind its last forward.
 """
 
 from __future__ import annotations
@@ -100,9 +101,11 @@ def compile_schedule(
     placement = Placement.of(io.rank_of)
     chosen.check(placement, microbatches)
     orders = chosen.orders(placement, microbatches, io.splits)
-    check_orders(chosen.name, orders, placement, microbatches)
+    check_orders(chosen.name, orders, placement, microbatches, trains=chosen.trains)
     ways = routes(io)
-    return [_Writer(rank, io, ways).write(order) for rank, order in enumerate(orders)]
+    return [
+        _Writer(rank, io, ways).write(order, chosen.trains) for rank, order in enumerate(orders)
+    ]
 
 
 class _Writer:
@@ -121,7 +124,7 @@ class _Writer:
         self.unread: dict[tuple[str, int], int] = {}
         self.unsummed: dict[tuple[str, int], int] = {}
 
-    def write(self, order: Sequence[Action]) -> list[Instruction]:
+    def write(self, order: Sequence[Action], trains: bool) -> list[Instruction]:
         self.out.append(Instruction(Kind.GLOBALS))
         finished: dict[int, None] = {}
         for kind, stage, mb in order:
@@ -135,7 +138,8 @@ class _Writer:
                 finished.pop(stage, None)
                 finished[stage] = None
         self.out += [Instruction(Kind.GRAD_SYNC, stage) for stage in finished]
-        self.out += [Instruction(Kind.NORM), Instruction(Kind.OPTIMIZER)]
+        if trains:
+            self.out += [Instruction(Kind.NORM), Instruction(Kind.OPTIMIZER)]
         return self.out
 
     def _add(
