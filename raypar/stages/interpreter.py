@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -22,6 +22,7 @@ from raypar.schedules.instructions import Instruction, Kind
 from raypar.sharding.collectives import set_context
 from raypar.stages.accounts import measured_memory
 from raypar.stages.batch import first_sample, microbatch_rows
+from raypar.stages.evaluation import ForwardRunner, ForwardSpec, Outcome, Parcel, weights_in_use
 from raypar.stages.gradients import GradientStore
 from raypar.stages.holdings import HeldStage, Holdings, Workshop
 from raypar.stages.layouts import reported_names
@@ -59,6 +60,7 @@ class RankRunner:
         self._update = Update(spec, self._holdings)
         self._kept = RankState(spec, self._holdings, self._update)
         self._transfers = Transfers(spec, world)
+        self._forwards = ForwardRunner(spec, world, self._mesh, self._holdings)
         self._scaled_by = self._update.scaler.scale
         self._tangents = self._loss_tangents()
         self._at = -1
@@ -434,6 +436,28 @@ class RankRunner:
         kept = self._gradients.kept
         return {n: kept[n].cpu() for n in reported_names(self.spec) if n in kept}
 
+    def load_evaluation(self, key: str, specs: Mapping[int, ForwardSpec]) -> None:
+        """Makes the programs that evaluate one form of batch; see `ForwardRunner.load`."""
+        self._forwards.load(key, specs)
+
+    def evaluate_steps(
+        self, key: str, first: int, batches: Sequence[Sequence[Parcel]], weights: str = "live"
+    ) -> list[Outcome]:
+        """Evaluates batches of one form between two steps; see `ForwardRunner.run`.
+
+        Args:
+            key: What `load_evaluation` called the form.
+            first: Number of the first batch in its data source.
+            batches: For every rank its rows of each batch.
+            weights: ``live``, or ``ema`` for the moving average of the recipe.
+
+        Raises:
+            OptimizerError: The recipe has no ``ema_decay``, or `weights` is something else.
+        """
+        average = self._update.average
+        with weights_in_use(weights, self._holdings, average, self._gradients.spread) as held:
+            return self._forwards.run(key, first, batches[self.spec.rank], *held)
+
     def visit(self, visitor: Callable[[RankState], Any]) -> Any:
         """Shows a visitor the training state, between steps, and returns what it answers."""
         return visitor(self._kept)
@@ -471,6 +495,8 @@ class RankRunner:
         """The instruction it stands at; safe from any thread."""
         at = self._at
         if at < 0:
+            if self._forwards.standing:
+                return self._forwards.standing
             return f"between steps (last step {self._step})"
         return f"step {self._step}, instruction {at} of {len(self.spec.instructions)}: " + str(
             self.spec.instructions[at]
