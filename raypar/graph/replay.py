@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import fx
 
 from raypar.errors import CaptureError
 from raypar.graph.build import CleanGraph
+from raypar.graph.passes.emit import autocast_of
 
 
 def replay(
@@ -46,15 +46,6 @@ def replay(
             if last[i] is node:
                 env.pop(i, None)
     raise AssertionError("a graph has an output")
-
-
-def autocast_of(node: fx.Node) -> contextlib.AbstractContextManager[Any]:
-    """The autocast region that the op was captured in."""
-    region = node.meta.get("autocast")
-    if region is None:
-        return contextlib.nullcontext()
-    device, dtype, enabled = region
-    return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 def gradient_flow(clean: CleanGraph, trainable: Mapping[str, bool]) -> frozenset[str]:

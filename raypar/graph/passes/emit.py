@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -71,6 +72,15 @@ def _mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
     return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
 
 
+def autocast_of(node: fx.Node) -> contextlib.AbstractContextManager[Any]:
+    """The autocast region that the op was captured in."""
+    region = node.meta.get("autocast")
+    if region is None:
+        return contextlib.nullcontext()
+    device, dtype, enabled = region
+    return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
 class Emitter:
     """Writes new nodes in front of `anchor`, with fake values and the anchor's origin."""
 
@@ -85,5 +95,6 @@ class Emitter:
         for key in ("module_path", "source", "autocast"):
             if key in self.anchor.meta:
                 node.meta[key] = self.anchor.meta[key]
-        node.meta["val"] = fake_call(target, args, kwargs, self.graph) if like is None else like
+        with autocast_of(node):
+            node.meta["val"] = fake_call(target, args, kwargs, self.graph) if like is None else like
         return node
