@@ -14,6 +14,9 @@ from raypar.schedules.registry import get_schedule
 from raypar.sharding.strategies import pattern_of
 
 
+_MOST_SAMPLES = 1 << 31  # what is looked for among the divisors of a batch must be found soon
+
+
 def check_plan(plan: Plan, graph: OpGraph | None = None, cluster: Cluster | None = None) -> None:
     """Checks a plan in itself, then against a graph, then against a cluster.
 
@@ -63,17 +66,16 @@ def _check_alone(plan: Plan) -> None:
         raise PlanError("the plan has no stages")
     if plan.microbatches < 1:
         raise PlanError(f"microbatches is {plan.microbatches}; it is at least 1")
-    if plan.global_batch < 1:
-        raise PlanError(f"global_batch is {plan.global_batch}; it is at least 1")
+    if not 1 <= plan.global_batch <= _MOST_SAMPLES:
+        raise PlanError(
+            f"global_batch is {plan.global_batch}; it is at least 1 and at most {_MOST_SAMPLES}"
+        )
     _check_meshes(plan)
     parts = plan.microbatches * plan.replicas
     if plan.global_batch % parts:
-        fitting = [
-            m
-            for m in range(1, plan.global_batch + 1)
-            if plan.global_batch % (m * plan.replicas) == 0
-        ]
-        near = min(fitting, key=lambda m: abs(m - plan.microbatches), default=None)
+        fitting = _divisors(plan.global_batch // plan.replicas)
+        whole = plan.global_batch % plan.replicas == 0
+        near = min(fitting, key=lambda m: abs(m - plan.microbatches)) if whole else None
         hint = (
             f"microbatches={near} works"
             if near
@@ -102,6 +104,11 @@ def _check_alone(plan: Plan) -> None:
                 f"(1, {len(stage.mesh.devices)}), axes ('data', 'x'), or leave sharding empty"
             )
     _check_placement(plan)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def _check_meshes(plan: Plan) -> None:

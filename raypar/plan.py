@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PLAN_FORMAT = 1
 TORCH_RANGE = ">=2.11,<2.14"
 """What plans say of the torch that they were made with."""
+_MOST_FIGURE = 2**1000  # whole numbers above it are no floats
 DATA = "data"
 """Name of the mesh axis whose coordinates are the replicas."""
 RECOMPUTE_POLICIES = ("none", "selective", "full")
@@ -219,7 +220,9 @@ class Plan:
                 of the wrong type, or has a newer format number.
         """
         try:
-            raw = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+            raw = json.loads(
+                text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite
+            )
         except (ValueError, RecursionError) as error:
             raise PlanError(f"the plan is not valid JSON: {error}") from None
         if not isinstance(raw, dict):
@@ -299,6 +302,13 @@ def _no_number(text: str) -> float:
     raise ValueError(f"{text} is no JSON number")
 
 
+def _finite(text: str) -> float:
+    found = float(text)
+    if found - found != 0:  # 1e999 reads as infinity
+        raise ValueError(f"{text:.40} is too large for a number")
+    return found
+
+
 def _diff(path: str, mine: Any, theirs: Any, lines: list[str]) -> None:
     if isinstance(mine, dict) and isinstance(theirs, dict):
         for key in [*mine, *(k for k in theirs if k not in mine)]:
@@ -322,7 +332,7 @@ _TUPLES: dict[tuple[str, str], Any] = {
 
 def _build(cls: type, raw: Any, where: str) -> Any:
     if not isinstance(raw, dict):
-        raise PlanError(f"{where}: expected an object, found {raw!r}")
+        raise PlanError(f"{where}: expected an object, found {raw!r:.200}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in raw:
         if key not in fields:
@@ -346,12 +356,16 @@ def _value(owner: str, name: str, kind: str, raw: Any, where: str) -> Any:
     if nested is not None:
         if kind.startswith("tuple"):
             if not isinstance(raw, list):
-                raise PlanError(f"{where}: expected a list, found {raw!r}")
+                raise PlanError(f"{where}: expected a list, found {raw!r:.200}")
             return tuple(_build(nested, item, f"{where}[{i}]") for i, item in enumerate(raw))
         return _build(nested, raw, where)
 
     def integer(v: Any) -> bool:
         return isinstance(v, int) and not isinstance(v, bool)
+
+    def number(v: Any) -> bool:
+        whole = isinstance(v, int) and not isinstance(v, bool)
+        return isinstance(v, float) or (whole and abs(v) < _MOST_FIGURE)
 
     checks: dict[str, Any] = {
         "str": lambda v: isinstance(v, str),
@@ -368,13 +382,10 @@ def _value(owner: str, name: str, kind: str, raw: Any, where: str) -> Any:
         "dict[str, str]": lambda v: (
             isinstance(v, dict) and all(isinstance(x, str) for x in v.values())
         ),
-        "dict[str, float]": lambda v: (
-            isinstance(v, dict)
-            and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in v.values())
-        ),
+        "dict[str, float]": lambda v: isinstance(v, dict) and all(map(number, v.values())),
     }
     if not checks[kind](raw):
-        raise PlanError(f"{where}: expected {kind}, found {raw!r}")
+        raise PlanError(f"{where}: expected {kind}, found {raw!r:.200}")
     if kind.startswith("tuple[tuple"):
         return tuple(tuple(x) for x in raw)
     return tuple(raw) if kind.startswith("tuple") else raw

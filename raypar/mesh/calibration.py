@@ -205,7 +205,7 @@ class Calibration:
                 str(raw["fingerprint"]),
                 str(raw["note"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
             raise ClusterError(
                 f"this is no calibration ({reason}); `raypar probe` writes a new one"

@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from raypar.errors import ClusterError
+from raypar._yaml import parse_yaml
+from raypar.errors import ClusterError, ConfigError
 from raypar.mesh._memory import machine_memory
 from raypar.mesh._schema import parse
 from raypar.mesh.devices import DEVICES, GIB, DeviceKind, Link, device_kind
@@ -198,11 +199,11 @@ class Cluster:
             ClusterError: There is no such file, it is no YAML, or a key or value is wrong.
         """
         try:
-            raw = yaml.safe_load(Path(path).read_text())
+            raw = parse_yaml(Path(path).read_text(encoding="utf-8"), f"cluster file {str(path)!r}")
         except (OSError, UnicodeDecodeError) as error:
             raise ClusterError(f"cannot read cluster file {str(path)!r}: {error}") from None
-        except yaml.YAMLError as error:
-            raise ClusterError(f"cluster file {str(path)!r} is no valid YAML: {error}") from None
+        except ConfigError as error:
+            raise ClusterError(str(error)) from None
         return cls.from_dict(raw, where=f"cluster file {str(path)!r}")
 
     @classmethod

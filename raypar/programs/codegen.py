@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from raypar.compat import OpOverload, raw_callable
+from raypar.errors import PlanError
 from raypar.programs.partition import Piece
 
 Program = Callable[..., list[Any]]
@@ -107,7 +108,10 @@ class _Writer:
         target = node.target
         function = raw_callable(target) if isinstance(target, OpOverload) else target
         arguments = [self._ref(a) for a in node.args]
-        arguments += [f"{key}={self._ref(value)}" for key, value in node.kwargs.items()]
+        for key, value in node.kwargs.items():
+            if not key.isidentifier():  # the only text of a program that is not made here
+                raise PlanError(f"{key!r:.80} is no argument's name")
+            arguments.append(f"{key}={self._ref(value)}")
         self.lines.append(f"{self.names[node]} = {self._bind(function)}({', '.join(arguments)})")
 
     def _bind(self, value: Any) -> str:

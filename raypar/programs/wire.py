@@ -18,7 +18,14 @@ from raypar.compat import OpOverload, fake_mode, overload_name, schema_name
 from raypar.errors import PlanError
 
 _NAMESPACES = frozenset({"aten", "prims", "raypar"})
-_DENIED = frozenset({"aten::from_file", "aten::save"})
+_DENIED = frozenset(
+    f"aten::{name}"
+    for name in (
+        "from_file", "save", "_print", "warn", "wait", "seed", "manual_seed", "set_grad_enabled",
+        "set_", "set_data", "_cufft_set_plan_cache_max_size",
+    )
+)  # fmt: skip
+"""Operators that reach beyond their tensors: files, output, the process's state."""
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"operator.{f.__name__}": f
     for f in (
@@ -138,12 +145,31 @@ def find_target(name: str) -> Callable[..., Any]:
     raise PlanError(f"{name!r} is not in the list of ops that a rank may run")
 
 
+def torch_constant(name: str) -> Any:
+    """The dtype, layout or memory format of a shipped name.
+
+    Raises:
+        PlanError: It is none.
+    """
+    found = getattr(torch, name, None)
+    if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
+        return found
+    raise PlanError(f"malformed graph data: {('torch', name)!r}")
+
+
 def unpack(wire: Wire, device: torch.device) -> fx.Graph:
     """Rebuilds a graph; placeholders carry fake values on `device`.
 
     Raises:
         PlanError: A target is not in the allow-list, or the data is malformed.
     """
+    try:
+        return _unpack(wire, device)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise PlanError(f"malformed graph data: {type(error).__name__}: {error}") from error
+
+
+def _unpack(wire: Wire, device: torch.device) -> fx.Graph:
     graph = fx.Graph()
     made: list[fx.Node] = []
 
@@ -162,9 +188,7 @@ def unpack(wire: Wire, device: torch.device) -> fx.Graph:
         if kind == "device":
             return device
         if kind == "torch":
-            found = getattr(torch, inner, None)
-            if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
-                return found
+            return torch_constant(inner)
         raise PlanError(f"malformed graph data: {value!r}")
 
     mode = fake_mode()
@@ -184,7 +208,7 @@ def unpack(wire: Wire, device: torch.device) -> fx.Graph:
             call = graph.call_function(
                 find_target(name),
                 tuple(real(a) for a in args),
-                {k: real(v) for k, v in kwargs.items()},
+                {_argument(k): real(v) for k, v in kwargs.items()},
             )
             call.meta["id"] = key
             if cast is not None:
@@ -192,3 +216,10 @@ def unpack(wire: Wire, device: torch.device) -> fx.Graph:
             made.append(call)
     graph.output(real(wire["output"]))
     return graph
+
+
+def _argument(name: Any) -> str:
+    """An argument's name: it becomes part of a program's text, so it may be nothing else."""
+    if not isinstance(name, str) or not name.isidentifier():
+        raise PlanError(f"malformed graph data: {name!r:.80} is no argument's name")
+    return name

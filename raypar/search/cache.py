@@ -150,7 +150,9 @@ class PlanCache:
         try:
             found = _read(text, question)
             check_plan(found.plan, graph, cluster)
-        except (ValueError, TypeError, KeyError, AttributeError, PlanError) as error:
+        except (
+            ValueError, TypeError, KeyError, AttributeError, RecursionError, PlanError,
+        ) as error:  # fmt: skip
             return None, self._set_aside(path, error)
         # It was used just now; it may be gone, though, or lie where nothing may be written.
         with contextlib.suppress(OSError):

@@ -120,5 +120,5 @@ class SearchRecord:
             trials = tuple(TrialRecord(**t) for t in raw.pop("trials"))
             notes = tuple(raw.pop("notes"))
             return cls(trials=trials, notes=notes, **raw)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise PlanError(f"this is no search record: {error}") from None

@@ -125,7 +125,7 @@ class Ladder:
             return cls(rungs, float(raw["seconds"]), str(raw["stopped"]))
         except OSError as error:
             raise PlanError(f"cannot read ladder {str(path)!r}: {error.strerror}") from None
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise PlanError(f"{str(path)!r} is no ladder: {error}") from None
 
     def text(self) -> str:

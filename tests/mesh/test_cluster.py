@@ -178,7 +178,7 @@ nodes:
             "nodes: [{device: L4, devices: 2, host_memory: 1, inside: {bandwith: 1}}]",
             "inside.bandwith: unknown key.*Did you mean 'bandwidth'",
         ),
-        ("nodes: {", "no valid YAML"),
+        ("nodes: {", "not valid YAML"),
         (
             "{device_kinds: {X: {flops: {floot: 1}, memory: 1, bandwidth: 1, inside: {bandwidth: 1}"
             ", host: {bandwidth: 1}, across: {bandwidth: 1}}}, "

@@ -77,6 +77,8 @@ def _placed(*placement, name="1f1b"):
         (_with(microbatches=3), r"8 does not divide into 3 microbatches × 2 .* microbatches=2"),
         (_with(microbatches=16), "microbatches=4 works"),
         (_with(global_batch=7), "cannot be cut over 2 replicas"),
+        (_with(global_batch=10**15), "at most 2147483648"),
+        (_with(global_batch=2**31 - 2, microbatches=7**9), "microbatches=.* works"),
         (_with(global_batch=16), "the example batch has 8"),
         (_with(graph_hash="0" * 32), "another graph .* the same parameters"),
         (_with(graph_hash="0" * 32, params_hash="1"), "another graph .* other parameters"),

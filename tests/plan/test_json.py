@@ -148,6 +148,7 @@ def test_an_edited_plan_is_a_valid_plan_or_a_plan_error(data):
         ('{"microbatch": 2}', "unknown key 'microbatch'. Did you mean 'microbatches'"),
         ('{"graph_hash": "a", "graph_hash": "b"}', "twice"),
         ('{"predicted": {"step_s": NaN}}', "NaN"),
+        ('{"predicted": {"step_s": 1e999}}', "too large for a number"),
     ],
 )
 def test_text_that_is_no_plan(text, error):

@@ -13,6 +13,8 @@ from torch import fx, nn
 import raypar
 from raypar.errors import PlanError
 from raypar.graph.replay import replay
+from raypar.programs.codegen import compile_piece
+from raypar.programs.partition import Piece
 from raypar.programs.wire import find_target, pack, target_name, unpack
 
 CPU = torch.device("cpu")
@@ -87,3 +89,41 @@ def test_malformed_arguments_are_refused(bad):
     wire = {"nodes": [("call", "op", "aten::add.Tensor", [bad], {}, None)], "output": ()}
     with pytest.raises(PlanError, match="malformed"):
         unpack(wire, CPU)
+
+
+@pytest.mark.parametrize("name", ["a=1, b", "__import__('os').system('x') or a", "", "a\n", 3])
+def test_an_arguments_name_cannot_be_code(name):
+    wire = {"nodes": [("call", "op", "aten::add.Tensor", [], {name: 1}, None)], "output": ()}
+    with pytest.raises(PlanError, match="no argument's name"):
+        unpack(wire, CPU)
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        {},
+        {"nodes": [()], "output": ()},
+        {"nodes": [("in", "x", (-1,), ("torch", "float32"))], "output": ()},
+        {"nodes": [("in", "x", "ab", 3)], "output": ()},
+        {"nodes": [("call", "op", "aten::add.Tensor", [("node", 5)], {}, None)], "output": ()},
+        {"nodes": [("call", "op", 7, [], {}, None)], "output": ()},
+        {"nodes": [], "output": ("node", "x")},
+    ],
+)
+def test_malformed_graphs_are_plan_errors(wire):
+    with pytest.raises(PlanError):
+        unpack(wire, CPU)
+
+
+@pytest.mark.parametrize("name", ["_print", "manual_seed", "set_grad_enabled", "save", "set_"])
+def test_operators_that_reach_beyond_their_tensors_are_refused(name):
+    with pytest.raises(PlanError, match="not in the list"):
+        find_target(f"aten::{name}.default")
+
+
+def test_code_generation_refuses_it_too():
+    graph = fx.Graph()
+    call = graph.call_function(torch.ops.aten.add.Tensor, (), {"x=print('ran'), y": 1})
+    piece = Piece([], [call], [call])
+    with pytest.raises(PlanError, match="no argument's name"):
+        compile_piece(piece, {}, name="test")

@@ -181,7 +181,9 @@ def row_from_json(text: str) -> StoreRow:
         row: StoreRow = make(**raw)
         _check(row)
         return row
-    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+    except (
+        KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError,
+    ) as error:  # fmt: skip
         raise ValueError(f"no row of measurements: {error!r}") from None
 
 

@@ -260,7 +260,7 @@ def _is_header(line: bytes) -> bool:
     try:
         found = json.loads(line)
         return bool(found["format"] == STORE_FORMAT)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return False
 
 

@@ -164,7 +164,7 @@ def _fault(file: Path) -> str:
     for number, line in enumerate(lines[:-1], start=1):
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return f"line {number} is no JSON"
         if not isinstance(entry, dict) or "op_code" not in entry:
             return f"line {number} is no entry of a journal"
