@@ -197,12 +197,17 @@ class _Compiler:
         return len(self.meetings) - 1
 
     def _buckets(self, group: int) -> dict[int, list[int]]:
-        """Stage → meetings of its gradient buckets: of all replicas of the group."""
+        """Stage → meetings of its gradient buckets: of all replicas of the group.
+
+        They are numbered in the order in which the stages complete them, which is that of the
+        interpreter: the first of a queue never waits for a bucket that is filled later.
+        """
         own = self.lanes_of[group]
         first = self.lanes[own[0]]
+        final = _final_backwards(self.lists[group], first)
         return {
-            stage: [self._meeting(Meeting(tuple(own), timed, group)) for timed in buckets]
-            for stage, buckets in first.buckets.items()
+            stage: [self._meeting(Meeting(tuple(own), t, group)) for t in first.buckets[stage]]
+            for stage in sorted(first.buckets, key=lambda stage: final.get(stage, 0))
         }
 
     def _tied(self, one: Tied) -> tuple[int, dict[int, set[int]]]:

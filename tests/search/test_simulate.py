@@ -220,6 +220,20 @@ def test_gradients_travel_while_backward_goes_on() -> None:
     assert found.lanes[0].communication < short.lanes[0].communication
 
 
+def test_gradients_of_the_stage_that_is_through_first_travel_first() -> None:
+    """Two stages of one rank group: the later one's travel while the earlier one goes back."""
+    nbytes = 40 << 20
+    alone = nbytes / 1e9
+    io = StageIO(2, (0, 0), (Edge("x", 0, (1,), True, 1),), (False, True))
+    sync = (Collective("data", "all_reduce", nbytes, 0.0),)
+    costs = (StageCost(1.0, 2 * alone, 0.0, 0.0, sync=sync),) * 2
+    setting = setting_for(io, 1, one_device_nodes(2, Link(1e9, 0.0)), costs)
+    setting = replace(setting, meshes=(MeshSlice((0, 1), (2,)),))
+    found = simulate_lists(compile_schedule("1f1b", io, 1), setting)
+    # Only the last bucket of the first stage is left when its backward is over.
+    assert 2 + 4 * alone < found.step_s < 2 + 4.2 * alone
+
+
 def test_a_parameter_of_two_rank_groups_is_summed_once_both_have_it() -> None:
     io = chain(2, 2)
     lists = compile_schedule("gpipe", io, 2)
