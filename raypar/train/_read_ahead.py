@@ -64,12 +64,34 @@ class ReadAhead:
             self._until = max(self._until, until)
             self._turn.notify_all()
 
+    def prefetch(self, step: int, until: int) -> None:
+        """Reads from `step` on before it is asked for, and returns once all that may is ready.
+
+        A loader just as fast as the training then has a lead that outlasts their unevenness; it
+        would never gain one. What goes wrong is told by `take`.
+        """
+        with self._turn:
+            self._until = max(self._until, until)
+            self._begin(step)
+            self._turn.notify_all()
+            wanted = min(self._depth, self._until - step)
+            self._turn.wait_for(
+                lambda: (
+                    self._ended is not None
+                    or len(self._ready) >= wanted
+                    or (self._ready and not isinstance(self._ready[-1].reading, tuple))
+                )
+            )
+
+    def _begin(self, step: int) -> None:
+        if self._next is None and self._ended is None:
+            self._next = self._first = step
+            self._thread.start()
+
     def take(self, step: int) -> Inputs | None:
         """The inputs of `step`, waiting for them; None where the data ended before it."""
         with self._turn:
-            if self._next is None:
-                self._next = self._first = step
-                self._thread.start()
+            self._begin(step)
             self._turn.wait_for(lambda: self._ready or self._ended is not None)
             if not self._ready:
                 raise CommAbortedError(f"step {step}: waiting for its batch: {self._ended}")

@@ -123,8 +123,10 @@ class RemadeBatches:
 class DataFeed:
     """Makes every rank's feed; travels to the ranks.
 
-    A rank's feed has `data_state(step)`: the position after the batch of ``step - 1``, from the
-    ranks that read, among them rank 0; None from others.
+    A rank's feed has two methods more than others, which all ranks are called with between steps.
+    ``data_state(step)`` gives the position after the batch of ``step - 1`` (`DataPosition.to_json`)
+    on ranks that read, among them rank 0, and None on others. ``prefetch(step, until)`` reads ahead
+    from `step` on, before the first step.
 
     Args:
         source: Where the batches come from.
@@ -257,6 +259,9 @@ class _Receiver:
             inputs[name] = tensor
         return inputs
 
+    def prefetch(self, step: int, until: int) -> None:
+        pass
+
     def data_state(self, step: int) -> None:
         return None
 
@@ -287,6 +292,7 @@ class _Dealer:
         self._reader = ReadAhead(self._read, start, depth=ahead)
         self.extend = self._reader.extend
         self.take = self._reader.take
+        self.prefetch = self._reader.prefetch
         self.data_state = self._reader.data_state
         self.abort = self._reader.abort
 

@@ -6,6 +6,7 @@ pass; `position.py` is what a checkpoint keeps. How batches reach the ranks is `
 """
 
 from raypar.train.data.batches import batches
+from raypar.train.data.convert import converted
 from raypar.train.data.form import BatchForm, plain
 from raypar.train.data.join import joined
 from raypar.train.data.opening import Data, Opened, open_data, peek
@@ -23,6 +24,7 @@ __all__ = [
     "SampledBatches",
     "all_epochs",
     "batches",
+    "converted",
     "joined",
     "open_data",
     "peek",

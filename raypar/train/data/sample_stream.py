@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import default_collate
@@ -24,13 +24,12 @@ class StreamedSamples:
         collate_fn: Makes a batch of a list of samples; None stacks tensors, arrays and numbers.
     """
 
-    def __init__(
-        self, samples: Iterable[Any], global_batch: int, collate_fn: Collate | None = None
-    ) -> None:
+    def __init__(self, samples: Any, global_batch: int, collate_fn: Collate | None = None) -> None:
         self._samples = samples
         self._size = global_batch
         self._collate = collate_fn or default_collate
-        if hasattr(samples, "state_dict") and hasattr(samples, "load_state_dict"):
+        has_state = hasattr(samples, "state_dict") and hasattr(samples, "load_state_dict")
+        if has_state and not _loses_a_buffer(samples):
             self.state_dict = samples.state_dict
             self.load_state_dict = samples.load_state_dict
         if hasattr(samples, "set_epoch"):
@@ -47,3 +46,22 @@ class StreamedSamples:
                     f"{error}; give raypar.batches(..., collate_fn=...)"
                 ) from error
             yield made
+
+
+def _loses_a_buffer(samples: Any, depth: int = 0) -> bool:
+    """Whether it shuffles in a buffer that its ``state_dict`` leaves out, as Hugging Face's does.
+
+    After a resume from such a state, what was in the buffer would never be seen: the samples
+    before are read over instead.
+    """
+    kind = type(samples)
+    if not f"{kind.__module__}.".startswith("datasets.") or depth > 16:
+        return False
+    if "BufferShuffled" in kind.__name__:
+        return True
+    inner = [v for value in vars(samples).values() for v in _members(value)]
+    return any(_loses_a_buffer(value, depth + 1) for value in inner)
+
+
+def _members(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

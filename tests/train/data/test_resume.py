@@ -50,7 +50,13 @@ def whole(parts: list[Any], replicas: int, microbatches: int) -> torch.Tensor:
 
 
 def segment(
-    data: Any, start: Any, steps: int, replicas: int, microbatches: int, accumulate: int = 1, **o: Any
+    data: Any,
+    start: Any,
+    steps: int,
+    replicas: int,
+    microbatches: int,
+    accumulate: int = 1,
+    **end: Any,
 ) -> tuple[list[Batch], Any]:
     """Reads steps on ranks of their own; gives the global batches, and the position after them."""
     opened = peek(data, 3, accumulate=accumulate)
@@ -58,7 +64,7 @@ def segment(
     ranks = specs(replicas, microbatches, size)
     feed = DataFeed(
         HeldBatches(opened), BatchForm(opened.example), ranks,
-        start=DataPosition.from_json(json.loads(json.dumps(start))), **o,
+        start=DataPosition.from_json(json.loads(json.dumps(start))), **end,
     )  # fmt: skip
     world = LocalWorld(len(ranks), timeout_s=20)
     found: list[Batch] = []

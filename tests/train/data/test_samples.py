@@ -260,3 +260,33 @@ def test_samples_one_by_one_are_grouped_and_told_the_epoch() -> None:
     opened = peek(batches(Epochs(), 2), 0)
     found = [batch["y"].tolist() for batch, _ in opened.read(2, epochs=2)]
     assert found == [[0, 1], [2, 3], [100, 101], [102, 103]]
+
+
+class BufferShuffledSamples(Epochs):
+    """As a streamed data set of Hugging Face after ``shuffle``: its state lacks the buffer."""
+
+    __module__ = "datasets.iterable_dataset"
+
+    def state_dict(self) -> dict[str, Any]:
+        raise AssertionError("not to be relied on")
+
+    load_state_dict = state_dict  # type: ignore[assignment]
+
+
+class Mapped(Epochs):
+    __module__ = "datasets.iterable_dataset"
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = [inner]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    load_state_dict = state_dict  # type: ignore[assignment]
+
+
+def test_a_state_that_leaves_out_a_shuffle_buffer_is_not_used() -> None:
+    for source in (BufferShuffledSamples(), Mapped(Mapped(BufferShuffledSamples()))):
+        assert not hasattr(batches(source, 2), "state_dict")
+    assert hasattr(batches(Mapped(Epochs()), 2), "state_dict")
