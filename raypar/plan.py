@@ -268,6 +268,11 @@ class Plan:
 
         return plan_text(self, graph)
 
+    def _repr_html_(self) -> str:
+        from raypar._plan_html import plan_html
+
+        return plan_html(self)
+
     def rebind(self, graph: OpGraph) -> Plan:
         """This plan for another capture of the model.
 

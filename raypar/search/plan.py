@@ -32,6 +32,9 @@ class Found(NamedTuple):
     plan: Plan
     record: SearchRecord
 
+    def _repr_html_(self) -> str:
+        return self.plan._repr_html_() + self.record._repr_html_()
+
 
 Progress = Callable[[TrialRecord, TrialRecord | None], None]
 """Called with every trial and the best one so far."""

@@ -102,6 +102,11 @@ class SearchRecord:
         """JSON text; `from_json` gives back an equal record."""
         return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
 
+    def _repr_html_(self) -> str:
+        from raypar.search._record_html import search_html
+
+        return search_html(self)
+
     @classmethod
     def from_json(cls, text: str) -> SearchRecord:
         """Reads what `to_json` wrote.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from raypar._plan_html import hue
 from raypar._plan_text import duration, mesh_text, size, span
 from raypar.fit import stage_ranges
 from raypar.graph.opgraph import OpGraph
@@ -20,8 +21,6 @@ from raypar.search.simulation import LaneReport, MemoryTimeline, Simulation
 
 _LEAST_FULL = 0.08
 """Share of a device's memory below which a bar of it would not show its parts."""
-_GOLDEN = 137.508
-"""Degrees between the hues of neighbouring rank groups: any few of them differ well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +115,6 @@ class NodeRow:
 
     name: str
     cells: list[tuple[float | None, int, str]]
-
-
-def hue(group: int) -> float:
-    """The hue of a rank group, in degrees."""
-    return round((210 + group * _GOLDEN) % 360, 1)
 
 
 def bands(

@@ -88,7 +88,9 @@ def gantt_chart(plan: Plan, played: PlayedStep, until: float | None = None) -> G
     panels = [
         Panel(
             title,
-            _Canvas(Scale(start, end), height, chunks, _LABELLED[many]).drawing(spans, title),
+            _Canvas(Scale(start, end), height, chunks, _LABELLED[many], played.step_s).drawing(
+                spans, title
+            ),
             labels(Scale(start, end), moment, most=3 if many else 8),
         )
         for title, start, end in windows
@@ -173,18 +175,20 @@ class _Canvas:
         height: Of a row, in pixels.
         chunks: Of every stage, its chunk.
         labelled: Share of the width from which on a span carries its microbatch's number.
+        end: Seconds at which the step ends.
     """
 
     x: Scale
     height: int
     chunks: Sequence[int]
     labelled: float
+    end: float
 
     def drawing(self, spans: Sequence[Sequence[Span]], title: str) -> Markup:
         """All lanes' spans that lie on the time axis."""
         parts = [grid(self.x, None)]
         for row, lane in enumerate(spans):
-            parts.append(_background(row, self.height))
+            parts.append(_background(row, self.height, self.x.place(self.end)))
             for span in lane:
                 if span.end > self.x.low and span.start < self.x.high and span.kind != "wait":
                     parts += self._span(span, row)
@@ -212,10 +216,10 @@ class _Canvas:
         return [box, element("text", [str(now.microbatch)], x=middle, y=base)]
 
 
-def _background(row: int, height: int) -> Markup:
+def _background(row: int, height: int, end: float = 1.0) -> Markup:
     """Idle time is what nothing else covers."""
     return element(
-        "rect", x="0", y=row * height + 1, width="100%", height=height - 2, class_="k-wait",
+        "rect", x="0", y=row * height + 1, width=share(end), height=height - 2, class_="k-wait",
         data_t="idle: waits for somebody who has not sent yet",
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from raypar._plan_html import hue
 from raypar._plan_text import count_of, duration, size
 from raypar.errors import ConfigError
 from raypar.fit import check_plan
@@ -17,7 +18,7 @@ from raypar.graph.opgraph import OpGraph
 from raypar.lowered import LoweredPlan, lower_plan
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
-from raypar.report.page._bands import bands, device_map, hue
+from raypar.report.page._bands import bands, device_map
 from raypar.report.page._figures import ShareBar, headline, path_bars
 from raypar.report.page._memory import memory_charts
 from raypar.report.page._record import best_trials, decision_words, reasons

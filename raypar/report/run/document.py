@@ -9,9 +9,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from raypar._plan_html import hue
 from raypar._plan_text import count_of, duration, size
 from raypar.errors import ConfigError
-from raypar.report.page._bands import hue
 from raypar.report.page._figures import ShareBar, path_bars
 from raypar.report.page._memory import memory_charts
 from raypar.report.page._record import best_trials, decision_words

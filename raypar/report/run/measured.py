@@ -18,6 +18,7 @@ from raypar.train.timeline import Timeline
 _KINDS = {**{kind: kind.value for kind in COMPUTE}, Kind.OPTIMIZER: "O", Kind.GLOBALS: "G"}
 _SAVED = MOVING.index("saved")
 _GRADIENTS = MOVING.index("gradients")
+_LEAST_S = 1e-9
 
 
 @dataclass(frozen=True)
@@ -55,36 +56,42 @@ class MeasuredStep:
 
 
 def measured_step(timeline: Timeline, limits: dict[int, int] | None = None) -> MeasuredStep:
-    """The last step of a timeline.
+    """The most typical step of a timeline: of those whose beginning is known, the median one.
 
     Args:
-        timeline: What ranks told; where it has a step before the last one, the drawing begins with
-            that one's optimizer, else with the step's own first instruction.
+        timeline: What ranks told; of the first step the beginning is not known, since it lies in
+            the one before, and it is shown from its first instruction on where it is the only one.
         limits: Rank group → bytes that its devices may fill, where that is known.
     """
-    lists, meetings = timeline.lists, meetings_of(timeline.lists)
-    last = timeline.stamps[-1]
-    norms = meetings.norms
-    begin = float(last.min())
-    end = float(last[norms + 1].max()) if len(norms) else float(last.max())
-    if len(timeline.steps) > 1 and len(norms):
-        begin = float(timeline.stamps[-2][norms + 1].max())
-    step_s = max(end - begin, 1e-9)
-    everyone = [
-        _clipped(all_spans(timeline, rank, meetings), begin, end)
-        for rank in range(len(lists.ranks))
-    ]
-    chosen = _longest(lists, everyone)
-    spans = tuple(tuple(everyone[rank]) for rank in chosen)
+    meetings = meetings_of(timeline.lists)
+    at, begin, end = _typical(timeline, meetings)
+    ranks = range(len(timeline.lists.ranks))
+    everyone = [_clipped(all_spans(timeline, rank, meetings), begin, end) for rank in ranks]
+    chosen = _longest(timeline.lists, everyone)
+    step_s = end - begin
     known = bool(timeline.held) and all(timeline.held[rank] for rank in chosen)
     return MeasuredStep(
-        timeline.steps[-1],
+        timeline.steps[at],
         step_s,
         tuple(_lane(timeline, rank, everyone[rank], step_s, limits or {}) for rank in chosen),
-        tuple(_memory(timeline, rank, begin, end) for rank in chosen) if known else (),
+        tuple(_memory(timeline, at, rank, begin, end) for rank in chosen) if known else (),
         tuple(chosen),
-        spans,
+        tuple(tuple(everyone[rank]) for rank in chosen),
     )
+
+
+def _typical(timeline: Timeline, meetings: Meetings) -> tuple[int, float, float]:
+    """(place in the timeline, beginning, end) of the step to show."""
+    if not len(meetings.norms):
+        last = timeline.stamps[-1]
+        return len(timeline.steps) - 1, float(last.min()), float(last.max())
+    ends = timeline.stamps[:, meetings.norms + 1].max(axis=1)
+    if len(ends) == 1:
+        first = float(timeline.stamps[0].min())
+        return 0, first, max(float(ends[0]), first + _LEAST_S)
+    lengths = np.diff(ends)
+    at = int(np.argsort(lengths, kind="stable")[len(lengths) // 2]) + 1
+    return at, float(ends[at - 1]), max(float(ends[at]), float(ends[at - 1]) + _LEAST_S)
 
 
 def rank_parts(timeline: Timeline) -> np.ndarray:
@@ -195,14 +202,14 @@ def _lane(
     )
 
 
-def _memory(timeline: Timeline, rank: int, begin: float, end: float) -> MemoryTimeline:
+def _memory(timeline: Timeline, step: int, rank: int, begin: float, end: float) -> MemoryTimeline:
     """What a rank holds: its tensors from step to step, and what it keeps for backward.
 
     The latter is known after every instruction of the rank's first step; shapes are the same in
     all steps, so it is drawn at the times of the one that is shown.
     """
     start, stop = timeline.lists.starts[rank : rank + 2]
-    stamps = timeline.stamps[-1][start:stop]
+    stamps = timeline.stamps[step][start:stop]
     saved = np.array((0, *timeline.saved[rank], 0), dtype=float)[: len(stamps)]
     saved = np.pad(saved, (0, len(stamps) - len(saved)))
     times = np.concatenate([[0.0], np.clip(stamps - begin, 0.0, end - begin)])

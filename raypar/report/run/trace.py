@@ -86,8 +86,10 @@ def _measured(timeline: Timeline) -> Iterator[dict[str, Any]]:
             now = program[int(take - starts[int(taker)])]
             assert now.kind in RECV
             arrow = {"name": str(now), "cat": "transfer", "id": number}
-            yield {"ph": "s", **arrow, "pid": source, "tid": 0, "ts": float(stamps[last]) * _US}
             taken = float(stamps[take + 1]) * _US
+            # A message may be there before its sender gets to look at the clock again.
+            sent = min(float(stamps[last]) * _US, taken)
+            yield {"ph": "s", **arrow, "pid": source, "tid": 0, "ts": sent}
             yield {"ph": "f", "bp": "e", **arrow, "pid": int(taker), "tid": 0, "ts": taken}
             number += 1
 
