@@ -92,7 +92,7 @@ def _chart(played: PlayedStep, own: list[int], until: float, top: int) -> Memory
     marks = [_limit(lane.memory_limit, y)] if near else []
     marks.append(_peak(memory, x, y))
     drawing = svg(
-        [grid(x, y, most=4), areas, *marks],
+        [grid(x, None, most=3), grid(None, y, most=4), areas, *marks],
         height=_HEIGHT,
         title=f"Memory of {lane.label} over a step: peak {size(memory.peak_bytes)}",
         class_="memory",

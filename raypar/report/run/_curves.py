@@ -95,7 +95,7 @@ def parts_curve(steps: Sequence[dict[str, Any]]) -> Curve | None:
             areas.append(_steps_area(f"k-{STYLE[part]}", edges, below, above, x, y, part))
         below = above
     drawing = svg(
-        [stretched(areas), grid(None, y, most=4)], height=_SMALL + 50,
+        [stretched(areas), grid(x, None, most=8), grid(None, y, most=4)], height=_SMALL + 50,
         title="Parts of the step over the run", class_="memory parts",
     )  # fmt: skip
     more = f"; each column is the median of {len(bins[0])} steps" if len(bins[0]) > 1 else ""
@@ -149,7 +149,11 @@ def _curve(
     values = [value for _, value in [*points, *dots]]
     x = Scale(min(steps), max(steps))
     y = Scale.around(values)
-    parts = [grid(x, y, most=5), stretched([_line(_thinned(points), x, y)])]
+    parts = [
+        grid(x, None, most=8),
+        grid(None, y, most=5),
+        stretched([_line(_thinned(points), x, y)]),
+    ]
     for step, value in dots:
         parts.append(
             element(

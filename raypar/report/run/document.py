@@ -62,6 +62,8 @@ def run_page(run_folder: Path) -> str:
     bands = run.prediction.bands if run.prediction else ()
     boxes = sorted((box for band in bands for box in band.boxes), key=lambda box: box.index)
     groups = [group for group, _ in run.plan.schedule.placement] if run.plan else []
+    charts = _gantts(run, measured, until)
+    names = [name for *_, chart in charts for name, _ in chart.rows]
     return _template().render(
         run=run,
         plan=run.plan,
@@ -73,7 +75,8 @@ def run_page(run_folder: Path) -> str:
         parts=parts_curve(run.steps),
         curves=small_curves(run.steps),
         part_styles=STYLE,
-        charts=_gantts(run, measured, until),
+        charts=charts,
+        longest_name=max(map(len, names), default=0),
         measured=measured,
         path=_path(run.prediction),
         memory=_memory(run, measured, until),

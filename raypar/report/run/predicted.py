@@ -182,7 +182,7 @@ def predict(
 
 
 class PredictionWriter(Callback):
-    """Writes ``predicted.json`` into the run's folder when it starts, once.
+    """Writes ``predicted.json`` into the run's folder when it starts, for every attempt anew.
 
     A prediction that fails is told as a warning: the report then goes without.
     """
