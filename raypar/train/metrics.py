@@ -23,7 +23,7 @@ from raypar.train.timeline import TimelineRecorder
 
 __all__ = ["Display", "MetricsLog", "startup_text", "tokens_of"]
 
-_FLUSH_S = 1.0
+_FLUSH_S, _TIMELINE_S = 1.0, 60.0
 _MANY_RANKS = 4
 _EVERY = 10
 
@@ -53,7 +53,8 @@ class MetricsLog:
     times; of more than 4 ranks in every tenth line). Where a figure is not known its key is not
     there. Lines of evaluations lack ``step_s``.
 
-    When it is closed, ``timeline.json`` beside it tells when every rank did what in the last steps.
+    Once a minute, and when it is closed, ``timeline.json`` beside it tells when every rank did what
+    in the last steps.
 
     Args:
         path: The file; lines from `first_step` on are dropped, those before it stay.
@@ -93,7 +94,7 @@ class MetricsLog:
         lists = RankLists.of(specs, nodes) if specs else RankLists((), (), ())
         self._breakdown = Breakdown(lists)
         self._recorder = TimelineRecorder(self._breakdown, self._infos)
-        self._flushed = time.monotonic()
+        self._flushed = self._recorded = time.monotonic()
         self.last: StepResult | None = None
         self.steps = 0
         self.seconds = 0.0
@@ -125,6 +126,9 @@ class MetricsLog:
             line["non_finite"] = list(result.non_finite)
         self._write(line)
         self._recorder.add(result.step, result.ranks)
+        if time.monotonic() - self._recorded > _TIMELINE_S:
+            self._recorder.write(self._folder)
+            self._recorded = time.monotonic()
         self._count(result, seconds, mean)
         return line
 

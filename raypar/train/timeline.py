@@ -7,6 +7,7 @@ first rank's node tells them; see `raypar.train.breakdown` for how clocks are se
 from __future__ import annotations
 
 import json
+import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from raypar.train.breakdown import Breakdown, RankLists, meetings_of
 
 TIMELINE_FORMAT = 1
 TIMELINE_FILE = "timeline.json"
-_KEPT = 4
+_KEPT, _MOST_STAMPS = 16, 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,8 @@ class Timeline:
 class TimelineRecorder:
     """Keeps the stamps of the last steps, and what ranks told of memory in their first.
 
+    Of large runs fewer steps are kept, but two: they show one whole step.
+
     Args:
         breakdown: Knows the ranks and sets their clocks.
         infos: The ranks.
@@ -125,7 +128,9 @@ class TimelineRecorder:
     def __init__(self, breakdown: Breakdown, infos: Sequence[RankInfo]) -> None:
         self._breakdown = breakdown
         self._infos = list(infos)
-        self._last: deque[tuple[int, Sequence[StepReport]]] = deque(maxlen=_KEPT)
+        stamps = max(breakdown.lists.starts[-1], 1)
+        kept = min(_KEPT, max(2, _MOST_STAMPS // stamps))
+        self._last: deque[tuple[int, Sequence[StepReport]]] = deque(maxlen=kept)
         self._held: tuple[dict[str, int], ...] = ()
         self._saved: tuple[tuple[int, ...], ...] = ()
 
@@ -156,7 +161,9 @@ class TimelineRecorder:
         )
 
     def write(self, folder: Path) -> None:
-        """Writes ``timeline.json``, where there is something to write."""
+        """Writes ``timeline.json``, where there is something to write; at once, or not at all."""
         found = self.timeline()
         if found is not None:
-            (folder / TIMELINE_FILE).write_text(found.to_json() + "\n", encoding="utf-8")
+            fresh = folder / f"{TIMELINE_FILE}.new"
+            fresh.write_text(found.to_json() + "\n", encoding="utf-8")
+            os.replace(fresh, folder / TIMELINE_FILE)

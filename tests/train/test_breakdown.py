@@ -139,7 +139,7 @@ def test_parts_of_a_real_run_add_up_to_its_steps(ran: tuple, tmp_path: Path) -> 
         assert memory[str(stage)]["peak"] > memory[str(stage)]["held"]
     assert "memory" not in lines[1]
     timeline = Timeline.from_json((tmp_path / "timeline.json").read_text())
-    assert timeline.steps == (2, 3, 4, 5)
+    assert timeline.steps == (0, 1, 2, 3, 4, 5)
     assert timeline.stages == ((0,), (1,))
     assert max(timeline.saved[0]) == results[0].ranks[0].most_saved
     assert len(timeline.saved[0]) == len(timeline.lists.lists[0])

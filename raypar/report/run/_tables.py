@@ -100,7 +100,7 @@ def link_rows(timeline: Timeline | None, prediction: Prediction | None) -> list[
                 f"rank group {key[0]} → {key[1]}",
                 str(times[0] if times else moved.count if moved else ""),
                 size(moved.nbytes) if moved else "not known",
-                duration(times[1]) if times else "not known",
+                (duration(times[1]) if times[1] else "at once") if times else "not known",
                 duration(times[2]) if times else "not known",
                 rate,
             )

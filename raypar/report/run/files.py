@@ -51,8 +51,8 @@ _MISSING = {
     "plan.json": "there is no plan.json: the run ended before it had a plan",
     METRICS_FILE: "there is no metrics.jsonl: no step was finished",
     "result.json": "there is no result.json: the run goes on, or was killed",
-    TIMELINE_FILE: "there is no timeline.json: it is written when a run ends, so no measured step "
-    "is drawn",
+    TIMELINE_FILE: "there is no timeline.json: it is written once a minute and when a run ends; "
+    "no measured step is drawn",
     PREDICTED_FILE: "there is no predicted.json: nothing is predicted beside what was measured",
 }
 

@@ -153,7 +153,7 @@ def test_the_trace_has_an_arrow_for_every_message(run: Path, tmp_path: Path) -> 
     starts = {e["id"]: e for e in events if e["ph"] == "s"}
     ends = {e["id"]: e for e in events if e["ph"] == "f"}
     assert starts.keys() == ends.keys()
-    assert len(starts) == 4 * 2 * 4, "steps × directions × microbatches"
+    assert len(starts) == 6 * 2 * 4, "steps × directions × microbatches"
     for number, start in starts.items():
         assert start["pid"] != ends[number]["pid"]
         assert start["ts"] <= ends[number]["ts"]
