@@ -39,7 +39,7 @@ def main() -> int:
     final = sum(tail) / len(tail)
     print(f"\nloss {losses[0]:.2f} → {final:.2f} nats/byte (mean of the last {len(tail)} steps)")
     print(f"{result.metrics['tokens_per_s']:,.0f} tokens/s over {len(result.plan.stages)} stages")
-    print(f"files: {result.path}/ (plan.json, metrics.jsonl, model.pt, config.resolved.yaml)")
+    print(f"files: {result.path}/ (plan.json, metrics.jsonl, checkpoints/, config.resolved.yaml)")
     if len(losses) >= config.train.steps and final > GOAL:
         print(f"the loss did not get below {GOAL} nats/byte", file=sys.stderr)
         return 1

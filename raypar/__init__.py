@@ -15,6 +15,7 @@ import raypar.plan as _plan_module
 from raypar._version import __version__
 from raypar.errors import (
     CaptureError,
+    CheckpointError,
     ClusterError,
     CommAbortedError,
     CommError,
@@ -32,18 +33,29 @@ from raypar.errors import (
 from raypar.plan import Plan
 
 if TYPE_CHECKING:
+    from raypar.comm.network import NetworkSettings
     from raypar.graph.capture import capture
     from raypar.graph.opgraph import OpGraph
     from raypar.mesh.cluster import Cluster
     from raypar.report.explain import explain
     from raypar.search.config import SearchConfig
     from raypar.search.plan import plan
-    from raypar.train.config import RunConfig, ScalingConfig
+    from raypar.stages.recipe import LossScale
+    from raypar.train.callbacks import Callback
+    from raypar.train.checkpoint import Checkpoint, CheckpointStore
+    from raypar.train.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from raypar.train.data import batches
+    from raypar.train.loop import EarlyStop
     from raypar.train.result import Result
     from raypar.train.trainer import Trainer
 
 __all__ = [
+    "Callback",
     "CaptureError",
+    "Checkpoint",
+    "CheckpointConfig",
+    "CheckpointError",
+    "CheckpointStore",
     "Cluster",
     "ClusterError",
     "CommAbortedError",
@@ -51,6 +63,10 @@ __all__ = [
     "CommTimeoutError",
     "ConfigError",
     "DataError",
+    "EarlyStop",
+    "FailureConfig",
+    "LossScale",
+    "NetworkSettings",
     "NonFiniteError",
     "OpGraph",
     "OptimizerError",
@@ -66,12 +82,22 @@ __all__ = [
     "Trainer",
     "TrainingError",
     "__version__",
+    "batches",
     "capture",
     "explain",
     "plan",
 ]
 
 _HOMES = {
+    "Callback": "raypar.train.callbacks",
+    "Checkpoint": "raypar.train.checkpoint",
+    "CheckpointConfig": "raypar.train.config",
+    "CheckpointStore": "raypar.train.checkpoint",
+    "EarlyStop": "raypar.train.loop",
+    "FailureConfig": "raypar.train.config",
+    "LossScale": "raypar.stages.recipe",
+    "NetworkSettings": "raypar.comm.network",
+    "batches": "raypar.train.data",
     "Cluster": "raypar.mesh.cluster",
     "OpGraph": "raypar.graph.opgraph",
     "Result": "raypar.train.result",

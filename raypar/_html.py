@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from raypar._launch import optimizer_of, optimizer_states, search_of, shared_cores
+from raypar._launch import shared_cores
+from raypar._targets import optimizer_of, optimizer_states, search_of
 from raypar.config import Config
 from raypar.graph.opgraph import OpGraph
 from raypar.lowered import lower_plan

@@ -3,176 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from raypar.compat import pytree
-from raypar.config import IN_A_PLAN_FILE, STUDY_KEYS, Config, SearchSection, resolve_target
-from raypar.errors import ConfigError, DataError, OptimizerError
+from raypar._config_checks import IN_A_PLAN_FILE
+from raypar._targets import (
+    autocast_of,
+    data_of,
+    early_stop_of,
+    evaluation_of,
+    loss_of,
+    model_of,
+    network_of,
+    optimizer_of,
+    optimizer_states,
+    run_of,
+    scaling_of,
+    scheduler_of,
+    search_of,
+    steps_of,
+)
+from raypar.config import STUDY_KEYS, Config, SearchSection, load_config
+from raypar.errors import ConfigError, DataError
 from raypar.graph.capture import capture
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.report.explain import explain
-from raypar.search.config import SearchConfig
 from raypar.search.ladder import Ladder, Rung, ladder, sizes_of
 from raypar.search.plan import Found, Progress, search
-from raypar.train.config import RunConfig, ScalingConfig
 from raypar.train.result import Result
-from raypar.train.trainer import Trainer
-
-_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
-
-
-@dataclass(frozen=True)
-class BuildModel:
-    """Builds the configured model in the configured precision; picklable by its target's name."""
-
-    target: Callable[..., torch.nn.Module]
-    kwargs: dict[str, Any]
-    dtype: torch.dtype
-
-    def __call__(self) -> torch.nn.Module:
-        """The model.
-
-        Raises:
-            ConfigError: The target makes something else.
-        """
-        model = self.target(**self.kwargs)
-        if not isinstance(model, torch.nn.Module):
-            raise ConfigError(
-                f"model.target: {_name(self.target)}(...) returned {type(model).__name__}, "
-                "not a torch.nn.Module"
-            )
-        return model.to(self.dtype)
-
-
-@dataclass(frozen=True)
-class BuildData:
-    """Opens the configured data; floating-point tensors come in the configured precision."""
-
-    target: Callable[..., Iterable[Any]]
-    kwargs: dict[str, Any]
-    dtype: torch.dtype
-
-    def __call__(self) -> Iterable[Any]:
-        """The batches.
-
-        Raises:
-            ConfigError: The target makes something else.
-        """
-        made = self.target(**self.kwargs)
-        if not isinstance(made, Iterable):
-            raise ConfigError(
-                f"data.target: {_name(self.target)}(...) returned {type(made).__name__}, "
-                "not an iterable of batches"
-            )
-        # What can be gone through once stays so: who looks at the first batch must not lose it.
-        cast = _Cast(made, self.dtype)
-        return iter(cast) if isinstance(made, Iterator) else cast
-
-
-@dataclass(frozen=True)
-class _Cast:
-    batches: Iterable[Any]
-    dtype: torch.dtype
-
-    def __iter__(self) -> Iterator[Any]:
-        def cast(leaf: Any) -> Any:
-            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-                return leaf.to(self.dtype)
-            return leaf
-
-        for batch in self.batches:
-            yield pytree.tree_map(cast, batch)
-
-
-@dataclass(frozen=True)
-class BuildOptimizer:
-    """Builds the configured optimizer from parameters."""
-
-    target: Callable[..., torch.optim.Optimizer]
-    kwargs: dict[str, Any]
-
-    def __call__(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer of these parameters."""
-        return self.target(parameters, **self.kwargs)
-
-
-def model_of(config: Config) -> BuildModel:
-    """The model function that `config` stands for."""
-    target = resolve_target(config.model.target, "model.target")
-    _check_call(target, "model", **config.model.kwargs)
-    return BuildModel(target, config.model.kwargs, _DTYPES[config.model.precision])
-
-
-def loss_of(config: Config) -> Callable[..., torch.Tensor] | None:
-    """The loss function that `config` stands for."""
-    return None if config.model.loss is None else resolve_target(config.model.loss, "model.loss")
-
-
-def data_of(config: Config) -> BuildData:
-    """The data source that `config` stands for."""
-    target = resolve_target(config.data.target, "data.target")
-    if "global_batch" in config.data.kwargs:
-        raise ConfigError("data.kwargs.global_batch: say it once, as data.global_batch")
-    kwargs = {"global_batch": config.data.global_batch, **config.data.kwargs}
-    _check_call(target, "data", **kwargs)
-    return BuildData(target, kwargs, _DTYPES[config.model.precision])
-
-
-def optimizer_of(config: Config) -> BuildOptimizer:
-    """The optimizer function that `config` stands for."""
-    target = resolve_target(config.optimizer.target, "optimizer.target")
-    _check_call(target, "optimizer", [], **config.optimizer.kwargs)
-    return BuildOptimizer(target, config.optimizer.kwargs)
-
-
-def search_of(config: Config) -> SearchConfig:
-    """The search settings that `config` stands for.
-
-    Raises:
-        ConfigError: An option of the study is given, and the planner makes none.
-    """
-    wanted = SearchConfig(
-        planner=config.search.planner,
-        stages=config.search.stages,
-        replicas=config.search.replicas,
-        microbatches=config.train.microbatches,
-        schedule=config.train.schedule,
-        tensor=config.search.tensor,
-        chunks=config.search.chunks,
-        recompute=config.search.recompute,
-        zero=config.search.zero,
-        memory_fraction=config.search.memory_fraction,
-        optimizer_states=optimizer_states(optimizer_of(config)),
-        sampler=config.search.sampler,
-        trials=config.search.trials,
-        budget_s=config.search.budget_s,
-        seed=config.search.seed,
-        seeds="auto" if config.search.seeds == "auto" else tuple(config.search.seeds),
-        cost_model=config.search.cost_model,
-        measure=config.search.measure,
-        storage=config.search.storage,
-        cache=config.search.cache,
-        manual=config.search.manual,
-    )
-    if wanted.chosen_planner != "optuna":
-        for name in STUDY_KEYS:
-            if getattr(config.search, name) != SearchSection.model_fields[name].default:
-                raise ConfigError(
-                    f"search.{name} is {getattr(config.search, name)!r}, but planner "
-                    f"{wanted.chosen_planner!r} makes one plan and would ignore it: set "
-                    f"search.planner: optuna, or remove search.{name}"
-                )
-    return wanted
+from raypar.train.trainer import Trainer, checkpoint_at
 
 
 def cluster_of(config: Config, cluster_file: str | Path | None = None) -> Cluster:
@@ -180,6 +44,8 @@ def cluster_of(config: Config, cluster_file: str | Path | None = None) -> Cluste
     if cluster_file is not None:
         return Cluster.load(cluster_file)
     workers = config.mesh.num_workers
+    if isinstance(workers, list):
+        workers = workers[-1]
     return Cluster.local(None if workers in ("auto", 0) else int(workers))
 
 
@@ -248,25 +114,6 @@ def shared_cores(cluster: Cluster, *, virtual: bool = False) -> int | None:
     return own if not virtual and len(cluster.nodes) == 1 and cluster.n_devices > own else None
 
 
-def optimizer_states(build: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]) -> int:
-    """How many tensors an optimizer keeps per parameter: found by one step on a small one.
-
-    Raises:
-        OptimizerError: The optimizer cannot be built, or its step raises.
-    """
-    param = torch.nn.Parameter(torch.zeros(2, 2))
-    param.grad = torch.zeros_like(param)
-    try:
-        optimizer = build([param])
-        optimizer.step()
-    except Exception as error:
-        raise OptimizerError(
-            f"the optimizer failed on a parameter of shape (2, 2): {type(error).__name__}: {error}"
-        ) from error
-    kept = optimizer.state[param].values()
-    return sum(isinstance(t, torch.Tensor) and t.shape == param.shape for t in kept)
-
-
 def explained(
     config: Config,
     made: Plan,
@@ -296,28 +143,28 @@ def explained(
     )
 
 
-def scaling_of(config: Config) -> ScalingConfig:
-    """The part of the cluster that `config` asks for."""
-    mesh = config.mesh
-    return ScalingConfig(
-        num_workers=mesh.num_workers,
-        use_gpu=mesh.device == "gpu",
-        cpus_per_worker=mesh.cpus_per_worker,
-        threads_per_worker=mesh.threads_per_worker,
-    )
-
-
-def train_config(config: Config) -> Result:
+def train_config(
+    config: Config, *, resume: bool = False, checkpoint: str | Path | None = None
+) -> Result:
     """Trains what `config` says.
 
     The run's folder also gets ``config.resolved.yaml``: the same configuration with what every
     ``auto`` became, so that the run can be repeated; the plan is printed before the first step.
+
+    Args:
+        config: The run.
+        resume: Whether it goes on from the newest checkpoint in its folder, where there is one.
+        checkpoint: Goes on from this one.
+
+    Raises:
+        ConfigError: `resume` without a ``run.name``, whose folder holds the checkpoints.
     """
-    wanted = RunConfig(
-        name=config.run.name,
-        storage_path=config.run.storage_path,
-        log_every=config.run.log_every,
-    )
+    if resume and config.run.name is None:
+        raise ConfigError(
+            "--resume goes on in the folder of run.name, which is null: give it a name, for "
+            "example --set run.name=gpt"
+        )
+    wanted = run_of(config)
     folder = wanted.folder()
 
     def on_plan(made: Plan, graph: OpGraph, cluster: Cluster) -> None:
@@ -331,15 +178,58 @@ def train_config(config: Config) -> Result:
         optimizer=optimizer_of(config),
         data=data_of(config),
         plan="auto",
-        steps=config.train.steps,
+        steps=steps_of(config),
+        epochs=config.train.epochs,
+        time_limit_s=config.train.time_limit_s,
         seed=config.train.seed,
         clip_norm=config.train.clip_norm,
+        scheduler=scheduler_of(config),
+        precision=autocast_of(config),
+        accumulate=config.train.accumulate,
+        ema_decay=config.train.ema_decay,
+        eval_data=evaluation_of(config),
+        eval_every=config.evaluation.every_steps,
+        eval_weights=config.evaluation.weights,
+        early_stop=early_stop_of(config),
+        resume_from=checkpoint or ("auto" if resume else None),
         scaling_config=scaling_of(config),
         run_config=dataclasses.replace(wanted, name=folder.name),
         search_config=search_of(config),
+        network=network_of(config),
         on_plan=on_plan,
+        config=config.model_dump(),
     )
     return trainer.fit()
+
+
+def resume_run(
+    run: str | Path, overrides: Iterable[str] = (), checkpoint: str | Path | None = None
+) -> Result:
+    """Goes on with a run in its own folder, from its newest checkpoint or from another one.
+
+    Args:
+        run: The run's folder.
+        overrides: ``key=value`` texts on top of its ``config.resolved.yaml``.
+        checkpoint: Another checkpoint to go on from.
+
+    Raises:
+        ConfigError: No run in that folder, or a name or storage path is overridden.
+        CheckpointError: It has no good checkpoint.
+    """
+    folder = Path(run)
+    file = folder / "config.resolved.yaml"
+    if not file.is_file():
+        raise ConfigError(
+            f"{str(folder)!r} holds no run that was started from a config: there is no "
+            "config.resolved.yaml in it; give the run's folder, such as runs/gpt"
+        )
+    config = load_config(file, overrides)
+    place = folder.absolute()
+    if config.run.name != place.name or Path(config.run.storage_path).absolute() != place.parent:
+        config = config.resolved(**{"run.name": place.name, "run.storage_path": str(place.parent)})
+    if checkpoint is None:
+        checkpoint_at(folder, folder)
+    return train_config(config, resume=True, checkpoint=checkpoint)
 
 
 def write_resolved(config: Config, made: Plan, folder: Path) -> None:
@@ -383,27 +273,3 @@ def _uniform_keys(config: Config, made: Plan) -> dict[str, Any]:
     if config.search.zero == "auto":
         found["search.zero"] = first.memory.zero
     return found
-
-
-def _check_call(target: Callable[..., Any], section: str, *args: Any, **kwargs: Any) -> None:
-    """Tells a call that cannot work as the config key it comes from, before anything starts."""
-    try:
-        signature = inspect.signature(target)
-    except (TypeError, ValueError):  # a C function without a signature: the call itself will tell
-        return
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise ConfigError(
-            f"{section}.kwargs: {_name(target)} cannot be called with "
-            f"{', '.join(kwargs) or 'no arguments'}: {error}; it takes {_names(signature)}"
-        ) from None
-
-
-def _names(signature: inspect.Signature) -> str:
-    return ", ".join(str(p.replace(annotation=p.empty)) for p in signature.parameters.values())
-
-
-def _name(target: Any) -> str:
-    target = getattr(target, "func", target)
-    return str(getattr(target, "__qualname__", target))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raypar._launch import optimizer_of, optimizer_states, plan_of, shared_cores
+from raypar._launch import plan_of, shared_cores
+from raypar._targets import optimizer_of, optimizer_states
 from raypar.config import Config
 from raypar.mesh.calibration_files import load_calibration
 from raypar.search.simulate import Simulation, simulate

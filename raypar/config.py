@@ -12,219 +12,52 @@ import sys
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
+from raypar._config_checks import contradictions
 from raypar._schema_text import expected, inline, problem, section_of, show
+from raypar._sections import (
+    CheckpointSection,
+    CommConfig,
+    DataConfig,
+    EvaluationConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunSection,
+    SchedulerConfig,
+    SearchSection,
+    Section,
+    TrainSection,
+)
 from raypar._yaml import dump_yaml, parse_yaml
 from raypar.errors import ConfigError, did_you_mean
 
-Auto = Literal["auto"]
-Count = Annotated[int, Ge(1)]
-Text = Annotated[str, MinLen(1)]
-Target = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
-Kwargs = dict[str, Any]
-
-
-IN_A_PLAN_FILE = (
-    ("search", "stages"),
-    ("search", "replicas"),
-    ("search", "tensor"),
-    ("search", "chunks"),
-    ("search", "recompute"),
-    ("search", "zero"),
-    ("search", "memory_fraction"),
-    ("train", "microbatches"),
-    ("train", "schedule"),
-)
 STUDY_KEYS = ("sampler", "trials", "budget_s", "seed", "seeds", "measure", "storage")
 """Keys of section ``search`` that planner optuna alone obeys."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ModelConfig(_Section):
-    """What is trained."""
-
-    target: Target = Field(
-        description="makes the model: a function or nn.Module class",
-        examples=["examples.models:gpt"],
-    )
-    kwargs: Kwargs = Field(default={}, description="its keyword arguments")
-    loss: Target | None = Field(
-        default=None,
-        description="of the output (and the batch); null: the output is the loss or has .loss",
-    )
-    precision: Literal["fp32", "fp64"] = Field(
-        default="fp32", description="dtype of parameters and of floating-point inputs"
-    )
-
-
-class DataConfig(_Section):
-    """What it is trained on."""
-
-    target: Target = Field(
-        description="called as target(global_batch=..., **kwargs); returns an iterable of batches",
-        examples=["examples.data:stdlib_bytes"],
-    )
-    global_batch: Count = Field(description="samples of one step", examples=[32])
-    kwargs: Kwargs = Field(default={}, description="its other keyword arguments")
-
-
-class MeshConfig(_Section):
-    """What it is trained on, seen as machines."""
-
-    num_workers: Annotated[int, Ge(0)] | Auto = Field(
-        default="auto",
-        description="devices; auto: what the plan or cluster has; 0: one process, no Ray",
-    )
-    device: Literal["cpu", "gpu"] = Field(default="cpu", description="what a device is")
-    cpus_per_worker: Annotated[float, Gt(0)] = Field(
-        default=1.0, description="CPUs that Ray reserves for each device"
-    )
-    threads_per_worker: Count | None = Field(
-        default=None, description="torch threads of each device; null: the cores, shared evenly"
-    )
-
-
-class SearchSection(_Section):
-    """How the model is split."""
-
-    planner: Literal[
-        "auto", "optuna", "alpa", "piper", "placement", "exhaustive", "uniform", "manual"
-    ] = Field(
-        default="auto",
-        description="optuna: a study that starts from the exact planners alpa, piper, placement "
-        "and exhaustive; uniform: stages balanced by work; manual: yours; auto: uniform where "
-        "stages, replicas, tensor or chunks are given, else optuna",
-    )
-    stages: Count | Auto = Field(default="auto", description="pipeline stages")
-    replicas: Count | Auto = Field(default="auto", description="data-parallel copies of each stage")
-    tensor: Count | Auto = Field(
-        default="auto", description="devices over which the ops of a stage are sharded"
-    )
-    chunks: Count = Field(
-        default=1, description="stages that each device holds; over 1 needs interleaved_1f1b"
-    )
-    recompute: Literal["auto", "none", "selective", "full"] = Field(
-        default="auto", description="what backward computes again instead of keeping it"
-    )
-    zero: Annotated[int, Ge(0), Le(3)] | Auto = Field(
-        default="auto",
-        description="what whole-held parameters are cut for: 1 optimizer state, 2 gradients too, "
-        "3 parameters too",
-    )
-    memory_fraction: Annotated[float, Gt(0), Le(1)] = Field(
-        default=0.9, description="share of a device's memory that a plan may fill"
-    )
-    sampler: Literal["tpe", "gp", "cmaes", "nsga2", "random"] = Field(
-        default="tpe",
-        description="who proposes plans to planner optuna; nsga2 weighs step time, memory and "
-        "devices",
-    )
-    trials: Count | Auto = Field(default="auto", description="plans that the study looks at")
-    budget_s: Annotated[float, Gt(0), Lt(float("inf"))] | Auto = Field(
-        default="auto", description="seconds of search, measurements included"
-    )
-    seed: Annotated[int, Ge(0)] = Field(
-        default=0, description="of the sampler: the same seed and trials give the same plan"
-    )
-    seeds: list[Text] | Auto = Field(
-        default="auto",
-        description="planners whose plans the study starts from; auto: alpa, and for models that "
-        "are not too long piper and placement too",
-    )
-    cost_model: Literal["auto", "analytic", "learned"] = Field(
-        default="auto",
-        description="learned: corrected by what was measured on such a cluster; auto: learned "
-        "where there is something",
-    )
-    measure: Annotated[int, Ge(0)] | Auto = Field(
-        default="auto", description="plans that may really be run while searching"
-    )
-    storage: Text | None = Field(
-        default=None, description="journal file of the study, which goes on where it is there"
-    )
-    cache: bool = Field(
-        default=True, description="take the plan that was found before for the same question"
-    )
-    manual: Text | Kwargs | None = Field(
-        default=None, description="planner manual: a plan file, or fields that override uniform's"
-    )
-
-
-class TrainSection(_Section):
-    """How it is trained."""
-
-    steps: Count = Field(default=100, description="optimizer steps")
-    microbatches: Count | Auto = Field(
-        default="auto", description="equal parts of a batch that flow through the pipeline"
-    )
-    schedule: Literal[
-        "auto", "gpipe", "1f1b", "eager_1f1b", "interleaved_1f1b", "zero_bubble_h1"
-    ] = Field(default="auto", description="order of forward and backward passes")
-    clip_norm: Annotated[float, Gt(0)] | None = Field(
-        default=None, description="global gradient norm limit; null: no clipping"
-    )
-    seed: Annotated[int, Ge(0)] = Field(default=0, description="initialisation and dropout")
-
-
-class OptimizerConfig(_Section):
-    """What updates the parameters."""
-
-    target: Target = Field(
-        default="torch.optim:AdamW", description="called as target(parameters, **kwargs)"
-    )
-    kwargs: Kwargs = Field(default={}, description="its keyword arguments, such as lr")
-
-
-class RunSection(_Section):
-    """Where the files go: <storage_path>/<name>/."""
-
-    name: Text | None = Field(default=None, description="folder of this run; null: made up")
-    storage_path: Text = Field(default="runs", description="folder of all runs")
-    log_every: Annotated[int, Ge(0)] = Field(
-        default=10, description="without a terminal, a line every so many steps; 0: none"
-    )
-
-
-class Config(_Section):
+class Config(Section):
     """A whole run; see `raypar config` for every key with its meaning."""
 
     model: ModelConfig
     data: DataConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
     mesh: MeshConfig = MeshConfig()
     search: SearchSection = SearchSection()
     train: TrainSection = TrainSection()
     optimizer: OptimizerConfig = OptimizerConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    checkpoint: CheckpointSection = CheckpointSection()
+    comm: CommConfig = CommConfig()
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Config:
-        search = self.search
-        if search.planner == "manual" and search.manual is None:
-            raise ValueError(
-                "search.planner is 'manual' and search.manual is null: give a plan file or a "
-                "mapping of plan fields, such as search.manual: plan.json"
-            )
-        if search.planner != "manual" and search.manual is not None:
-            raise ValueError(
-                f"search.manual is given, but search.planner is {search.planner!r}, which would "
-                "ignore it: set search.planner: manual, or search.manual: null"
-            )
-        if isinstance(search.manual, str):
-            for section, name in IN_A_PLAN_FILE:
-                holder: BaseModel = getattr(self, section)
-                if getattr(holder, name) != type(holder).model_fields[name].default:
-                    raise ValueError(
-                        f"{section}.{name} is {getattr(holder, name)!r}, but the plan file "
-                        f"{search.manual!r} decides it: remove {section}.{name}, or give "
-                        "search.manual as a mapping of the fields to change"
-                    )
+        for sentence in contradictions(self):
+            raise ValueError(sentence)
         return self
 
     def to_yaml(self) -> str:
@@ -337,6 +170,14 @@ def default_yaml() -> str:
             needed = "needed; " if info.is_required() else ""
             lines.append(f"{left:<42}  # {needed}{info.description} ({expected(info)})")
     return "\n".join(lines) + "\n"
+
+
+def json_schema() -> dict[str, Any]:
+    """The schema of a config file as JSON Schema, for editors that complete and check YAML."""
+    schema = Config.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "raypar config"
+    return schema
 
 
 def surface() -> list[str]:

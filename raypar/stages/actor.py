@@ -11,11 +11,13 @@ import importlib
 import os
 import pickle
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
+from raypar.comm.network import NetworkSettings
+from raypar.errors import RayparError
 from raypar.stages.faults import Failure, failure_of
 
 
@@ -76,6 +78,7 @@ class Joining:
         name: The world's name.
         start_timeout_s: Deadline of connecting, in seconds.
         timeout_s: Deadline of every transfer, in seconds.
+        network: Interface, ports and NCCL's environment (`raypar.comm.network.NetworkSettings`).
     """
 
     backend: str
@@ -83,6 +86,7 @@ class Joining:
     name: str
     start_timeout_s: float
     timeout_s: float
+    network: NetworkSettings = field(default_factory=NetworkSettings)
 
 
 def actor_class(cls: type, groups: dict[str, int]) -> Any:
@@ -113,11 +117,19 @@ class StageActor:
             tuple(map(str, context.get_accelerator_ids().get("GPU", []))),
         )
 
-    def serve(self) -> Any:
-        """Opens the rendezvous of the run here, and returns its address."""
+    def serve(self, network: NetworkSettings | None = None) -> Any:
+        """Opens the rendezvous of the run here.
+
+        Returns:
+            Its address, or a Failure.
+        """
         from raypar.comm.rendezvous import Rendezvous
 
-        self._rendezvous = Rendezvous(ray.util.get_node_ip_address())
+        try:
+            here, network = ray.util.get_node_ip_address(), network or NetworkSettings()
+            self._rendezvous = Rendezvous(network.host(here), network.port_range)
+        except RayparError as error:
+            return failure_of(error, 0)
         return self._rendezvous.address
 
     def setup(self, joining: Joining, spec: Any, feed: Any, runner: Any) -> Built | Failure:
@@ -137,14 +149,17 @@ class StageActor:
                 torch.set_num_threads(spec.threads)
             imported = time.perf_counter()
             self._standing = "joining the other ranks"
+            here = ray.util.get_node_ip_address()
+            joining.network.apply_environment(here)
             backend: Any = get_backend(joining.backend)
             self._world = backend.create(
                 joining.name,
                 spec.rank,
                 spec.world,
                 joining.address,
-                host=ray.util.get_node_ip_address(),
+                host=here,
                 timeout_s=joining.start_timeout_s,
+                network=joining.network,
             )
             self._world.timeout_s = joining.timeout_s
             joined = time.perf_counter()

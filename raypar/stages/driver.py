@@ -24,6 +24,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
+from raypar.comm.network import NetworkSettings
 from raypar.errors import RayparError
 from raypar.stages.actor import ActorInfo, Built, Joining, StageActor, actor_class
 from raypar.stages.faults import Failure, Positions, RankInfo, failure_of
@@ -46,6 +47,7 @@ class DriverSettings:
         timeout_s: Deadline of every transfer, in seconds.
         start_timeout_s: Deadline of bringing all ranks up, in seconds.
         seats: What to reserve on the cluster.
+        network: Interface, ports and NCCL's environment of every rank.
         steps_per_call: Steps in one actor call; None to fit calls of about 1.5 s.
     """
 
@@ -54,6 +56,7 @@ class DriverSettings:
     timeout_s: float
     start_timeout_s: float
     seats: SeatSettings
+    network: NetworkSettings = field(default_factory=NetworkSettings)
     steps_per_call: int | None = None
 
 
@@ -155,10 +158,13 @@ class Driver:
         self._seats.check([at.node_id for at in self._where], self._infos)
         address = None
         if len(self._actors) > 1:
-            [address] = self._answers([self._actors[0].serve.remote()], "no rendezvous")
+            serving = self._actors[0].serve.remote(self._settings.network)
+            [address] = self._answers([serving], "no rendezvous")
+            if isinstance(address, Failure):
+                return RunFailure((address,), infos=tuple(self._infos))
         clock.mark("actors")
         s = self._settings
-        joining = Joining(s.backend, address, "world", s.start_timeout_s, s.timeout_s)
+        joining = Joining(s.backend, address, "world", s.start_timeout_s, s.timeout_s, s.network)
         calls = Calls()
         for rank, actor in enumerate(self._actors):
             calls.add(actor.setup.remote(joining, specs[rank], feeds[rank], runners[rank]), rank)

@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from raypar.comm.group import DEFAULT_TIMEOUT_S
+from raypar.comm.network import NetworkSettings
 from raypar.errors import ClusterError, RayparError, StageDiedError, TrainingError
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
@@ -51,6 +52,7 @@ class RayRun(Run):
         timeout_s: Deadline of every transfer, in seconds.
         start_timeout_s: Deadline of bringing all ranks up, in seconds.
         placement_timeout_s: Deadline of reserving the devices, in seconds.
+        network: Interface, ports and NCCL's environment; default: the address that Ray uses.
         steps_per_call: Steps in one actor call; None to fit calls of about 1.5 s.
     """
 
@@ -68,6 +70,7 @@ class RayRun(Run):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         start_timeout_s: float = 300.0,
         placement_timeout_s: float = 30.0,
+        network: NetworkSettings | None = None,
         steps_per_call: int | None = None,
     ) -> None:
         super().__init__(specs)
@@ -91,6 +94,7 @@ class RayRun(Run):
             timeout_s,
             start_timeout_s,
             seats,
+            network or NetworkSettings(),
             steps_per_call,
         )
         self._driver: Any = None

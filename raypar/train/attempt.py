@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from raypar.errors import CheckpointError
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.stages.compile import compile_plan
-from raypar.stages.run import Run, StepResult
+from raypar.stages.run import Run
 from raypar.stages.spec import RankSpec
+from raypar.train.beside import Beside
 from raypar.train.callbacks import Callbacks, RunFacts
-from raypar.train.data import BatchForm, Opened
+from raypar.train.checkpoint import Checkpoint, CheckpointStore
+from raypar.train.data import BatchForm, DataPosition, Opened
+from raypar.train.display import Display
+from raypar.train.evaluate import Evaluator
 from raypar.train.feed import DataFeed, HeldBatches
 from raypar.train.loop import TrainLoop
-from raypar.train.metrics import Display, MetricsLog, tokens_of
+from raypar.train.metrics import MetricsLog, tokens_of
 from raypar.train.optimizer import check_optimizer_on
 from raypar.train.settings import Settings
 from raypar.train.signals import Signals
 from raypar.train.state import TrainState
+from raypar.train.utilisation import model_flops, peak_flops, product_dtype
 
 
 class Clock:
@@ -55,10 +61,12 @@ class Prepared:
         opened: The data, opened once.
         form: What a batch looks like.
         graph: The captured model.
-        steps: Number of the last step, plus 1.
+        steps: Optimizer steps in all; None where only the end of the data tells.
         signals: Ctrl-C and SIGTERM.
         callbacks: Told of the run.
         clock: Times the start-up.
+        store: The run's checkpoints, or None.
+        resume: What the next attempt goes on from, or None.
         state: Where training stands.
     """
 
@@ -66,10 +74,12 @@ class Prepared:
     opened: Opened
     form: BatchForm
     graph: OpGraph
-    steps: int
+    steps: int | None
     signals: Signals
     callbacks: Callbacks
     clock: Clock
+    store: CheckpointStore | None = None
+    resume: Checkpoint | None = None
     state: TrainState = field(default_factory=TrainState)
 
 
@@ -97,7 +107,7 @@ class Attempt:
         Returns:
             The run's metrics.
         """
-        clock = self._prepared.clock
+        made, clock = self._prepared, self._prepared.clock
         specs = self._compile()
         check_optimizer_on(specs)
         clock.mark("compile")
@@ -108,9 +118,10 @@ class Attempt:
             clock.mark("start")
             for name, seconds in parts.items():
                 clock.seconds[f"start.{name}"] = seconds
-            summary = self._train(stack, run)
-            torch.save(run.state_dict(), self._prepared.folder / "model.pt")
-            return summary
+            if made.resume is not None:
+                made.state = made.resume.restore(run)
+                clock.mark("restore")
+            return self._train(stack, run, specs)
 
     def _compile(self) -> list[RankSpec]:
         settings = self._settings
@@ -126,75 +137,115 @@ class Attempt:
 
     def _make_run(self, stack: ExitStack, specs: list[RankSpec]) -> Run:
         settings, made = self._settings, self._prepared
+        start = DataPosition.from_json(made.state.data)
+        epochs = settings.epochs
         if settings.scaling.in_process:
             from raypar.stages.local import LocalRun
 
-            return LocalRun(specs, feed=DataFeed(HeldBatches(made.opened), made.form, specs))
+            held = HeldBatches(made.opened)
+            return LocalRun(
+                specs, feed=DataFeed(held, made.form, specs, start=start, epochs=epochs)
+            )
         from raypar.stages.remote import RayRun
         from raypar.train.relay import shipped
 
-        source = shipped(settings.data, made.opened, settings.seed, made.steps, stack)
+        left = (sys.maxsize if made.steps is None else made.steps) - made.state.step
+        source = shipped(
+            settings.data, made.opened, settings.seed, left, stack, start=start, epochs=epochs
+        )
         return RayRun(
             specs,
             plan=self._plan,
             cluster=self._cluster,
-            feed=DataFeed(source, made.form, specs),
+            feed=DataFeed(source, made.form, specs, start=start, epochs=epochs),
             name=f"raypar-{made.folder.name}",
             use_gpu=settings.scaling.use_gpu,
             cpus_per_rank=settings.scaling.cpus_per_worker,
             placement_timeout_s=settings.scaling.placement_timeout_s,
+            network=settings.network,
         )
 
-    def _train(self, stack: ExitStack, run: Run) -> dict[str, Any]:
+    def _train(self, stack: ExitStack, run: Run, specs: list[RankSpec]) -> dict[str, Any]:
         settings, made = self._settings, self._prepared
-        log = MetricsLog(
-            made.folder / "metrics.jsonl", made.form.spec.size, tokens_of(made.form), run.infos
-        )
+        log = self._log(run, specs)
         stack.callback(log.close)
         display = stack.enter_context(Display(made.steps, settings.run.log_every))
         for note in run.notes:
             display.say(note)
-        made.callbacks.on_start(
-            RunFacts(
-                made.folder.name, made.folder, self._plan, made.graph, self._cluster, run.infos,
-                made.state.step, made.steps, dict(settings.config),
-            )
-        )  # fmt: skip
+        made.callbacks.on_start(self._facts(run))
+        beside = Beside(
+            run=run,
+            plan=self._plan,
+            log=log,
+            display=display,
+            callbacks=made.callbacks,
+            store=made.store,
+            evaluator=self._evaluator(specs),
+            settings=settings,
+        )
         loop = TrainLoop(
             run,
             made.state,
             settings.limits(made.steps),
-            _Beside(log, display, made.callbacks),
+            beside,
             samples=made.form.spec.size,
             on_first=lambda: made.clock.mark("first_step"),
         )
-        with made.signals.softly(loop.interrupt):
-            made.state = loop.go()
+        try:
+            with made.signals.softly(loop.interrupt):
+                loop.go()
+        finally:
+            made.state = loop.state
+            self._finish_checkpoints()
         return {
             **log.summary(),
+            **{k: v for k, v in made.state.metrics.items() if k.startswith("eval_")},
             **({"stopped": loop.stopped} if loop.stopped else {}),
+            "total_steps": made.state.step,
+            **({"checkpoint_stall_s": beside.stall_s} if made.store is not None else {}),
             "driver_share": getattr(run, "driver_share", None),
         }
 
+    def _finish_checkpoints(self) -> None:
+        """What is still being written dies with the ranks: it is given the time that it needs."""
+        store = self._prepared.store
+        if store is None:
+            return
+        with contextlib.suppress(CheckpointError):
+            # A rank that is gone is noticed; one that writes is waited for.
+            store.wait()
 
-class _Beside:
-    """What is done beside steps (`raypar.train.loop.Hooks`)."""
+    def _log(self, run: Run, specs: list[RankSpec]) -> MetricsLog:
+        made = self._prepared
+        dtype = product_dtype(made.graph)
+        return MetricsLog(
+            made.folder / "metrics.jsonl",
+            made.form.spec.size,
+            tokens_of(made.form),
+            run.infos,
+            specs=specs,
+            model_flops=model_flops(made.graph),
+            peak_flops=peak_flops(self._plan, self._cluster, dtype),
+            first_step=made.state.step,
+        )
 
-    def __init__(self, log: MetricsLog, display: Display, callbacks: Callbacks) -> None:
-        self._log = log
-        self._display = display
-        self._callbacks = callbacks
+    def _facts(self, run: Run) -> RunFacts:
+        made = self._prepared
+        return RunFacts(
+            name=made.folder.name,
+            folder=made.folder,
+            plan=self._plan,
+            graph=made.graph,
+            cluster=self._cluster,
+            infos=run.infos,
+            first_step=made.state.step,
+            steps=made.steps,
+            config=dict(self._settings.config),
+        )
 
-    def reported(self, result: StepResult) -> None:
-        line = self._log.add(result)
-        self._display.show(line)
-        self._callbacks.on_step(line)
-
-    def evaluate(self, step: int) -> dict[str, Any]:
-        return {}
-
-    def checkpoint(self, state: TrainState) -> None:
-        pass
-
-    def position(self, step: int) -> dict[str, Any]:
-        return {}
+    def _evaluator(self, specs: list[RankSpec]) -> Evaluator | None:
+        if self._settings.eval_data is None:
+            return None
+        return Evaluator(
+            self._prepared.graph, self._plan, specs, metrics=self._settings.eval_metrics
+        )

@@ -25,7 +25,7 @@ class RunFacts:
         cluster: The devices.
         infos: The ranks.
         first_step: Number of the first step of this attempt.
-        steps: Number of the last step, plus 1.
+        steps: Optimizer steps in all; None where only the end of the data tells.
         config: The configuration as plain values, where the run was started from one.
     """
 
@@ -36,7 +36,7 @@ class RunFacts:
     cluster: Cluster
     infos: Sequence[RankInfo]
     first_step: int = 0
-    steps: int = 0
+    steps: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
 

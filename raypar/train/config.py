@@ -111,6 +111,8 @@ class CheckpointConfig:
     """When checkpoints are written, and which are kept.
 
     Attributes:
+        storage: Folder, or fsspec URL, that this process and all ranks can write to; None: folder
+            ``checkpoints`` in the run's folder.
         every_steps: One each time so many optimizer steps are done; None: not by steps.
         every_s: One each time so many seconds have passed; None: not by time.
         at_end: One at the end of the run, also of one that is stopped (Ctrl-C, SIGTERM, a limit).
@@ -123,6 +125,7 @@ class CheckpointConfig:
         ConfigError: A value is out of range.
     """
 
+    storage: str | Path | None = None
     every_steps: int | None = None
     every_s: float | None = None
     at_end: bool = True

@@ -15,12 +15,12 @@ class Display:
     """A progress bar on a terminal; elsewhere one plain line every `every` steps.
 
     Args:
-        total: Steps of the run.
+        total: Steps of the run; None where only the end of the data tells.
         every: Steps between plain lines; 0 shows nothing at all.
         stream: Where to; standard output by default.
     """
 
-    def __init__(self, total: int, every: int, stream: TextIO | None = None) -> None:
+    def __init__(self, total: int | None, every: int, stream: TextIO | None = None) -> None:
         self._total = total
         self._every = every
         self._stream = stream or sys.stdout
@@ -47,7 +47,8 @@ class Display:
             return
         number = line["step"] + 1
         if number == 1 or number % self._every == 0 or number == self._total:
-            print(f"step {number}/{self._total}  {text}", file=self._stream, flush=True)
+            of = "" if self._total is None else f"/{self._total}"
+            print(f"step {number}{of}  {text}", file=self._stream, flush=True)
 
     def evaluation(self, line: Mapping[str, Any]) -> None:
         """Shows an evaluation: ``step`` (steps done) and its metrics."""

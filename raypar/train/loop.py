@@ -72,6 +72,7 @@ class Limits:
         checkpoint_steps: Steps between checkpoints, or None.
         checkpoint_s: Seconds between checkpoints, or None.
         checkpoint_at_end: Whether one is written at the end, and when the run is stopped.
+        evaluate: Whether there is an evaluation at the end.
         evaluate_steps: Steps between evaluations, or None.
         early_stop: Ends the run when evaluations no longer get better, or None.
     """
@@ -81,6 +82,7 @@ class Limits:
     checkpoint_steps: int | None = None
     checkpoint_s: float | None = None
     checkpoint_at_end: bool = True
+    evaluate: bool = False
     evaluate_steps: int | None = None
     early_stop: EarlyStop | None = None
 
@@ -137,6 +139,7 @@ class TrainLoop:
         self._saved_at = -1
         self._saved_when = time.monotonic()
         self.stopped = ""  # why it ended before its last step
+        self._ended = False  # the data did
         self._signal: BaseException | None = None
         self._watch = _Watch(run)
 
@@ -152,7 +155,7 @@ class TrainLoop:
             BaseException: What `interrupt` was given.
         """
         with self._watch:
-            while not self.stopped and self.state.step < self._limits.steps:
+            while not self._ended and not self.stopped and self.state.step < self._limits.steps:
                 self._segment()
                 self._at_border()
         if self._limits.checkpoint_at_end and self._saved_at != self.state.step:
@@ -173,6 +176,7 @@ class TrainLoop:
             reached = self._run.train(
                 first, limits.border(first) - first, self._reported, horizon=limits.steps
             )
+        self._ended = reached < limits.border(first) and not self._watch.asked
         self.state = replace(
             self.state,
             step=reached,
@@ -193,7 +197,8 @@ class TrainLoop:
             self.stopped = "interrupted"
         elif over:
             self.stopped = f"time limit of {limits.time_limit_s:g} s"
-        if self._due(limits.evaluate_steps) or (limits.evaluate_steps and step == limits.steps):
+        last = step >= limits.steps or self._ended or over
+        if self._due(limits.evaluate_steps) or (limits.evaluate and last):
             self._evaluate()
         by_time = limits.checkpoint_s is not None and (
             time.monotonic() - self._saved_when >= limits.checkpoint_s
@@ -237,6 +242,7 @@ class _Watch:
         self._turn = threading.Condition()
         self._deadline: float | None = None
         self._training = self._now = self._over = False
+        self.asked = False  # to stop, in the segment under way
         self._thread = threading.Thread(target=self._serve, name="raypar-watch", daemon=True)
 
     def stop_now(self) -> None:
@@ -253,6 +259,7 @@ class _Watch:
     def _set(self, training: bool, deadline: float | None) -> None:
         with self._turn:
             self._training, self._deadline = training, deadline
+            self.asked = self.asked and not training
             self._turn.notify_all()
 
     def _serve(self) -> None:
@@ -263,6 +270,7 @@ class _Watch:
                     return
                 late = self._deadline is not None and time.monotonic() >= self._deadline
                 ask = self._training and (self._now or late)
+                self.asked = self.asked or ask
             if ask:
                 try:
                     self._run.request_stop()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raypar.plan import Plan
+from raypar.train.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,15 @@ class Result:
             ``samples_per_s``, ``tokens_per_s`` where a batch is one of tokens, ``grad_norm``,
             ``startup`` (seconds of each part before the first step), ``driver_share`` (CPU time
             of the driver actor per wall time).
-        path: The run's folder: ``plan.json``, ``metrics.jsonl``, ``result.json``, ``model.pt``.
+        path: The run's folder: ``plan.json``, ``metrics.jsonl``, ``result.json``, ``checkpoints/``.
         plan: What was run.
+        checkpoint: The newest one, which holds the trained model
+            (``result.checkpoint.state_dict()``); None where the run writes none.
         error: None; a failed run raises, and leaves this as text in ``result.json``.
     """
 
     metrics: dict[str, Any]
     path: Path
     plan: Plan
+    checkpoint: Checkpoint | None = None
     error: BaseException | None = None

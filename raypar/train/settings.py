@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any, Literal
 
 import torch
 
+from raypar.comm.network import NetworkSettings
 from raypar.errors import ConfigError
+from raypar.graph.autocast import under_autocast
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
-from raypar.stages.recipe import Recipe
+from raypar.stages.recipe import LossScale, Recipe, SchedulerFn
 from raypar.stages.spec import OptimizerFn
+from raypar.train.checkpoint import Checkpoint
 from raypar.train.config import RunConfig, ScalingConfig
 from raypar.train.data import Data
 from raypar.train.loop import EarlyStop, Limits
@@ -38,10 +42,18 @@ class Settings:
     plan: Plan | str | Path | Literal["auto"] = "auto"
     seed: int = 0
     clip_norm: float | None = None
+    scheduler: SchedulerFn | None = None
+    precision: Literal["bf16", "fp16"] | None = None
+    loss_scale: LossScale | None = None
+    accumulate: int = 1
+    ema_decay: float | None = None
     eval_data: Data | None = None
     eval_every: int | None = None
+    eval_metrics: Mapping[str, Any] = field(default_factory=dict)
+    eval_weights: Literal["live", "ema"] = "live"
     early_stop: EarlyStop | None = None
-    resume_from: str | Path | None = None
+    resume_from: str | Path | Checkpoint | None = None
+    network: NetworkSettings | None = None
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     run: RunConfig = field(default_factory=RunConfig)
     search: Any = None
@@ -51,13 +63,34 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_limits()
-        assert self.recipe  # checks its values
+        if self.loss_scale is not None and self.precision != "fp16":
+            raise ConfigError(
+                f"loss_scale is given, but precision is {self.precision!r}: it keeps small float16 "
+                'gradients; set precision="fp16", or leave it out'
+            )
+        assert self.recipe and self.model_and_loss  # both check their values
+        if not isinstance(self.accumulate, int) or self.accumulate < 1:
+            raise ConfigError(
+                f"accumulate is {self.accumulate!r}; give a number of batches, at least 1"
+            )
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"seed is {self.seed!r}; give a whole number of at least 0")
         if self.eval_every is not None and self.eval_every < 1:
             raise ConfigError(f"eval_every is {self.eval_every!r}; give steps, at least 1")
         if self.eval_every is not None and self.eval_data is None:
             raise ConfigError("eval_every is given without eval_data: there is nothing to evaluate")
+        if self.eval_data is None and (self.eval_metrics or self.eval_weights != "live"):
+            raise ConfigError(
+                "eval_metrics or eval_weights is given without eval_data: there is nothing to "
+                "evaluate"
+            )
+        if self.eval_weights not in ("live", "ema"):
+            raise ConfigError(f"eval_weights is {self.eval_weights!r}; give 'live' or 'ema'")
+        if self.eval_weights == "ema" and self.ema_decay is None:
+            raise ConfigError(
+                "eval_weights='ema' needs an average of the weights: set ema_decay, for example "
+                "0.999"
+            )
         if self.early_stop is not None and self.eval_data is None:
             raise ConfigError(
                 "early_stop looks at evaluations: give eval_data and eval_every, for example 50"
@@ -80,19 +113,40 @@ class Settings:
             raise ConfigError(f"time_limit_s is {self.time_limit_s!r}; give seconds above 0")
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the run beside tensors, plan and state."""
+        return {"config": dict(self.config), "seed": self.seed, "precision": self.precision}
+
+    @property
     def recipe(self) -> Recipe:
         """The options that decide numbers, as ranks get them."""
-        return Recipe(clip_norm=self.clip_norm)
+        scale = self.loss_scale
+        if self.precision == "fp16" and scale is None:
+            scale = LossScale()
+        return Recipe(
+            clip_norm=self.clip_norm,
+            scheduler=self.scheduler,
+            ema_decay=self.ema_decay,
+            loss_scale=scale,
+        )
 
-    def limits(self, steps: int) -> Limits:
-        """When a run of so many steps ends, and what is due on its way."""
+    @property
+    def model_and_loss(self) -> tuple[Any, Any]:
+        """Model and loss function as they are captured, under autocast where asked for."""
+        if self.precision is None:
+            return self.model_fn, self.loss_fn
+        return under_autocast(self.model_fn, self.loss_fn, self.precision)
+
+    def limits(self, steps: int | None) -> Limits:
+        """When a run of so many steps (None: until the data end) ends, and what is due."""
         checkpoint = self.run.checkpoint_config
         return Limits(
-            steps=steps,
+            steps=sys.maxsize if steps is None else steps,
             time_limit_s=self.time_limit_s,
             checkpoint_steps=checkpoint.every_steps,
             checkpoint_s=checkpoint.every_s,
             checkpoint_at_end=checkpoint.at_end,
-            evaluate_steps=None if self.eval_data is None else (self.eval_every or steps),
+            evaluate=self.eval_data is not None,
+            evaluate_steps=self.eval_every,
             early_stop=self.early_stop,
         )

@@ -7,30 +7,41 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from raypar.errors import ClusterError, CommError, PlanError, StageDiedError
+from raypar.comm.network import NetworkSettings
+from raypar.errors import CheckpointError, ClusterError, CommError, PlanError, StageDiedError
 from raypar.graph.capture import capture
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster, Node
 from raypar.plan import Plan
+from raypar.report.run.predicted import PredictionWriter
+from raypar.stages.recipe import LossScale, SchedulerFn
 from raypar.stages.spec import OptimizerFn
 from raypar.train.attempt import Attempt, Clock, Prepared
 from raypar.train.callbacks import Callbacks
+from raypar.train.checkpoint import Checkpoint, CheckpointStore
 from raypar.train.config import RunConfig, ScalingConfig
-from raypar.train.data import BatchForm, Data, RandomState, peek
+from raypar.train.data import BatchForm, Data, Opened, RandomState, peek
+from raypar.train.loggers.events import EventLog
+from raypar.train.loop import EarlyStop
 from raypar.train.optimizer import check_recipe
 from raypar.train.result import Result
 from raypar.train.settings import Settings
 from raypar.train.signals import terminating
+from raypar.train.state import TrainState
 
 if TYPE_CHECKING:
     from raypar.train.measure import RayMeasurer
+
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints in the run's own."""
 
 
 class Trainer:
@@ -42,20 +53,36 @@ class Trainer:
             loss or has it as ``.loss``. See `raypar.capture`.
         optimizer: Builds the optimizer from parameters, for example
             ``lambda params: torch.optim.AdamW(params, lr=3e-4)``; called on every rank.
-        data: Global batches: an iterable, a DataLoader, an iterator, or a callable that returns
-            one. What can be iterated again is repeated; each batch is read exactly once, by the
-            process of rank 0, where that process can open it.
+        data: Global batches: what `raypar.batches` makes of a data set, an iterable, a DataLoader,
+            an iterator, or a callable that returns one. What can be iterated again is repeated.
         plan: ``"auto"`` searches one; or a Plan, or the path of a plan file.
-        steps: Optimizer steps.
+        steps: Optimizer steps in all, those before a resume among them.
+        epochs: Times through the data, in place of `steps`.
         time_limit_s: Training seconds after which the run ends early, over all attempts.
         seed: Seed of initialisation, of dropout, and of the loader's random order.
         clip_norm: Limit of the global gradient norm, or None.
+        scheduler: Builds a learning-rate scheduler from the optimizer; stepped once a step.
+        precision: ``"bf16"`` or ``"fp16"``: model and loss run under autocast; parameters,
+            gradients and the optimizer stay as the model has them.
+        loss_scale: How the loss is scaled under fp16; default: as `torch.amp.GradScaler` does.
+        accumulate: Batches of the data in a row that make one global batch.
+        ema_decay: Decay of a moving average of the weights, kept beside them.
+        eval_data: Batches to evaluate on, in eval mode, without gradients; an iterable that can be
+            gone through again, or a callable that returns one.
+        eval_every: Steps between evaluations; None: one at the end.
+        eval_metrics: Name → function of the module's output and the batch; see
+            `raypar.train.evaluate.Evaluator`.
+        eval_weights: ``"live"`` or ``"ema"``: which weights are evaluated.
         early_stop: Ends the run when evaluations no longer get better.
+        resume_from: A checkpoint, its path, the folder of a run, or ``"auto"``: the newest
+            checkpoint of this very run, where there is one.
         scaling_config: How much of the cluster to use.
         run_config: Where the files go, checkpoints, what happens after failures.
         search_config: How a plan is searched (`raypar.SearchConfig`), for ``plan="auto"``.
         batch_dims: Batch dim of every tensor of a batch, as for `raypar.capture`.
+        network: Interface and ports of the ranks, and NCCL's environment.
         on_plan: Called with plan, graph and cluster once they are known, before anything starts.
+        config: The configuration that all of this comes from, kept with checkpoints.
 
     Raises:
         ConfigError: A value is out of range.
@@ -68,45 +95,76 @@ class Trainer:
         optimizer: OptimizerFn,
         data: Data,
         steps: int | None = None,
+        epochs: int | None = None,
         time_limit_s: float | None = None,
         loss_fn: Callable[..., torch.Tensor] | None = None,
         plan: Plan | str | Path | Literal["auto"] = "auto",
         seed: int = 0,
         clip_norm: float | None = None,
+        scheduler: SchedulerFn | None = None,
+        precision: Literal["bf16", "fp16"] | None = None,
+        loss_scale: LossScale | None = None,
+        accumulate: int = 1,
+        ema_decay: float | None = None,
+        eval_data: Data | None = None,
+        eval_every: int | None = None,
+        eval_metrics: Mapping[str, Any] | None = None,
+        eval_weights: Literal["live", "ema"] = "live",
+        early_stop: EarlyStop | None = None,
+        resume_from: Checkpoint | str | Path | None = None,
         scaling_config: ScalingConfig | None = None,
         run_config: RunConfig | None = None,
         search_config: Any = None,
         batch_dims: Any = None,
+        network: NetworkSettings | None = None,
         on_plan: Callable[[Plan, OpGraph, Cluster], None] | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self._settings = Settings(
             model_fn=model_fn,
             optimizer=optimizer,
             data=data,
             steps=steps,
+            epochs=epochs,
             time_limit_s=time_limit_s,
             loss_fn=loss_fn,
             plan=plan,
             seed=seed,
             clip_norm=clip_norm,
+            scheduler=scheduler,
+            precision=precision,
+            loss_scale=loss_scale,
+            accumulate=accumulate,
+            ema_decay=ema_decay,
+            eval_data=eval_data,
+            eval_every=eval_every,
+            eval_metrics=eval_metrics or {},
+            eval_weights=eval_weights,
+            early_stop=early_stop,
+            resume_from=resume_from,
             scaling=scaling_config or ScalingConfig(),
             run=run_config or RunConfig(),
             search=search_config,
             batch_dims=batch_dims,
+            network=network,
             on_plan=on_plan,
+            config=config or {},
         )
 
     def fit(self) -> Result:
         """Trains, and writes the run's folder.
 
         The folder ``<storage_path>/<name>/`` holds ``plan.json``, ``metrics.jsonl`` (one line per
-        step), ``result.json`` and ``model.pt`` (the state dict under the model's own names); where
-        a plan was searched also ``search.json``, what the search looked at. A search on Ray runs
-        some steps of plans that could be the best (`SearchConfig.measure`), on the first batch and
-        with the model as it is initialised; training then starts afresh.
+        step), ``events.jsonl``, ``timeline.json`` (who did what when, in the last steps),
+        ``result.json`` and ``checkpoints/``; where a plan was searched also ``search.json``, what
+        the search looked at. A search on Ray runs some steps of plans that could be the best
+        (`SearchConfig.measure`), on the first batch and with the model as it is initialised;
+        training then starts afresh.
+
+        Ctrl-C and SIGTERM end the run after the step under way, with a checkpoint.
 
         Returns:
-            Metrics, folder and plan.
+            Metrics, folder, plan, and the newest checkpoint.
 
         Raises:
             DataError: The data raised, ended early, or changed form.
@@ -133,7 +191,13 @@ class Trainer:
     def _fit(self, path: Path) -> Result:
         settings, clock = self._settings, Clock()
         plan = _load(settings.plan)
-        opened = peek(settings.data, settings.seed)
+        resume = checkpoint_at(settings.resume_from, path)
+        opened = peek(
+            settings.data,
+            settings.seed,
+            accumulate=settings.accumulate,
+            batch_dims=settings.batch_dims,
+        )
         form = BatchForm(opened.example, settings.batch_dims)
         clock.mark("data")
         with ExitStack() as stack:
@@ -141,22 +205,34 @@ class Trainer:
             if settings.scaling.in_process:
                 stack.enter_context(_random_state_kept())
             # What is wrong with model or optimizer is told before any Ray is started.
-            graph = capture(
-                settings.model_fn, opened.example, settings.loss_fn, settings.batch_dims
-            )
+            graph = capture(*_captured(settings, opened.example), settings.batch_dims)
             check_recipe(settings.optimizer, settings.recipe, graph.params)
             clock.mark("capture")
-            assert settings.steps is not None
             made = Prepared(
-                path, opened, form, graph, settings.steps, signals,
-                Callbacks(settings.run.callbacks), clock,
-            )  # fmt: skip
+                folder=path,
+                opened=opened,
+                form=form,
+                graph=graph,
+                steps=_steps(settings, opened),
+                signals=signals,
+                callbacks=Callbacks([EventLog(), PredictionWriter(), *settings.run.callbacks]),
+                clock=clock,
+                store=_store(settings, path, stack),
+            )
+            if resume is not None:
+                made.resume, made.state = resume, resume.state
+                plan = plan or _plan_of(resume, settings)
             _connect(settings, plan, made, stack)
-            summary, plan = self._attempts(made, plan)
+            try:
+                summary, plan = self._attempts(made, plan)
+            except BaseException as error:
+                made.callbacks.on_end({"error": f"{type(error).__name__}: {error}"})
+                raise
         summary["startup"] = clock.summary()
         _write_json(path / "result.json", summary)
         made.callbacks.on_end(summary)
-        return Result(summary, path, plan)
+        newest = None if made.store is None else made.store.latest()
+        return Result(summary, path, plan, checkpoint=newest)
 
     def _attempts(self, made: Prepared, plan: Plan | None) -> tuple[dict[str, Any], Plan]:
         """Trains, again after failures that may pass."""
@@ -164,6 +240,8 @@ class Trainer:
         allowed = settings.run.failure_config.max_failures
         while True:
             cluster = _devices(settings, plan, made)
+            if plan is not None and failures and not _holds(cluster, plan):
+                plan = None  # devices are gone: another plan, for those that are left
             if plan is None:
                 plan = self._search(made, cluster)
                 made.clock.mark("plan")
@@ -180,6 +258,8 @@ class Trainer:
                 made.callbacks.on_event(
                     {"kind": "failure", "step": made.state.step, "text": str(error)}
                 )
+                made.resume = (made.store.latest() if made.store else None) or made.resume
+                made.state = made.resume.state if made.resume else TrainState()
 
     def _search(self, made: Prepared, cluster: Cluster) -> Plan:
         # Only here does train/ need a search.
@@ -188,6 +268,9 @@ class Trainer:
 
         settings = self._settings
         config = settings.search or SearchConfig()
+        if made.resume is not None and made.graph.feels_microbatches:
+            # M belongs to the recipe of such a model: it stays what it was.
+            config = dataclasses.replace(config, microbatches=made.resume.plan.microbatches)
         measures = config.chosen_planner == "optuna" and config.measure != 0
         with _random_state_kept(), ExitStack() as stack:
             measurer = None
@@ -214,6 +297,68 @@ class Trainer:
             recipe=settings.recipe,
             scaling=settings.scaling,
         )
+
+
+def checkpoint_at(where: Checkpoint | str | Path | None, own: Path) -> Checkpoint | None:
+    """The checkpoint that a user means.
+
+    Args:
+        where: A checkpoint, its path or URL, the folder of a run, or ``"auto"``.
+        own: The run's own folder.
+
+    Raises:
+        CheckpointError: There is none (unless ``"auto"`` was meant), or it is damaged.
+    """
+    if where is None or isinstance(where, Checkpoint):
+        return where
+    if where == "auto":
+        folder = own / CHECKPOINTS
+        return CheckpointStore(folder).latest() if folder.is_dir() else None
+    inside = Path(where) / CHECKPOINTS
+    if "://" in str(where) or not inside.is_dir():
+        return Checkpoint(where)
+    found = CheckpointStore(inside).latest()
+    if found is None:
+        raise CheckpointError(
+            f"resume_from: run {str(where)!r} has no good checkpoint in {str(inside)!r}; start it "
+            "anew, with checkpoint_config=CheckpointConfig(every_steps=100)"
+        )
+    return found
+
+
+def _store(settings: Settings, path: Path, stack: ExitStack) -> CheckpointStore | None:
+    """Where the run's checkpoints go; None where it is to write none."""
+    wanted = settings.run.checkpoint_config
+    if not (wanted.at_end or wanted.every_s or wanted.every_steps):
+        return None
+    store = CheckpointStore(wanted.storage or path / CHECKPOINTS, wanted)
+    stack.callback(store.close)
+    return store
+
+
+def _plan_of(resume: Checkpoint, settings: Settings) -> Plan | None:
+    """The plan of a checkpoint, where it suits what the run is to have now."""
+    plan, wanted = resume.plan, settings.scaling.num_workers
+    if settings.search is not None and settings.search.chosen_planner != "optuna":
+        return None  # the user has said how the model is to be split
+    return plan if wanted in (0, "auto", len(plan.devices)) else None
+
+
+def _holds(cluster: Cluster, plan: Plan) -> bool:
+    return plan.devices[-1] < cluster.n_devices
+
+
+def _captured(settings: Settings, example: Any) -> tuple[Any, Any, Any]:
+    model, loss = settings.model_and_loss
+    return model, example, loss
+
+
+def _steps(settings: Settings, opened: Opened) -> int | None:
+    """Optimizer steps in all, or None where only the end of the data tells."""
+    if settings.steps is not None:
+        return settings.steps
+    assert settings.epochs is not None
+    return opened.steps_in(settings.epochs)
 
 
 def _connect(settings: Settings, plan: Plan | None, made: Prepared, stack: ExitStack) -> None:

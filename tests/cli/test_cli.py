@@ -103,7 +103,11 @@ def test_double_precision_reaches_parameters_and_inputs(config_file: Path, tmp_p
     assert done.exit_code == 0, done.output
     import torch
 
-    state = torch.load(tmp_path / "runs" / "small" / "model.pt")
+    from raypar.train.trainer import checkpoint_at
+
+    found = checkpoint_at(tmp_path / "runs" / "small", tmp_path)
+    assert found is not None
+    state = found.state_dict()
     assert {value.dtype for value in state.values()} == {torch.float64}
 
 
@@ -112,7 +116,7 @@ def test_a_run_that_fails_is_exit_code_1(
 ) -> None:
     import raypar._launch
 
-    def fail(config: object) -> None:
+    def fail(config: object, **_: object) -> None:
         raise TrainingError("stage 1 rank 0 raised [red]brackets[/red] and all")
 
     monkeypatch.setattr(raypar._launch, "train_config", fail)
@@ -124,7 +128,7 @@ def test_a_run_that_fails_is_exit_code_1(
 def test_ctrl_c_is_exit_code_130(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import raypar._launch
 
-    def interrupt(config: object) -> None:
+    def interrupt(config: object, **_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(raypar._launch, "train_config", interrupt)
@@ -140,7 +144,7 @@ def test_num_workers_is_the_same_as_its_key(
 
     seen = []
 
-    def look(config: object) -> None:
+    def look(config: object, **_: object) -> None:
         seen.append(config)
         raise TrainingError("enough")
 
@@ -227,7 +231,7 @@ def test_what_a_search_found_is_repeated_from_the_plan_file(
 
 @pytest.mark.parametrize("once", [True, False], ids=["iterator", "list"])
 def test_configured_data_lose_no_batch_to_the_look_at_the_first(once: bool) -> None:
-    from raypar._launch import BuildData
+    from raypar._targets import BuildData
     from raypar.train.data import peek
 
     values = [torch.full((2,), float(i)) for i in range(3)]

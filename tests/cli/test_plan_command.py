@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from raypar._launch import search_of, write_resolved
+from raypar._launch import write_resolved
+from raypar._targets import search_of
 from raypar._search_view import SearchView, ended
 from raypar.cli import main
 from raypar.config import load_config

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from raypar._sections import TrainSection
 from raypar.config import Config, default_yaml, load_config, resolve_target, surface
 from raypar.errors import ConfigError
 
@@ -156,7 +157,7 @@ def test_broken_yaml_names_the_line(tmp_path: Path) -> None:
 
 def test_an_empty_section_is_its_defaults(config_file: Path) -> None:
     config_file.write_text(MINIMAL + "train:\n")
-    assert load_config(config_file).train.steps == 100
+    assert load_config(config_file).train == TrainSection()
 
 
 def test_yaml_round_trip(config_file: Path, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from raypar.train.state import TrainState
 class FakeRun(Run):
     """Counts steps; each takes a while."""
 
-    def __init__(self, step_s: float = 0.0) -> None:
+    def __init__(self, step_s: float = 0.0, data_end: int | None = None) -> None:
         super().__init__([])
+        self.data_end = data_end
         self.step_s = step_s
         self.segments: list[tuple[int, int, int | None]] = []
         self._stop = threading.Event()
@@ -37,7 +38,7 @@ class FakeRun(Run):
         self.segments.append((first_step, steps, horizon))
         self._stop.clear()
         for step in range(first_step, first_step + steps):
-            if self._stop.is_set():
+            if self._stop.is_set() or step == self.data_end:
                 return step
             time.sleep(self.step_s)
             if on_report is not None:
@@ -86,7 +87,7 @@ def loop_of(run: FakeRun, told: Told, first: TrainState | None = None, **limits:
 
 def test_what_is_due_comes_at_its_step_and_evaluation_before_checkpoint() -> None:
     run, told = FakeRun(), Told()
-    loop = loop_of(run, told, steps=10, checkpoint_steps=4, evaluate_steps=3)
+    loop = loop_of(run, told, steps=10, checkpoint_steps=4, evaluate_steps=3, evaluate=True)
     state = loop.go()
     assert (state.step, state.samples) == (10, 40)
     assert told.other() == [
@@ -147,3 +148,11 @@ def test_an_interruption_ends_with_a_checkpoint_and_is_raised() -> None:
     timer.join()
     assert told.other() == [("checkpoint", loop.state.step)]
     assert 0 < loop.state.step < 100_000
+
+
+def test_the_end_of_the_data_ends_the_run() -> None:
+    run, told = FakeRun(data_end=5), Told()
+    loop = loop_of(run, told, steps=10**9, checkpoint_steps=3, evaluate=True)
+    assert loop.go().step == 5
+    assert not loop.stopped
+    assert told.other() == [("checkpoint", 3), ("evaluate", 5), ("checkpoint", 5)]

@@ -82,7 +82,8 @@ def test_it_trains_as_plain_torch_does_and_writes_its_folder(
     torch.testing.assert_close(torch.tensor([x["loss"] for x in lines]), torch.tensor(losses))
     assert all(x["grad_norm"] > 0 and x["samples_per_s"] > 0 for x in lines)
     assert len(lines[0]["ranks"]) == 2
-    state = torch.load(result.path / "model.pt")
+    assert result.checkpoint is not None
+    state = result.checkpoint.state_dict()
     assert list(state) == list(reference.state_dict())
     torch.testing.assert_close(dict(state), dict(reference.state_dict()))
     assert rp.Plan.load(result.path / "plan.json") == result.plan

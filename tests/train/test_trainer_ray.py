@@ -52,6 +52,11 @@ def trainer(path: Path, **changed: Any) -> rp.Trainer:
     return rp.Trainer(model, **arguments)
 
 
+def weights(result: rp.Result) -> dict[str, torch.Tensor]:
+    assert result.checkpoint is not None
+    return result.checkpoint.state_dict()
+
+
 def held_groups() -> list[str]:
     return [g["name"] for g in placement_group_table().values() if g["state"] != "REMOVED"]
 
@@ -63,10 +68,8 @@ def test_two_stages_of_two_replicas_on_actors_equal_one_process(
     here = trainer(
         tmp_path / "local", plan=there.plan, scaling_config=rp.ScalingConfig(num_workers=0)
     ).fit()
-    assert torch.load(there.path / "model.pt").keys() == model().state_dict().keys()
-    torch.testing.assert_close(
-        dict(torch.load(there.path / "model.pt")), dict(torch.load(here.path / "model.pt"))
-    )
+    assert weights(there).keys() == model().state_dict().keys()
+    torch.testing.assert_close(weights(there), weights(here))
     assert there.metrics["startup"]["start"] > 0
     assert there.metrics["driver_share"] >= 0
     assert not held_groups()
@@ -82,9 +85,7 @@ def test_a_search_runs_plans_and_training_starts_afresh(ray_session: str, tmp_pa
     here = trainer(tmp_path / "local", plan=there.plan, **two).fit()
     record = json.loads((there.path / "search.json").read_text())
     assert record["measured_s"] > 0
-    torch.testing.assert_close(
-        dict(torch.load(there.path / "model.pt")), dict(torch.load(here.path / "model.pt"))
-    )
+    torch.testing.assert_close(weights(there), weights(here))
     assert not held_groups()
 
 

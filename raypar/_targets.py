@@ -1,0 +1,354 @@
+"""What a configuration names, imported and checked: model, data, optimizer, search, devices."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from raypar.comm.network import NetworkSettings
+from raypar.compat import pytree
+from raypar.config import STUDY_KEYS, Config, SearchSection, resolve_target
+from raypar.errors import ConfigError, OptimizerError
+from raypar.graph.autocast import AUTOCAST_DTYPES
+from raypar.search.config import SearchConfig
+from raypar.train.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from raypar.train.loggers.registry import make_loggers
+from raypar.train.loop import EarlyStop
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "bf16": torch.float32,
+    "fp16": torch.float32,
+}
+"""Of parameters: bf16 and fp16 are autocast over fp32."""
+_STEPS = 100
+"""Steps of a run that says neither steps nor epochs."""
+
+
+@dataclass(frozen=True)
+class BuildModel:
+    """Builds the configured model in the configured precision; picklable by its target's name."""
+
+    target: Callable[..., torch.nn.Module]
+    kwargs: dict[str, Any]
+    dtype: torch.dtype
+
+    def __call__(self) -> torch.nn.Module:
+        """The model.
+
+        Raises:
+            ConfigError: The target makes something else.
+        """
+        model = self.target(**self.kwargs)
+        if not isinstance(model, torch.nn.Module):
+            raise ConfigError(
+                f"model.target: {_name(self.target)}(...) returned {type(model).__name__}, "
+                "not a torch.nn.Module"
+            )
+        return model.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class BuildData:
+    """Opens the configured data; floating-point tensors come in the configured precision."""
+
+    target: Callable[..., Iterable[Any]]
+    kwargs: dict[str, Any]
+    dtype: torch.dtype
+
+    def __call__(self) -> Iterable[Any]:
+        """The batches.
+
+        Raises:
+            ConfigError: The target makes something else.
+        """
+        made = self.target(**self.kwargs)
+        if not isinstance(made, Iterable):
+            raise ConfigError(
+                f"data.target: {_name(self.target)}(...) returned {type(made).__name__}, "
+                "not an iterable of batches"
+            )
+        # What can be gone through once stays so: who looks at the first batch must not lose it.
+        cast = _Cast(made, self.dtype)
+        return iter(cast) if isinstance(made, Iterator) else cast
+
+
+@dataclass(frozen=True)
+class _Cast:
+    batches: Iterable[Any]
+    dtype: torch.dtype
+
+    def __iter__(self) -> Iterator[Any]:
+        def cast(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+                return leaf.to(self.dtype)
+            return leaf
+
+        for batch in self.batches:
+            yield pytree.tree_map(cast, batch)
+
+
+@dataclass(frozen=True)
+class BuildOptimizer:
+    """Builds the configured optimizer from parameters."""
+
+    target: Callable[..., torch.optim.Optimizer]
+    kwargs: dict[str, Any]
+    groups: tuple[dict[str, Any], ...] = ()
+
+    def __call__(
+        self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
+    ) -> torch.optim.Optimizer:
+        """The optimizer of these parameters: each in the first group that its name matches."""
+        named = list(named_parameters)
+        if not self.groups:
+            return self.target([p for _, p in named], **self.kwargs)
+        members: list[list[torch.nn.Parameter]] = [[] for _ in range(len(self.groups) + 1)]
+        for name, parameter in named:
+            first = (i for i, g in enumerate(self.groups) if fnmatchcase(name, g["match"]))
+            members[next(first, len(self.groups))].append(parameter)
+        options = [{k: v for k, v in g.items() if k != "match"} for g in self.groups] + [{}]
+        both = zip(members, options, strict=True)
+        return self.target([{"params": m, **o} for m, o in both], **self.kwargs)
+
+
+@dataclass(frozen=True)
+class BuildScheduler:
+    """Builds the configured learning-rate scheduler for an optimizer."""
+
+    target: Callable[..., Any]
+    kwargs: dict[str, Any]
+
+    def __call__(self, optimizer: torch.optim.Optimizer) -> Any:
+        """The scheduler of this optimizer."""
+        return self.target(optimizer, **self.kwargs)
+
+
+def model_of(config: Config) -> BuildModel:
+    """The model function that `config` stands for."""
+    target = resolve_target(config.model.target, "model.target")
+    _check_call(target, "model", **config.model.kwargs)
+    return BuildModel(target, config.model.kwargs, _DTYPES[config.model.precision])
+
+
+def loss_of(config: Config) -> Callable[..., torch.Tensor] | None:
+    """The loss function that `config` stands for."""
+    return None if config.model.loss is None else resolve_target(config.model.loss, "model.loss")
+
+
+def data_of(config: Config) -> BuildData:
+    """The data source that `config` stands for."""
+    target = resolve_target(config.data.target, "data.target")
+    if "global_batch" in config.data.kwargs:
+        raise ConfigError("data.kwargs.global_batch: say it once, as data.global_batch")
+    kwargs = {"global_batch": config.data.global_batch, **config.data.kwargs}
+    _check_call(target, "data", **kwargs)
+    return BuildData(target, kwargs, _DTYPES[config.model.precision])
+
+
+def evaluation_of(config: Config) -> BuildData | None:
+    """The data source of evaluations that `config` stands for."""
+    section = config.evaluation
+    if section.target is None:
+        return None
+    target = resolve_target(section.target, "evaluation.target")
+    kwargs = {"global_batch": config.data.global_batch, **section.kwargs}
+    _check_call(target, "evaluation", **kwargs)
+    return BuildData(target, kwargs, _DTYPES[config.model.precision])
+
+
+def optimizer_of(config: Config) -> BuildOptimizer:
+    """The optimizer function that `config` stands for."""
+    target = resolve_target(config.optimizer.target, "optimizer.target")
+    _check_call(target, "optimizer", [], **config.optimizer.kwargs)
+    groups = config.optimizer.groups
+    for group in groups:
+        if not isinstance(group.get("match"), str):
+            raise ConfigError(
+                f"optimizer.groups: {group} has no match: give a pattern of parameter names, for "
+                "example {match: '*.bias', weight_decay: 0.0}"
+            )
+    return BuildOptimizer(target, config.optimizer.kwargs, tuple(groups))
+
+
+def scheduler_of(config: Config) -> BuildScheduler | None:
+    """The learning-rate scheduler that `config` stands for."""
+    if config.scheduler.target is None:
+        return None
+    target = resolve_target(config.scheduler.target, "scheduler.target")
+    _check_call(target, "scheduler", None, **config.scheduler.kwargs)
+    return BuildScheduler(target, config.scheduler.kwargs)
+
+
+def check_config(config: Config) -> None:
+    """Imports what `config` names, and checks that it can be called as it says.
+
+    Raises:
+        ConfigError: Something cannot; names the key.
+    """
+    model_of(config)
+    loss_of(config)
+    data_of(config)
+    evaluation_of(config)
+    scheduler_of(config)
+    search_of(config)
+    scaling_of(config)
+
+
+def search_of(config: Config) -> SearchConfig:
+    """The search settings that `config` stands for.
+
+    Raises:
+        ConfigError: An option of the study is given, and the planner makes none.
+    """
+    wanted = SearchConfig(
+        planner=config.search.planner,
+        stages=config.search.stages,
+        replicas=config.search.replicas,
+        microbatches=config.train.microbatches,
+        schedule=config.train.schedule,
+        tensor=config.search.tensor,
+        chunks=config.search.chunks,
+        recompute=config.search.recompute,
+        zero=config.search.zero,
+        memory_fraction=config.search.memory_fraction,
+        optimizer_states=optimizer_states(optimizer_of(config)),
+        sampler=config.search.sampler,
+        trials=config.search.trials,
+        budget_s=config.search.budget_s,
+        seed=config.search.seed,
+        seeds="auto" if config.search.seeds == "auto" else tuple(config.search.seeds),
+        cost_model=config.search.cost_model,
+        measure=config.search.measure,
+        storage=config.search.storage,
+        cache=config.search.cache,
+        manual=config.search.manual,
+    )
+    if wanted.chosen_planner != "optuna":
+        for name in STUDY_KEYS:
+            if getattr(config.search, name) != SearchSection.model_fields[name].default:
+                raise ConfigError(
+                    f"search.{name} is {getattr(config.search, name)!r}, but planner "
+                    f"{wanted.chosen_planner!r} makes one plan and would ignore it: set "
+                    f"search.planner: optuna, or remove search.{name}"
+                )
+    return wanted
+
+
+def optimizer_states(build: BuildOptimizer) -> int:
+    """How many tensors an optimizer keeps per parameter: found by one step on a small one.
+
+    Raises:
+        OptimizerError: The optimizer cannot be built, or its step raises.
+    """
+    param = torch.nn.Parameter(torch.zeros(2, 2))
+    param.grad = torch.zeros_like(param)
+    try:
+        optimizer = build([("parameter", param)])
+        optimizer.step()
+    except Exception as error:
+        raise OptimizerError(
+            f"the optimizer failed on a parameter of shape (2, 2): {type(error).__name__}: {error}"
+        ) from error
+    kept = optimizer.state[param].values()
+    return sum(isinstance(t, torch.Tensor) and t.shape == param.shape for t in kept)
+
+
+def scaling_of(config: Config) -> ScalingConfig:
+    """The part of the cluster that `config` asks for."""
+    mesh = config.mesh
+    return ScalingConfig(
+        num_workers=tuple(mesh.num_workers)  # type: ignore[arg-type]
+        if isinstance(mesh.num_workers, list)
+        else mesh.num_workers,
+        scale_up_timeout_s=mesh.scale_up_timeout_s,
+        use_gpu=mesh.device == "gpu",
+        cpus_per_worker=mesh.cpus_per_worker,
+        threads_per_worker=mesh.threads_per_worker,
+    )
+
+
+def run_of(config: Config) -> RunConfig:
+    """Where the files of `config` go, and what happens after failures."""
+    checkpoint = config.checkpoint
+    return RunConfig(
+        name=config.run.name,
+        storage_path=config.run.storage_path,
+        log_every=config.run.log_every,
+        checkpoint_config=CheckpointConfig(
+            storage=checkpoint.storage,
+            every_steps=checkpoint.every_steps,
+            every_s=checkpoint.every_s,
+            at_end=checkpoint.at_end,
+            num_to_keep=checkpoint.keep,
+            score_attribute=checkpoint.best_of,
+            score_order=checkpoint.best_order,
+        ),
+        failure_config=FailureConfig(max_failures=config.run.max_failures),
+        callbacks=make_loggers(config.run.loggers),
+    )
+
+
+def steps_of(config: Config) -> int | None:
+    """Optimizer steps, or None where epochs say when the run ends."""
+    train = config.train
+    return _STEPS if train.steps is None and train.epochs is None else train.steps
+
+
+def autocast_of(config: Config) -> Any:
+    """The precision that autocast chooses ops for, or None."""
+    precision = config.model.precision
+    return precision if precision in AUTOCAST_DTYPES else None
+
+
+def early_stop_of(config: Config) -> EarlyStop | None:
+    """When `config` ends a run early, or None."""
+    section = config.evaluation
+    if section.stop_metric is None:
+        return None
+    return EarlyStop(
+        metric=section.stop_metric,
+        patience=section.stop_patience,
+        min_delta=section.stop_min_delta,
+        mode=section.stop_mode,
+    )
+
+
+def network_of(config: Config) -> NetworkSettings:
+    """How the ranks of `config` reach each other."""
+    comm = config.comm
+    return NetworkSettings(
+        comm.interface,
+        None if comm.port_range is None else (comm.port_range[0], comm.port_range[1]),
+        comm.nccl_env,
+    )
+
+
+def _check_call(target: Callable[..., Any], section: str, *args: Any, **kwargs: Any) -> None:
+    """Tells a call that cannot work as the config key it comes from, before anything starts."""
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # a C function without a signature: the call itself will tell
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ConfigError(
+            f"{section}.kwargs: {_name(target)} cannot be called with "
+            f"{', '.join(kwargs) or 'no arguments'}: {error}; it takes {_names(signature)}"
+        ) from None
+
+
+def _names(signature: inspect.Signature) -> str:
+    return ", ".join(str(p.replace(annotation=p.empty)) for p in signature.parameters.values())
+
+
+def _name(target: Any) -> str:
+    target = getattr(target, "func", target)
+    return str(getattr(target, "__qualname__", target))

@@ -1,0 +1,38 @@
+"""The `raypar` command."""
+
+from __future__ import annotations
+
+import click
+
+import raypar
+from raypar.cli import clusters, files, planning, training
+from raypar.cli._shared import Commands
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(raypar.__version__, prog_name="raypar")
+def main() -> None:
+    """Pipeline- and data-parallel training of PyTorch models on Ray."""
+
+
+for _command in (
+    clusters.doctor,
+    clusters.probe,
+    planning.plan,
+    planning.explain,
+    planning.simulate,
+    training.train,
+    training.resume,
+    training.submit,
+    training.bench,
+    files.report,
+    files.checkpoint,
+    files.config,
+    files.dashboard,
+    files.completion,
+):
+    main.add_command(_command)
+
+
+if __name__ == "__main__":
+    main()

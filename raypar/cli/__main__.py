@@ -1,0 +1,5 @@
+"""``python -m raypar.cli``."""
+
+from raypar.cli import main
+
+main()

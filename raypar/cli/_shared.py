@@ -1,0 +1,99 @@
+"""What the commands share: options, and how errors end them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from raypar.errors import ConfigError, RayparError
+
+# torch, Ray and what imports them are imported inside the commands: `raypar --help` is instant.
+
+
+class Commands(click.Group):
+    """Ends every command with one clear message and an exit code instead of a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RayparError as error:
+            _print_error(error)
+            ctx.exit(2 if isinstance(error, ConfigError) else 1)
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            ctx.exit(130)
+
+
+def _print_error(error: RayparError) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False)
+    block = Text(f"{type(error).__name__}: ", style="bold red")
+    block.append(str(error), style="red")
+    console.print(block, soft_wrap=True)
+
+
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one config key."
+)
+cluster_option = click.option(
+    "--cluster", "cluster_file", metavar="FILE", help="Plan for this cluster (YAML)."
+)
+json_option = click.option(
+    "--json", "json_file", metavar="FILE", help="Also write what is told as JSON; - for stdout."
+)
+
+
+def search_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that stand for keys of section ``search``; given as ``search_keys`` overrides."""
+
+    @functools.wraps(command)
+    def with_keys(no_cache: bool, **given: Any) -> None:
+        keys = {name: given.pop(name) for name in ("trials", "budget_s", "sampler", "seed")}
+        overrides = [f"search.{name}={value}" for name, value in keys.items() if value is not None]
+        storage = given.pop("storage")
+        if storage is not None:  # a path is no YAML
+            overrides.append(f"search.storage={json.dumps(storage)}")
+        if no_cache:
+            overrides.append("search.cache=false")
+        command(overrides=(*given.pop("overrides"), *overrides), **given)
+
+    options = [
+        click.option("--trials", metavar="N", help="Plans that the study looks at."),
+        click.option("--budget", "budget_s", metavar="SECONDS", help="Seconds of search."),
+        click.option("--sampler", metavar="NAME", help="tpe, gp, cmaes, nsga2 or random."),
+        click.option("--seed", metavar="N", help="Seed of the sampler."),
+        click.option("--storage", metavar="FILE", help="Journal: a search goes on from there."),
+        click.option("--no-cache", is_flag=True, help="Search, even if the plan is known."),
+    ]
+    return functools.reduce(lambda made, option: option(made), reversed(options), with_keys)
+
+
+def write_text(path: str, text: str, option: str) -> None:
+    """Writes a file that the user named.
+
+    Raises:
+        ConfigError: It cannot be written; names the option.
+    """
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{option}: cannot write {path!r}: {error.strerror}") from None
+
+
+def write_json(path: str | None, value: Any) -> None:
+    """Writes `value` where ``--json`` says, if it was given."""
+    if path is None:
+        return
+    text = json.dumps(value, indent=1, default=str) + "\n"
+    if path == "-":
+        click.echo(text, nl=False)
+        return
+    write_text(path, text, "--json")
+    click.echo(f"wrote {path}", err=True)

@@ -1,0 +1,71 @@
+"""Commands about machines."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("--address", metavar="HOST:PORT", help="Measure this Ray cluster.")
+@click.option(
+    "--local",
+    "processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Measure this machine with N processes; default: one per core.",
+)
+@click.option("--out", metavar="FILE", help="Also write the constants here (JSON).")
+def probe(address: str | None, processes: int | None, out: str | None) -> None:
+    """Measure the cluster and keep what the cost models need of it (under a minute)."""
+    if address is not None and processes is not None:
+        raise click.UsageError("give --address or --local, not both")
+    from raypar.mesh.cluster import Cluster
+    from raypar.mesh.probe import probe as measure
+    from raypar.mesh.probe import save_calibration
+    from raypar.report.calibration import calibration_text
+
+    cluster = Cluster.local(processes) if address is None else Cluster.from_ray(address)
+    found = measure(cluster, address=address)
+    click.echo(calibration_text(found, cluster))
+    click.echo(f"kept in {save_calibration(found)}")
+    if out is not None:
+        save_calibration(found, Path(out))
+
+
+@click.command()
+@click.option("--cluster", is_flag=True, help="Look at every node of a Ray cluster.")
+@click.option("--address", metavar="HOST:PORT", help="Of the cluster; default: RAY_ADDRESS.")
+@click.option("--interface", metavar="NAME", help="As comm.interface: try ports there.")
+@click.option("--ports", metavar="FIRST:LAST", help="As comm.port_range.")
+@click.option("--json", "json_file", metavar="FILE", help="Also write what was found (JSON).")
+def doctor(
+    cluster: bool,
+    address: str | None,
+    interface: str | None,
+    ports: str | None,
+    json_file: str | None,
+) -> None:
+    """Tell what is installed and seen here, what does not fit, and how to mend it.
+
+    With --cluster, on every node of a Ray cluster: versions, devices, clocks, and whether all nodes
+    reach each other.
+    """
+    from raypar import doctor as examination
+
+    if not cluster:
+        if any(value is not None for value in (address, interface, ports, json_file)):
+            raise click.UsageError("--address, --interface, --ports and --json go with --cluster")
+        sys.exit(examination.main())
+    sys.exit(examination.main_cluster(address, interface, _ports(ports), json_file))
+
+
+def _ports(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit()):
+        raise click.UsageError(f"--ports takes FIRST:LAST, such as 20000:20100; got {text!r}")
+    return int(first), int(last)

@@ -1,0 +1,145 @@
+"""Commands about files: configs, a run's folder, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from raypar.cli._shared import set_option, write_text
+from raypar.config import default_yaml, json_schema, load_config
+
+if TYPE_CHECKING:
+    from raypar.train.checkpoint import Checkpoint
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def config(ctx: click.Context) -> None:
+    """Print, check or describe a config; alone: every key, its default and its meaning."""
+    if ctx.invoked_subcommand is None:
+        click.echo(default_yaml(), nl=False)
+
+
+@config.command("show")
+@click.argument("config_file", metavar="CONFIG")
+@set_option
+def config_show(config_file: str, overrides: tuple[str, ...]) -> None:
+    """Print CONFIG with every default, as raypar reads it."""
+    click.echo(load_config(config_file, overrides).to_yaml(), nl=False)
+
+
+@config.command("schema")
+@click.option("-o", "--output", metavar="FILE", help="Write it here instead of printing it.")
+def config_schema(output: str | None) -> None:
+    """Print the JSON Schema of a config, for editors that complete and check YAML."""
+    text = json.dumps(json_schema(), indent=1) + "\n"
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    write_text(output, text, "--output")
+    click.echo(f"wrote {output}")
+
+
+@config.command("check")
+@click.argument("config_file", metavar="CONFIG")
+@set_option
+def config_check(config_file: str, overrides: tuple[str, ...]) -> None:
+    """Check CONFIG: its keys, and that what it names can be imported and called."""
+    from raypar._targets import check_config
+
+    found = load_config(config_file, overrides)
+    check_config(found)
+    click.echo(f"{config_file}: good")
+
+
+@click.command()
+@click.argument("run_folder", metavar="RUN")
+@click.option("-o", "--output", metavar="FILE", help="The page; default: RUN/report.html.")
+@click.option("--trace", metavar="FILE", help="Also write a Chrome trace, for ui.perfetto.dev.")
+def report(run_folder: str, output: str | None, trace: str | None) -> None:
+    """Write a run as one offline page: loss, steps as measured and as planned, memory, events."""
+    from raypar.report.run import write_report, write_run_trace
+
+    out = Path(output) if output is not None else Path(run_folder) / "report.html"
+    write_report(Path(run_folder), out)
+    click.echo(f"wrote {out}")
+    if trace is not None:
+        write_run_trace(Path(run_folder), Path(trace))
+        click.echo(f"wrote {trace}")
+
+
+@click.command()
+@click.option("-o", "--output", metavar="FILE", help="Write it here instead of printing it.")
+def dashboard(output: str | None) -> None:
+    """Print the Grafana dashboard of runs that log to Ray (run.loggers: [ray])."""
+    from raypar.train.dashboards import grafana_dashboard
+
+    text = json.dumps(grafana_dashboard(), indent=1) + "\n"
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    write_text(output, text, "--output")
+    click.echo(f"wrote {output}")
+
+
+@click.group()
+def checkpoint() -> None:
+    """Look into checkpoints, check them, and take models out of them."""
+
+
+def _checkpoint_at(where: str) -> Checkpoint:
+    from raypar.train.trainer import checkpoint_at
+
+    found = checkpoint_at(where, Path(where))
+    assert found is not None
+    return found
+
+
+@checkpoint.command("inspect")
+@click.argument("where", metavar="CHECKPOINT|RUN")
+def checkpoint_inspect(where: str) -> None:
+    """Tell what a checkpoint, or the newest of a run, holds."""
+    click.echo(_checkpoint_at(where).describe())
+
+
+@checkpoint.command("verify")
+@click.argument("where", metavar="CHECKPOINT|RUN")
+def checkpoint_verify(where: str) -> None:
+    """Read all of a checkpoint, or of the newest of a run, and compare checksums."""
+    found = _checkpoint_at(where)
+    problems = found.verify()
+    for problem in problems:
+        click.echo(problem, err=True)
+    if problems:
+        click.get_current_context().exit(1)
+    click.echo(f"{found.path}: good, {found.bytes:,} bytes, step {found.step}")
+
+
+@checkpoint.command("export")
+@click.argument("where", metavar="CHECKPOINT|RUN")
+@click.argument("output", metavar="FILE.safetensors")
+@click.option("--ema", is_flag=True, help="The averaged weights.")
+def checkpoint_export(where: str, output: str, ema: bool) -> None:
+    """Write the model of a checkpoint as one safetensors file, under the model's own names."""
+    found = _checkpoint_at(where)
+    found.save_safetensors(output, average=ema)
+    click.echo(f"wrote {output}")
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of SHELL.
+
+    For bash: raypar completion bash > ~/.local/share/bash-completion/completions/raypar
+    """
+    from click.shell_completion import get_completion_class
+
+    from raypar.cli import main
+
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(main, {}, "raypar", "_RAYPAR_COMPLETE").source())
