@@ -96,7 +96,7 @@ def parse_yaml(text: str, where: str) -> Any:
             "Data does not belong into it: name a file"
         )
     try:
-        return yaml.load(text, Loader=_Loader)
+        return _apart(yaml.load(text, Loader=_Loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         at = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
@@ -108,6 +108,13 @@ def parse_yaml(text: str, where: str) -> Any:
     except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
         # What a tag makes of a text that it does not suit: a 13th month, !!int of a word.
         raise ConfigError(f"{where}: not valid YAML: a value of a wrong form ({error})") from None
+
+
+def _apart(value: Any) -> Any:
+    """The value with every alias a copy: who changes one place changes no other."""
+    if isinstance(value, dict):
+        return {key: _apart(item) for key, item in value.items()}
+    return [_apart(item) for item in value] if isinstance(value, list) else value
 
 
 def dump_yaml(value: Any) -> str:

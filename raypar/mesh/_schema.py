@@ -39,10 +39,14 @@ def _size(value: Any) -> Any:
 
 def _count_bytes(value: Any) -> Any:
     value = _size(value)
+    if isinstance(value, float) and not abs(value) <= _MOST_BYTES:
+        raise ValueError(f"at most {_MOST_BYTES} bytes")
     return round(value) if isinstance(value, float) else value
 
 
-_Bytes = Annotated[int, BeforeValidator(_count_bytes), Field(gt=0)]
+_MOST_BYTES = 1 << 60
+_MOST_DEVICES = 1 << 17  # of a whole cluster: what is made for each of them must fit into memory
+_Bytes = Annotated[int, BeforeValidator(_count_bytes), Field(gt=0, le=_MOST_BYTES)]
 _Rate = Annotated[float, BeforeValidator(_size), Field(gt=0, allow_inf_nan=False)]
 
 
@@ -66,7 +70,7 @@ class KindForm(_Strict):
 
     vendor: str = "nvidia"
     flops: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(min_length=1)
-    memory: Annotated[int, BeforeValidator(_count_bytes), Field(ge=0)]
+    memory: Annotated[int, BeforeValidator(_count_bytes), Field(ge=0, le=_MOST_BYTES)]
     bandwidth: _Rate
     inside: LinkForm
     host: LinkForm
@@ -153,9 +157,14 @@ def parse(raw: Any, where: str) -> ClusterForm:
             f"{where}: expected a mapping with the key 'nodes', found {type(raw).__name__}"
         )
     try:
-        return ClusterForm.model_validate(raw)
+        form = ClusterForm.model_validate(raw)
     except ValidationError as error:
         lines = [_line(item) for item in error.errors()]
+    else:
+        total = sum(node.devices * node.count for node in form.nodes)
+        if total <= _MOST_DEVICES:
+            return form
+        lines = [f"nodes: {total:,} devices in all (devices × count); at most {_MOST_DEVICES:,}"]
     raise ClusterError(f"{where} is not a valid cluster:\n  " + "\n  ".join(lines))
 
 
@@ -171,7 +180,7 @@ def _line(item: Any) -> str:
     if kind == "missing":
         return f"{key}: this key is missing"
     told = item["msg"].removeprefix("Value error, ")
-    return f"{key}: {told[0].lower()}{told[1:]}, found {found!r}"
+    return f"{key}: {told[0].lower()}{told[1:]}, found {found!r:.200}"
 
 
 def _dotted(loc: tuple[str | int, ...]) -> str:

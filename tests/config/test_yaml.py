@@ -39,6 +39,8 @@ def test_what_is_refused(text: str, said: str) -> None:
 
 
 def test_aliases_that_are_meant_work() -> None:
-    assert parse_yaml("a: &a {b: [1, 1e-3]}\nc: [*a, *a]", "x")["c"] == [{"b": [1, 1e-3]}] * 2
+    found = parse_yaml("a: &a {b: [1, 1e-3]}\nc: [*a, *a]", "x")
+    found["a"]["b"].append(2)
+    assert found["c"] == [{"b": [1, 1e-3]}] * 2
     value = {"a": ["1e5", "2001-01-01", 1e-05, None, {"b": "no"}]}
     assert parse_yaml(dump_yaml(value), "x") == value
