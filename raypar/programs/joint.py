@@ -91,20 +91,10 @@ def _read(
 ) -> Joint:
     graph = module.graph
     for node in list(graph.nodes):
-        if (
-            node.op == "call_function"
-            and node.target
-            in (
-                aten.detach.default,
-                aten.alias.default,
-                aten.lift_fresh.default,
-            )
-        ) or _moves_nothing(node):
+        if is_transparent(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users:
-            graph.erase_node(node)
+    drop_unused(graph)
     holders = [n for n in graph.nodes if n.op == "placeholder"]
     output = next(n for n in graph.nodes if n.op == "output")
     leaves = pytree.tree_leaves(output.args[0], is_leaf=lambda x: x is None)
@@ -122,6 +112,21 @@ def _read(
         wrt,
         constants,
     )
+
+
+_SAME = frozenset((aten.detach.default, aten.alias.default, aten.lift_fresh.default))
+
+
+def is_transparent(node: fx.Node) -> bool:
+    """Whether a traced node stands for its first argument, and is left out of joint graphs."""
+    return node.op == "call_function" and (node.target in _SAME or _moves_nothing(node))
+
+
+def drop_unused(graph: fx.Graph) -> None:
+    """Erases the calls that nothing reads."""
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
 
 
 def _moves_nothing(node: fx.Node) -> bool:

@@ -23,13 +23,14 @@ _LIBRARY.define(
     "recurrent_backward(str kind, Tensor[] grads, Tensor input, Tensor[] hidden, Tensor[] params, "
     "bool biases, int layers, bool bidirectional, bool batch_first, bool[] wanted) -> Tensor[]"
 )
-_KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+"""Recurrent layers, as they are captured."""
 
 
 def fuse_recurrent(graph: fx.Graph, device: torch.device) -> None:
     """Replaces the recurrent layers that torch would unroll on `device`, in place."""
     for node in list(graph.nodes):
-        if device.type != "cpu" or not is_op(node) or op_name(node) not in _KINDS:
+        if device.type != "cpu" or not is_op(node) or op_name(node) not in KINDS:
             continue
         bound, kind = bound_args(node), op_name(node)
         if "batch_sizes" in bound:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from raypar.graph.costs import size_of
-from raypar.programs.wire import pack
+from raypar.programs.wire import Wire, pack
 from raypar.search.cost.base import CostModel, StageCode, StageCost, register_cost_model
 from raypar.search.cost.exact import (
     PieceCost,
@@ -147,10 +147,12 @@ class _Cache:
         flags = (stage.recompute, stage.trainable, stage.differentiable, stage.changing)
         own = self.likes.setdefault(stage.graph, {})
         like = own.get((*flags, stage.outputs_with_grad))
+        wire = None
         if like is None:
-            like = own[*flags, stage.outputs_with_grad] = _likeness(stage)
+            wire = pack(stage.graph)
+            like = own[*flags, stage.outputs_with_grad] = _likeness(stage, wire)
         if like not in self.known:
-            self.known[like] = stage_pieces(stage)
+            self.known[like] = stage_pieces(stage, wire)
             if len(self.known) > self.most:
                 self.known.popitem(last=False)
         self.known.move_to_end(like)
@@ -158,9 +160,8 @@ class _Cache:
         return replace(self.known[like], keys=tuple(str(n.meta["id"]) for n in holders))
 
 
-def _likeness(stage: StageCode) -> object:
+def _likeness(stage: StageCode, shipped: Wire) -> object:
     """What a trace depends on: the graph as it is shipped, without names, and what is wanted."""
-    shipped = pack(stage.graph)
     wanted = {
         *(f"param:{name}" for name in stage.trainable),
         *(f"edge:{name}" for name in stage.differentiable),

@@ -18,7 +18,8 @@ from raypar.programs.joint import Joint, trace_joint
 from raypar.programs.partition import Parts, Piece, partition, saved_bytes
 from raypar.programs.policy import recomputable
 from raypar.programs.recurrent import fuse_recurrent
-from raypar.programs.wire import pack, unpack
+from raypar.programs.stitch import stitch_joint, worth_stitching
+from raypar.programs.wire import Wire, pack, unpack
 from raypar.search.cost.base import StageCode
 from raypar.search.cost.machine import MeshMachine
 from raypar.search.cost.params import Move
@@ -64,20 +65,25 @@ class StagePieces:
     figures: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
-def stage_pieces(stage: StageCode) -> StagePieces:
-    """Traces and partitions a stage as `raypar.programs.stage.compile_stage` does on its rank."""
-    graph = unpack(pack(stage.graph), _CPU)
-    fuse_recurrent(graph, _CPU)
-    holders = [n for n in graph.nodes if n.op == "placeholder"]
-    keys = tuple(str(n.meta["id"]) for n in holders)
+def stage_pieces(stage: StageCode, wire: Wire | None = None) -> StagePieces:
+    """Traces and partitions a stage as `raypar.programs.stage.compile_stage` does on its rank.
+
+    Args:
+        stage: The stage.
+        wire: Its graph as it is shipped, where that is at hand.
+    """
+    wire = pack(stage.graph) if wire is None else wire
+    keys = tuple(str(node[1]) for node in wire["nodes"] if node[0] == "in")
     params = [i for i, k in enumerate(keys) if k[:6] == "param:" and k[6:] in stage.trainable]
     edges = [i for i, k in enumerate(keys) if k[:5] == "edge:" and k[5:] in stage.differentiable]
     if not params and not edges:
-        _fill_in(graph, holders)
-        nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
-        outputs = next(n for n in graph.nodes if n.op == "output").all_input_nodes
-        return StagePieces(None, None, Piece(holders, nodes, list(outputs)), keys)
-    joint = trace_joint(graph, [*edges, *params], stage.outputs_with_grad)
+        return _forward_only(wire, keys)
+    wrt = [*edges, *params]
+    joint = None
+    if worth_stitching(wire):
+        joint = stitch_joint(wire, wrt, stage.outputs_with_grad, _CPU)
+    if joint is None:
+        joint = trace_joint(_unpacked(wire), wrt, stage.outputs_with_grad)
     for node, key in zip(joint.inputs, keys, strict=True):
         node.meta["id"] = key
     parts = partition(joint, recomputable(stage.recompute), set(edges))
@@ -103,6 +109,22 @@ def stage_pieces(stage: StageCode) -> StagePieces:
         _ports(joint, keys, halves),
         splits=bool(edges),
     )
+
+
+def _unpacked(wire: Wire) -> fx.Graph:
+    graph = unpack(wire, _CPU)
+    fuse_recurrent(graph, _CPU)
+    return graph
+
+
+def _forward_only(wire: Wire, keys: tuple[str, ...]) -> StagePieces:
+    """A stage in which nothing is differentiated."""
+    graph = _unpacked(wire)
+    holders = [n for n in graph.nodes if n.op == "placeholder"]
+    _fill_in(graph, holders)
+    nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+    outputs = next(n for n in graph.nodes if n.op == "output").all_input_nodes
+    return StagePieces(None, None, Piece(holders, nodes, list(outputs)), keys)
 
 
 def _ports(joint: Joint, keys: Sequence[str], held: Iterable[fx.Node]) -> frozenset[Port]:
