@@ -13,6 +13,7 @@ from raypar.report.run import PredictionWriter
 from raypar.stages.compile import compile_plan
 from raypar.stages.local import LocalRun
 from raypar.stages.run import StepResult
+from raypar.testing import random_plan
 from raypar.train.callbacks import Callbacks, RunFacts
 from raypar.train.data import BatchForm, peek
 from raypar.train.feed import DataFeed, HeldBatches
@@ -31,16 +32,22 @@ def loss(out: torch.Tensor) -> torch.Tensor:
 
 def make_run(
     folder: Path, *, steps: int = 6, replicas: int = 1, microbatches: int = 4, width: int = 32,
-    name: str = "tests.report:model",
+    name: str = "tests.report:model", seed: int | None = None,
 ) -> Path:  # fmt: skip
-    """Trains a small model in this process and writes what a run's folder holds."""
+    """Trains a small model in this process and writes what a run's folder holds.
+
+    With a seed the plan is a random one on four devices.
+    """
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     batch = torch.randn(16, width)
     graph = rp.capture(lambda: model(width), batch, loss)
-    cluster = rp.Cluster.local(2 * replicas)
-    search = rp.SearchConfig(stages=2, replicas=replicas, microbatches=microbatches)
-    plan = rp.plan(graph, cluster, search)
+    cluster = rp.Cluster.local(2 * replicas if seed is None else 4)
+    if seed is None:
+        search = rp.SearchConfig(stages=2, replicas=replicas, microbatches=microbatches)
+        plan = rp.plan(graph, cluster, search)
+    else:
+        plan = random_plan(graph, cluster, seed=seed)
     plan.save(folder / "plan.json")
     specs = compile_plan(
         graph, plan, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), seed=0, threads=1

@@ -85,6 +85,24 @@ def test_replicas_have_a_row_each(tmp_path: Path) -> None:
     assert "group 1 r1" in page.text
 
 
+@pytest.mark.parametrize("seed", [3, 11, 17])
+def test_any_plan_is_taken_apart_and_drawn(tmp_path: Path, seed: int) -> None:
+    folder = make_run(tmp_path / "any", seed=seed, steps=3)
+    run = read_run(folder)
+    for line in run.steps:
+        assert min(line["breakdown"].values()) >= 0
+        assert sum(line["breakdown"].values()) == pytest.approx(line["step_s"], abs=1e-5)
+    assert run.timeline is not None
+    found = measured_step(run.timeline)
+    for lane in range(len(found.lanes)):
+        spans = found.spans(lane)
+        told = sum(s.end - s.start for s in spans)
+        # Of the last recorded step nobody knows what ranks did after it.
+        assert 0.8 * found.step_s < told < found.step_s * (1 + 1e-6)
+    checked(run_page(folder))
+    write_run_trace(folder, tmp_path / "trace.json")
+
+
 def test_a_prediction_round_trips(run: Path) -> None:
     text = (run / "predicted.json").read_text()
     found = Prediction.from_json(text)
