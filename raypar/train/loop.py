@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -239,14 +241,17 @@ class _Watch:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._turn = threading.Condition()
+        self._lock = threading.Lock()
+        # Its `put` may be called from a handler, whatever the interrupted code was doing.
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._deadline: float | None = None
         self._training = self._now = self._over = False
         self.asked = False  # to stop, in the segment under way
         self._thread = threading.Thread(target=self._serve, name="raypar-watch", daemon=True)
 
     def stop_now(self) -> None:
-        self._now = True  # without the lock: it is called from handlers; the thread looks often
+        self._now = True
+        self._wake.put(None)
 
     @contextmanager
     def until(self, deadline: float | None) -> Iterator[None]:
@@ -257,25 +262,33 @@ class _Watch:
             self._set(False, None)
 
     def _set(self, training: bool, deadline: float | None) -> None:
-        with self._turn:
+        with self._lock:
             self._training, self._deadline = training, deadline
             self.asked = self.asked and not training
-            self._turn.notify_all()
+        self._wake.put(None)
 
     def _serve(self) -> None:
-        while True:
-            with self._turn:
-                self._turn.wait(_ASK_AGAIN_S)
-                if self._over:
-                    return
-                late = self._deadline is not None and time.monotonic() >= self._deadline
-                ask = self._training and (self._now or late)
-                self.asked = self.asked or ask
-            if ask:
+        while not self._over:
+            if self._due():
                 try:
                     self._run.request_stop()
                 except Exception:  # the run failed meanwhile: the loop is told of that
                     return
+            with contextlib.suppress(queue.Empty):
+                self._wake.get(timeout=self._pause())
+
+    def _due(self) -> bool:
+        with self._lock:
+            late = self._deadline is not None and time.monotonic() >= self._deadline
+            due = self._training and (self._now or late)
+            self.asked = self.asked or due
+            return due
+
+    def _pause(self) -> float:
+        with self._lock:
+            if self._deadline is None:
+                return _ASK_AGAIN_S
+            return min(_ASK_AGAIN_S, max(0.01, self._deadline - time.monotonic()))
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -287,7 +300,6 @@ class _Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with self._turn:
-            self._over = True
-            self._turn.notify_all()
+        self._over = True
+        self._wake.put(None)
         self._thread.join(2 * _ASK_AGAIN_S)
