@@ -19,7 +19,7 @@ from raypar.sharding.pieces import piece_of
 from raypar.stages.run import Run
 from raypar.stages.saved import AVERAGE, BUFFER, PARAMETER, Key
 from raypar.train.checkpoint.description import description
-from raypar.train.checkpoint.format import INDEX, SavedTensor
+from raypar.train.checkpoint.format import INDEX, Index, SavedTensor
 from raypar.train.checkpoint.image import header_of, write_tensors
 from raypar.train.checkpoint.reading import (
     CheckedFile,
@@ -64,6 +64,13 @@ class Checkpoint:
         )
         self._folder = name if "://" in text else Path(text).absolute().name
         self._index = read_index(self._storage, self._folder)
+
+    @classmethod
+    def of(cls, storage: Storage, name: str, index: Index) -> Checkpoint:
+        """The checkpoint `name` in a storage, whose index is known."""
+        found = cls.__new__(cls)
+        found._storage, found._folder, found._index = storage, name, index
+        return found
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.path!r}, step={self.step})"
@@ -160,9 +167,10 @@ class Checkpoint:
             for key, tensor in self._index.tensors.items()
             if key.kind in (PARAMETER, BUFFER)
         }
+        place = {name: at for at, name in enumerate(self._index.names.values())}
         wrong = [
             f"{key.name} is {_form(saved.get(key))} there and {_form(wanted.get(key))} here"
-            for key in sorted({*saved, *wanted})
+            for key in sorted({*saved, *wanted}, key=lambda k: place.get(k.name, len(place)))
             if saved.get(key) != wanted.get(key)
         ]
         if wrong:

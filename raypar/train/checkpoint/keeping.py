@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
+import threading
 import warnings
 from collections.abc import Collection
 from typing import Any
@@ -33,19 +34,22 @@ class Keeping:
         self._storage = storage
         self._config = config
         self._known: dict[str, Checkpoint] = {}
+        self._lock = threading.RLock()
 
     def all(self) -> list[Checkpoint]:
         """Every checkpoint whose index is good, by when it was begun."""
         names = [n for n in self._storage.names() if serial_of(n) is not None]
-        found = [self._open(n) for n in sorted(names, key=_age)]
-        self._known = {n: c for n, c in self._known.items() if n in names}
+        with self._lock:
+            found = [self._open(n) for n in sorted(names, key=_age)]
+            self._known = {n: c for n, c in self._known.items() if n in names}
         return [c for c in found if c is not None]
 
     def latest(self) -> Checkpoint | None:
         """The last one begun."""
         names = [n for n in self._storage.names() if serial_of(n) is not None]
-        found = (self._open(n) for n in sorted(names, key=_age, reverse=True))
-        return next((c for c in found if c is not None), None)
+        with self._lock:
+            found = (self._open(n) for n in sorted(names, key=_age, reverse=True))
+            return next((c for c in found if c is not None), None)
 
     def best(self) -> Checkpoint | None:
         """The best by score; the last one begun without a score."""
@@ -81,7 +85,8 @@ class Keeping:
 
     def _drop(self, name: str) -> None:
         """It stops to count before its files go, so that no half of it is taken for a whole."""
-        self._known.pop(name, None)
+        with self._lock:
+            self._known.pop(name, None)
         if not self._storage.renames:
             self._storage.remove(f"{name}/{INDEX}")
             self._remove(name)

@@ -1,7 +1,7 @@
 """JSON files with a format number and a checksum, and how values of theirs are read with care.
 
 A file is ``{"checksum": …, "index": {"format": 1, …}}``; the checksum (BLAKE2b, 128 bits) is that
-of the compact JSON text of ``index`` with sorted keys.
+of the compact JSON text of ``index``, with its keys in their order.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def plain(value: Any, where: str) -> Any:
 
 
 def _compact(inner: Mapping[str, Any]) -> str:
-    return json.dumps(inner, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return json.dumps(inner, separators=(",", ":"), allow_nan=False)
 
 
 def _digest(text: str) -> str:

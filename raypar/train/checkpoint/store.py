@@ -60,6 +60,7 @@ class _Pending:
     run: Run
     name: str
     folder: str
+    token: str
     world: int
     step: int
     state: dict[str, Any]
@@ -86,6 +87,7 @@ class CheckpointStore:
         self._keeping = Keeping(self._storage, config or CheckpointConfig())
         self._turn = threading.Condition()
         self._pending: list[_Pending] = []
+        self._opening: str | None = None  # the folder of the next one
         self._finished: list[Checkpoint] = []
         self._failures: list[CheckpointError] = []
         self._serial: int | None = None
@@ -134,15 +136,18 @@ class CheckpointStore:
         name, token = folder_name(serial, state.step), secrets.token_hex(8)
         folder = f".{name}.{token}.tmp" if self._storage.renames else name
         held = json.loads(plan.to_json())
-        self._open_folder(folder, token)
+        self._opening = folder
         try:
+            self._open(folder, token)
             copied = run.call("visit", SaveJob(self._storage.root, folder, token))
         except BaseException:
             self._remove_quietly(folder)
             raise
         done = time.perf_counter()
         world = len(copied)
-        pending = _Pending(run, name, folder, world, state.step, state.to_json(), held, facts or {})
+        pending = _Pending(
+            run, name, folder, token, world, state.step, state.to_json(), held, facts or {}
+        )
         with self._turn:
             self._pending.append(pending)
             self._turn.notify_all()
@@ -204,12 +209,11 @@ class CheckpointStore:
         self._serial += 1
         return self._serial
 
-    def _open_folder(self, folder: str, token: str) -> None:
+    def _open(self, folder: str, token: str) -> None:
         try:
             self._storage.make_folder(folder)
             self._storage.write(f"{folder}/{MARK}", [token.encode()])
         except OSError as error:
-            self._remove_quietly(folder)
             raise CheckpointError(
                 f"cannot write to {self._storage.root!r}: {error}; set storage_path to a folder or "
                 "URL that this process and all ranks can write to"
@@ -233,29 +237,26 @@ class CheckpointStore:
                 self._turn.wait_for(lambda: done() or bool(self._failures), max(left, 0))
                 if done() and not self._failures:
                     return
-                run = self._pending[0].run if self._pending else None
+                oldest = self._pending[0] if self._pending else None
             self._raise_failure()
             if end is not None and time.monotonic() >= end:
                 raise CheckpointError(f"a checkpoint was not written within {timeout_s:g} s")
-            if run is not None:
-                self._ask(run)
+            if oldest is not None:
+                self._ask(oldest)
 
-    def _ask(self, run: Run) -> None:
+    def _ask(self, pending: _Pending) -> None:
         """Raises where a rank has failed and could not even leave a note of it."""
         try:
-            failures = [text for text in run.call("visit", FailureJob()) if text is not None]
+            answers = pending.run.call("visit", FailureJob(pending.token))
         except RayparError as error:
-            self._forget(run)
+            with self._turn:
+                self._pending = [p for p in self._pending if p.run is not pending.run]
             raise CheckpointError(
                 f"the run ended while a checkpoint was written, which is left out: {error}"
             ) from error
-        if failures and any(p.run is run for p in self._pending):
-            self._forget(run)
-            raise CheckpointError("; ".join(failures))
-
-    def _forget(self, run: Run) -> None:
-        with self._turn:
-            self._pending = [p for p in self._pending if p.run is not run]
+        failures = [text for text in answers if text is not None]
+        if failures:
+            self._end(pending, CheckpointError("; ".join(failures)))
 
     # -- the thread -------------------------------------------------------------------------
 
@@ -267,39 +268,38 @@ class CheckpointStore:
             self._thread.start()
 
     def _serve(self) -> None:
-        delay, tries = _SHORTEST_S, 0
         while True:
             with self._turn:
                 self._turn.wait_for(lambda: self._closed or bool(self._pending))
                 if self._closed:
                     return
                 pending = self._pending[0]
-            try:
-                finished = self._finish(pending)
-                tries = 0
-            except CheckpointError as error:
-                self._end(pending, error)
-                continue
-            except Exception as error:  # the storage may be out of reach for a moment
-                tries += 1
-                if tries >= _TRIES:
+            delay, tries = _SHORTEST_S, 0
+            while pending in self._pending:
+                outcome: Checkpoint | CheckpointError | None = None
+                try:
+                    outcome = self._finish(pending)
+                except CheckpointError as error:
+                    outcome = error
+                except Exception as error:  # the storage may be out of reach for a moment
+                    tries += 1
                     where = self._storage.path(pending.name)
-                    text = f"cannot finish {where!r}: {type(error).__name__}: {error}"
-                    self._end(pending, CheckpointError(text))
-                    tries = 0
-                finished = None
-            if finished is not None:
-                self._end(pending, finished)
-                self._tidy()
-                delay = _SHORTEST_S
-                continue
-            with self._turn:
-                self._turn.wait_for(lambda: self._closed, delay)
-            delay = min(2 * delay, _LONGEST_S)
+                    if tries == _TRIES:
+                        text = f"cannot finish {where!r}: {type(error).__name__}: {error}"
+                        outcome = CheckpointError(text)
+                if outcome is not None:
+                    self._end(pending, outcome)
+                    break
+                with self._turn:
+                    if self._turn.wait_for(lambda: self._closed, delay):
+                        return
+                delay = min(2 * delay, _LONGEST_S)
 
     def _end(self, pending: _Pending, outcome: Checkpoint | CheckpointError) -> None:
         if isinstance(outcome, CheckpointError):
             self._remove_quietly(pending.folder)
+        else:
+            self._tidy()
         with self._turn:
             if pending in self._pending:
                 self._pending.remove(pending)
@@ -327,11 +327,11 @@ class CheckpointStore:
             facts=pending.facts,
         )
         storage.write(f"{folder}/{INDEX}", [index.to_bytes()])
-        for name in (*notes, MARK):
-            storage.remove(f"{folder}/{name}")
         if storage.renames:
             storage.rename(folder, pending.name)
-        return Checkpoint(storage.path(pending.name))
+        for name in (*notes, MARK):  # they do no harm, so that nothing before may depend on it
+            self._remove_quietly(f"{pending.name}/{name}")
+        return Checkpoint.of(storage, pending.name, index)
 
     def _tidy(self) -> None:
         with contextlib.suppress(Exception):  # the next one tidies up again
@@ -342,7 +342,7 @@ class CheckpointStore:
         """Removes what dead runs, or killed removals, left behind."""
         with self._turn:
             own = {p.folder for p in self._pending}
-        self._keeping.sweep(own)
+        self._keeping.sweep(own | {self._opening or ""})
 
     def _remove_quietly(self, folder: str) -> None:
         with contextlib.suppress(Exception):  # swept later

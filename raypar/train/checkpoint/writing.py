@@ -70,12 +70,10 @@ class SaveJob:
         """Copies, and leaves the writing to a thread.
 
         Raises:
-            CheckpointError: This rank does not reach the storage, or could not write an earlier
-                checkpoint.
+            CheckpointError: This rank does not reach the storage, or holds what cannot be saved.
         """
         began = time.perf_counter()
         writer = _writer_of(state)
-        writer.raise_failure()
         storage = storage_at(self.root)
         if self.root not in writer.seen:
             self._check_mark(storage, state.spec.rank)
@@ -105,11 +103,17 @@ class SaveJob:
 
 @dataclass(frozen=True)
 class FailureJob:
-    """Asks a rank whether it failed to write; answers with the text, or None."""
+    """Asks a rank whether it failed to write: its note may not have been written either.
+
+    Attributes:
+        token: What `SaveJob` had.
+    """
+
+    token: str
 
     def __call__(self, state: RankState) -> str | None:
-        """The failure, if there is one."""
-        return _writer_of(state).failure
+        """Why it failed, or None."""
+        return _writer_of(state).failures.get(self.token)
 
 
 class _Buffer:
@@ -207,16 +211,10 @@ class _Writer:
     def __init__(self, pinned: bool) -> None:
         self.buffers = _Buffers(pinned)
         self.seen: set[str] = set()
-        self.failure: str | None = None
+        self.failures: dict[str, str] = {}
         self._turn = threading.Lock()
         self._waiting: list[_Writing] = []
         self._running = False
-
-    def raise_failure(self) -> None:
-        """Raises what went wrong in the thread, once."""
-        failure, self.failure = self.failure, None
-        if failure is not None:
-            raise CheckpointError(failure)
 
     def write(self, writing: _Writing) -> None:
         """Hands a copied part over."""
@@ -243,12 +241,13 @@ class _Writer:
 
     def _failed(self, writing: _Writing, error: BaseException) -> None:
         where = writing.storage.path(writing.job.folder)
-        self.failure = (
+        text = (
             f"rank {writing.state.spec.rank} could not write its part of {where!r}: "
             f"{type(error).__name__}: {error}"
         )
+        self.failures[writing.job.token] = text
         with contextlib.suppress(Exception):  # without storage, `FailureJob` is what asks for it
-            writing.tell(self.failure)
+            writing.tell(text)
 
 
 def _writer_of(state: RankState) -> _Writer:
