@@ -90,9 +90,10 @@ class RankRunner:
         for stage in self._holdings.stages.values():
             if stage.spec.loss_scale is not None:
                 dtype = getattr(torch, stage.spec.nodes["loss_dtype"])
-                found[stage.spec.index] = torch.tensor(
-                    stage.spec.loss_scale * self._scaled_by, dtype=dtype, device=self._device
-                )
+                # Rounded one after the other: a scale that the loss's dtype cannot hold overflows
+                # for every M, as it does where the whole batch is computed at once.
+                scale = torch.tensor(self._scaled_by, dtype=dtype, device=self._device)
+                found[stage.spec.index] = scale * stage.spec.loss_scale
         return found
 
     # -- a step -----------------------------------------------------------------------------
@@ -341,13 +342,13 @@ class RankRunner:
             self._world.all_reduce(totals, name="gradient norm and loss").wait()
         squares, self._loss = totals.tolist()
         report = self._report
-        report.grad_norm = norm = squares**0.5 / self._scaled_by
+        factor = self._update.scaler.inverse
+        report.grad_norm = norm = squares**0.5 * factor
         report.loss = loss if self.spec.leads else None
         if not (isfinite(squares) and isfinite(self._loss)):
             report.applied = False
             report.non_finite = self._watch.blame(self._holdings.stages, isfinite(own))
             self._overflowed(report)
-        factor = 1.0 / self._scaled_by
         if self.spec.keep_gradients:
             self._gradients.scale(factor)
             self._gradients.keep()

@@ -33,6 +33,11 @@ class LossScaler:
         self.skips = 0
 
     @property
+    def inverse(self) -> float:
+        """What gradients of that step are multiplied with; rounded as torch rounds it."""
+        return _rounded(1.0 / self.scale)
+
+    @property
     def active(self) -> bool:
         """Whether the loss is scaled at all."""
         return self._rule is not None

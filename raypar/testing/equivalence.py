@@ -169,8 +169,10 @@ def reference_run(
 
     Single-process eager PyTorch on the global batch; for a model that feels its microbatches, over
     the same microbatches in order, gradients averaged; for one with dropout, the one-stage plan.
+    With a loss scale it accumulates over what the ranks compute at once, too: a gradient of the
+    whole batch overflows in float16 at smaller scales than one of a part of it.
     """
-    parts = plan.microbatches if graph.feels_microbatches else 1
+    parts = _parts(graph, plan, recipe)
     if any(n.target is SEEDED for n in graph.clean.ops):
         single = make_plan(
             graph, Cluster.local(1), SearchConfig(stages=1, replicas=1, microbatches=parts)
@@ -193,6 +195,16 @@ def reference_run(
     )
 
 
+def _parts(graph: OpGraph, plan: Plan, recipe: Recipe | None) -> int:
+    """How many parts of the batch the reference computes one after the other."""
+    if graph.feels_microbatches:
+        return plan.microbatches
+    scaled = recipe is not None and recipe.loss_scale is not None
+    # Terms over counts of the whole batch do not add up from losses of parts.
+    adds_up = graph.loss_power is not None and not graph.analysis.globals
+    return plan.microbatches * plan.replicas if scaled and adds_up else 1
+
+
 def _train_plainly(
     graph: OpGraph,
     model: nn.Module,
@@ -203,6 +215,8 @@ def _train_plainly(
 ) -> RunRecord:
     """The loop that a user of torch alone would write, with torch's own tools."""
     record = RunRecord()
+    parts = len(microbatches)
+    weight = 1.0 / parts if graph.loss_power is None else float(parts) ** graph.loss_power
     optimizer = call_optimizer(make_optimizer, model.named_parameters())
     rule = recipe.loss_scale
     scaler = torch.amp.GradScaler(
@@ -220,7 +234,7 @@ def _train_plainly(
         record.scales.append(scaler.get_scale())
         total = 0.0
         for part in microbatches:
-            loss = graph.loss_of(model, part) / len(microbatches)
+            loss = graph.loss_of(model, part) * weight
             scaler.scale(loss).backward()
             total += loss.item()
         scaler.unscale_(optimizer)
