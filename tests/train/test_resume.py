@@ -133,7 +133,7 @@ def test_a_resume_under_another_plan_trains_on_the_same(
     trainer: Callable[..., rp.Trainer], tmp_path: Path, seed: int
 ) -> None:
     graph = rp.capture(model, next(iter(rp.batches(Samples(), 8))), nn.functional.cross_entropy)
-    one, other = (random_plan(graph, 2 * seed + i) for i in range(2))
+    one, other = (random_plan(graph, rp.Cluster.local(4), seed=2 * seed + i) for i in range(2))
     whole, first, second = Losses(), Losses(stop_at=2 + seed), Losses()
     straight = trainer("whole", whole, plan=one).fit()
     interrupted(trainer("parts", first, plan=one, data=slow()))
