@@ -56,11 +56,11 @@ class MeasuredStep:
 
 
 def measured_step(timeline: Timeline, limits: dict[int, int] | None = None) -> MeasuredStep:
-    """The most typical step of a timeline: of those whose beginning is known, the median one.
+    """The most typical step of a timeline: of those that are known as a whole, the median one.
 
     Args:
-        timeline: What ranks told; of the first step the beginning is not known, since it lies in
-            the one before, and it is shown from its first instruction on where it is the only one.
+        timeline: What ranks told. A step is known as a whole where the one before it and the one
+            behind it are known too; where there is none, the last step is shown as far as it is.
         limits: Rank group → bytes that its devices may fill, where that is known.
     """
     meetings = meetings_of(timeline.lists)
@@ -89,7 +89,8 @@ def _typical(timeline: Timeline, meetings: Meetings) -> tuple[int, float, float]
     if len(ends) == 1:
         first = float(timeline.stamps[0].min())
         return 0, first, max(float(ends[0]), first + _LEAST_S)
-    lengths = np.diff(ends)
+    # On ranks that leave the last norm before others, it is not known what came then.
+    lengths = np.diff(ends)[: max(1, len(ends) - 2)]
     at = int(np.argsort(lengths, kind="stable")[len(lengths) // 2]) + 1
     return at, float(ends[at - 1]), max(float(ends[at]), float(ends[at - 1]) + _LEAST_S)
 

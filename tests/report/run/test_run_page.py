@@ -57,7 +57,7 @@ def test_the_measured_step_is_what_ranks_told(run: Path) -> None:
     assert timeline is not None
     found = measured_step(timeline)
     lines = {line["step"]: line for line in read_run(run).steps}
-    assert found.step in timeline.steps[1:]
+    assert found.step in timeline.steps[1:-1]
     for at, lane in enumerate(found.lanes):
         spans = found.spans(at)
         assert all(span.end > span.start for span in spans)
@@ -69,7 +69,7 @@ def test_the_measured_step_is_what_ranks_told(run: Path) -> None:
         assert 0.99 < lane.compute + lane.communication + lane.idle < 1.01
         rank = lines[found.step]["ranks"][found.ranks[at]]
         took = sum(s.end - s.start for s in spans if s.kind in ("F", "B"))
-        assert took == pytest.approx(rank["seconds"]["compute"], rel=0.2, abs=1e-3)
+        assert rank["seconds"]["compute"] - 1e-5 <= took <= found.step_s
     first = read_run(run).steps[0]["memory"]
     assert found.peak_bytes == tuple(first[str(stage)]["peak"] for stage in (0, 1))
 
@@ -96,9 +96,7 @@ def test_any_plan_is_taken_apart_and_drawn(tmp_path: Path, seed: int) -> None:
     found = measured_step(run.timeline)
     for lane in range(len(found.lanes)):
         spans = found.spans(lane)
-        told = sum(s.end - s.start for s in spans)
-        # Of the last recorded step nobody knows what ranks did after it.
-        assert 0.8 * found.step_s < told < found.step_s * (1 + 1e-6)
+        assert sum(s.end - s.start for s in spans) == pytest.approx(found.step_s, rel=1e-6)
     checked(run_page(folder))
     write_run_trace(folder, tmp_path / "trace.json")
 
