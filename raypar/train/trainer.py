@@ -380,7 +380,7 @@ def _devices(settings: Settings, plan: Plan | None, made: Prepared) -> Cluster:
     scaling = settings.scaling
     if scaling.in_process:
         own = max(os.cpu_count() or 1, _least_devices(settings))
-        return Cluster.local(len(plan.devices) if plan else own)
+        return Cluster.local(plan.devices[-1] + 1 if plan else own)
     cluster = Cluster.from_ray(device="GPU" if scaling.use_gpu else "CPU")
     made.clock.mark("cluster")
     if scaling.most is None or (plan is not None and plan.cluster == cluster.shape):
