@@ -19,7 +19,8 @@ from raypar._targets import (
     search_of,
 )
 from raypar.config import Config
-from raypar.report.run.predicted import PREDICTED_FILE, read_prediction
+from raypar.report.run.predicted import read_prediction
+from raypar.report.run.writer import PREDICTED_FILE
 from raypar.search.interop.contest import in_words
 from raypar.train.callbacks import Callback
 from raypar.train.config import CheckpointConfig, RunConfig

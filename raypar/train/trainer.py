@@ -20,7 +20,7 @@ from raypar.graph.capture import capture
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster, Node
 from raypar.plan import Plan
-from raypar.report.run.predicted import PredictionWriter
+from raypar.report.run.writer import PredictionWriter
 from raypar.stages.recipe import LossScale, SchedulerFn
 from raypar.stages.spec import OptimizerFn
 from raypar.train.attempt import Attempt, Clock, Prepared

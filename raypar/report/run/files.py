@@ -9,7 +9,8 @@ from typing import Any
 
 from raypar.errors import ConfigError, RayparError
 from raypar.plan import Plan
-from raypar.report.run.predicted import PREDICTED_FILE, Prediction, read_prediction
+from raypar.report.run.predicted import Prediction, read_prediction
+from raypar.report.run.writer import PREDICTED_FILE
 from raypar.search.record import SearchRecord
 from raypar.train.loggers.events import EVENTS_FILE
 from raypar.train.metrics_file import is_step, read_lines

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,10 +31,8 @@ from raypar.search.simulation import (
     Simulation,
     Span,
 )
-from raypar.train.callbacks import Callback, RunFacts
 
 PREDICTED_FORMAT = 1
-PREDICTED_FILE = "predicted.json"
 _MOST_SPANS = 60_000
 _US = 1e6
 
@@ -179,27 +176,6 @@ def predict(
         nodes=tuple(device_map(plan, cluster)),
         _spans=spans,
     )
-
-
-class PredictionWriter(Callback):
-    """Writes ``predicted.json`` into the run's folder when it starts, for every attempt anew.
-
-    A prediction that fails is told as a warning: the report then goes without.
-    """
-
-    def on_start(self, run: RunFacts) -> None:
-        """See `Callback.on_start`."""
-        try:
-            target = run.config.get("model", {})
-            name = target.get("target", "") if isinstance(target, dict) else ""
-            found = predict(run.graph, run.plan, run.cluster, model=str(name))
-            (run.folder / PREDICTED_FILE).write_text(found.to_json() + "\n", encoding="utf-8")
-        except Exception as error:
-            warnings.warn(
-                f"no prediction for the report: {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
 
 
 def read_prediction(path: Path) -> Prediction:
