@@ -77,3 +77,23 @@ def test_the_start_is_broken_down_into_its_parts() -> None:
         "    3.00 s start",
         "      2.00 s ranks",
     ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_evaluations_and_checkpoints_are_told_above_the_bar_and_in_plain_lines() -> None:
+    plain, terminal = io.StringIO(), Terminal()
+    for out in (plain, terminal):
+        with Display(5, 1, out) as display:
+            display.show(
+                {"step": 0, "loss": 1.5, "grad_norm": 2.0, "step_s": 0.1, "samples_per_s": 80.0,
+                 "mfu": 0.25}
+            )  # fmt: skip
+            display.evaluation({"step": 1, "eval_loss": 1.25, "eval_top_1": 0.5})
+            display.checkpoint("runs/[a]/1", 1)
+        assert "evaluation after step 1  loss 1.25  top 1 0.5" in out.getvalue()
+        assert "checkpoint after step 1  runs/[a]/1" in out.getvalue()
+        assert "MFU 25.0%" in out.getvalue()
