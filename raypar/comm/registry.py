@@ -25,7 +25,9 @@ def register_backend(
 
     Args:
         name: Its name, as in a configuration.
-        target: ``module:Class`` of its `Group`; imported when it is asked for.
+        target: ``module:Class`` of its `Group`; imported when it is asked for. The class has a
+            ``create(name, rank, size, address, *, host, timeout_s, network)`` as
+            `raypar.comm.gloo.GlooGroup`, which binds its sockets as ``network`` says.
         unavailable: Says why it cannot be used on this machine, or None.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -30,6 +31,7 @@ try:
     print("FOUND", {n.address: (n.listens_at, n.software.raypar) for n in report.nodes})
     for finding in report.findings:
         print("FINDING", finding.status, finding.name, finding.found)
+    print("EXIT", doctor.main_cluster(rays.address, "127.0.0.0/8", None, sys.argv[2]))
 finally:
     ray.shutdown()
     rays.shutdown()
@@ -51,7 +53,7 @@ def test_two_nodes_with_different_raypar(tmp_path: Path) -> None:
     env = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": root}
     env.pop("RAY_ADDRESS", None)
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
+        [sys.executable, str(script), str(tmp_path), str(tmp_path / "report.json")],
         capture_output=True,
         text=True,
         timeout=150,
@@ -66,3 +68,5 @@ def test_two_nodes_with_different_raypar(tmp_path: Path) -> None:
     assert "'127.0.0.2': ('127.0.0.2'" in out
     assert "'127.0.0.3'" in out
     assert "FINDING fail equal versions raypar: " in out
+    assert "EXIT 1" in out
+    assert len(json.loads((tmp_path / "report.json").read_text())["nodes"]) == 2

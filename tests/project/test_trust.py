@@ -28,6 +28,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("config.py", "importlib.import_module"): "`module:name` that the user's own config names",
     ("__init__.py", "importlib.import_module"): "raypar's own modules, from a table",
     ("testing/__init__.py", "importlib.import_module"): "raypar's own modules, from a table",
+    ("report/run/__init__.py", "importlib.import_module"): "raypar's own modules, from a table",
     ("comm/registry.py", "importlib.import_module"): "what Python code registered as a backend",
     ("comm/_nccl_api.py", "importlib.import_module"): "cupy",
     ("mesh/_node_facts.py", "importlib.import_module"): "raypar's own version",
