@@ -22,6 +22,8 @@ _STYLE = (
     "font:13px/1.45 system-ui,sans-serif;border:1px solid #8884;border-radius:8px;"
     "padding:10px 14px;max-width:900px;display:inline-block"
 )
+# Told to inherit: in pages without a doctype tables do not.
+_TABLE = "border-collapse:collapse;color:inherit;font:inherit"
 _CELL = "padding:3px 12px 3px 0;text-align:left;vertical-align:top"
 
 
@@ -51,7 +53,7 @@ def plan_html(plan: Plan) -> str:
                 str(index),
                 f"{stage.first} … {stage.last}",
                 span(stage.mesh.devices),
-                mesh_text(stage.mesh),
+                mesh_text(stage.mesh).replace(" ", "\N{NO-BREAK SPACE}"),
                 f"recompute {stage.memory.recompute}, ZeRO-{stage.memory.zero}",
                 *_stage_figures(stage.predicted),
             )
@@ -73,7 +75,7 @@ def table_html(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in rows
     )
     head = f"<thead><tr>{head}</tr></thead>" if any(titles) else ""
-    return f'<table style="border-collapse:collapse">{head}<tbody>{body}</tbody></table>'
+    return f'<table style="{_TABLE}">{head}<tbody>{body}</tbody></table>'
 
 
 def card_html(title: str, lines: Sequence[str], inside: str) -> str:

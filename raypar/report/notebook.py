@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def result_html(result: Result) -> str:
     """The outcome of a run: its last metrics, and where its files are."""
     rows = [
-        (name.replace("_", " "), _value(name, value))
+        (_title(name), _value(name, value))
         for name, value in result.metrics.items()
         if isinstance(value, (int, float, str)) and not isinstance(value, bool)
     ]
@@ -32,9 +32,20 @@ def result_html(result: Result) -> str:
     return card_html("Result", words, table_html(("", ""), rows))
 
 
+def _title(name: str) -> str:
+    """``step_s`` is called step: its unit is told with its value."""
+    return (name.removesuffix("_s") if _is_time(name) else name).replace("_", " ")
+
+
+def _is_time(name: str) -> bool:
+    return name == "seconds" or (name.endswith("_s") and not name.endswith("_per_s"))
+
+
 def _value(name: str, value: Any) -> str:
-    if isinstance(value, float):
-        if name == "seconds" or (name.endswith("_s") and not name.endswith("per_s")):
-            return duration(value)
-        return f"{value:,.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
-    return str(value)
+    if not isinstance(value, float):
+        return str(value)
+    if _is_time(name):
+        return duration(value)
+    if name in ("mfu", "driver_share"):
+        return f"{value:.1%}"
+    return f"{value:.4g}" if abs(value) < 1e3 else f"{value:,.0f}"
