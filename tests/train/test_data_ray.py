@@ -1,0 +1,110 @@
+"""Data on their way to ranks on Ray: read where they are needed, and resumed under other ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from raypar.errors import DataError
+from raypar.stages.remote import RayRun
+from raypar.stages.spec import RankSpec, StepReport
+from raypar.train.data import BatchForm, DataPosition, batches, peek
+from raypar.train.feed import DataFeed
+from raypar.train.relay import shipped
+from tests.stages.fakes import EmptyRunner, fake_specs
+from tests.train.data.sources import KINDS, batch_of
+
+
+class OnOnePlace:
+    """Samples that only the process of the test can read."""
+
+    def __init__(self) -> None:
+        self.lines: Iterator[int] = iter(range(10_000))  # an open file, say
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return (batch_of([i, i + 1, i + 2, i + 3]) for i in range(0, 40, 4))
+
+    def __getstate__(self) -> Any:
+        raise TypeError("an open file cannot be pickled")
+
+
+class Sums(EmptyRunner):
+    """Its loss is the sum over its inputs, so that a step's loss is the sum over the batch."""
+
+    def step(self, step: int, inputs: Mapping[str, torch.Tensor]) -> StepReport:
+        return StepReport(step, loss=float(sum(t.double().sum() for t in inputs.values())))
+
+
+def ranks_of(count: int) -> list[RankSpec]:
+    """Replicas of one stage that takes all."""
+    return [
+        dataclasses.replace(
+            spec, group=0, replica=spec.rank, replicas=count, inputs=("in:0", "in:1"),
+            batch_dims=(0, 0),
+        )
+        for spec in fake_specs(count)
+    ]  # fmt: skip
+
+
+def losses(
+    data: Any, start: Any, first: int, steps: int, replicas: int, **end: Any
+) -> tuple[list[float], Any]:
+    """The sum over each step's global batch, and the position at the end."""
+    found: list[float] = []
+    ranks = ranks_of(replicas)
+    with ExitStack() as stack:
+        opened = peek(data, 3)
+        at = DataPosition.from_json(start)
+        source = shipped(data, opened, 3, steps, stack, start=at, **end)
+        feed = DataFeed(source, BatchForm(opened.example), ranks, start=at, **end)
+        run = stack.enter_context(RayRun(ranks, feed=feed, runner=Sums))
+        run.call("prefetch", first, first + steps)
+        after = run.train(first, steps, lambda r: found.append(float(r.loss or 0)))
+        state = run.call("data_state", after)[0]
+    return found, state
+
+
+@pytest.mark.parametrize("kind", ["map", "relayed"])
+def test_a_run_goes_on_on_other_ranks_where_it_was_stopped(ray_session: str, kind: str) -> None:
+    def made() -> Any:
+        return OnOnePlace() if kind == "relayed" else KINDS[kind](40, 4)
+
+    part, at = losses(made(), {}, 0, 3, 1 if kind == "relayed" else 2)
+    assert at["samples"] == 12
+    rest, end = losses(made(), at, 3, 50, 1, epochs=1)
+    assert end["samples"] == 40
+    stream = peek(made(), 3).read(4, epochs=1)
+    sums = [float(b["x"].sum() + b["y"].sum()) for b, _ in stream]
+    np.testing.assert_allclose(part + rest, sums, rtol=1e-6)
+
+
+def test_ray_data_are_read_by_rows_or_streamed(ray_session: str) -> None:
+    pytest.importorskip("pyarrow")
+    ray_data = pytest.importorskip("ray.data")
+    ray_data.DataContext.get_current().enable_progress_bars = False
+
+    def rows() -> Any:
+        numbers = ray_data.range(30, override_num_blocks=4)
+        return numbers.map_batches(lambda b: {"x": np.stack([b["id"]] * 2, 1), "y": b["id"]})
+
+    for options in ({"shuffle": True, "drop_last": False}, {}):
+        assert peek(batches(rows(), 4, **options), 3).by_rows == bool(options)
+        part, at = losses(batches(rows(), 4, **options), {}, 0, 3, 2)
+        rest, _ = losses(batches(rows(), 4, **options), at, 3, 6, 1)
+        stream = peek(batches(rows(), 4, **options), 3).read(4)
+        each = [next(stream)[0]["y"].tolist() for _ in range(9)]
+        np.testing.assert_allclose(part + rest, [3 * sum(ids) for ids in each])
+    with pytest.raises(DataError, match="column 'name' of the Ray Dataset holds"):
+        peek(batches(ray_data.from_items([{"name": "a"}] * 8), 4), 0)
+    with pytest.raises(DataError, match=r"Dataset, which holds single samples: pass raypar.batch"):
+        peek(rows(), 0)
+    with pytest.raises(DataError, match="is a stream of rows: with shuffle=True"):
+        batches(rows().streaming_split(1)[0], 4, shuffle=True)
+    with pytest.raises(DataError, match="num_workers=2: Ray Data reads in tasks"):
+        batches(rows(), 4, num_workers=2)
