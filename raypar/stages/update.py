@@ -121,8 +121,19 @@ class Update:
         """Goes on from what `state` gave, here or under another plan.
 
         Raises:
-            OptimizerError: The state is of another recipe; names what differs.
+            OptimizerError: The state is of another recipe (names what differs), or damaged.
         """
+        try:
+            self._check_same(state)
+            self._load(state)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise OptimizerError(
+                "the saved state of optimizer and schedule is damaged, or of another version of "
+                f"torch ({type(error).__name__}: {error}): resume from an earlier checkpoint, or "
+                "start a new training from its weights (init_from)"
+            ) from error
+
+    def _check_same(self, state: dict[str, Any]) -> None:
         groups = self.optimizer.param_groups
         scheduler = None if self._scheduler is None else type(self._scheduler).__name__
         saved = state["scheduler"]
@@ -142,12 +153,16 @@ class Update:
                 f"what is to be resumed was trained with {', '.join(wrong)}: resume with the same "
                 "recipe, or start a new training from its weights (init_from)"
             )
+
+    def _load(self, state: dict[str, Any]) -> None:
         if self._scheduler is not None:
-            self._scheduler.load_state_dict(from_plain(saved["state"]))
+            self._scheduler.load_state_dict(from_plain(state["scheduler"]["state"]))
         # After the scheduler: a scheduler's own state may set learning rates when it is loaded.
-        for group, values in zip(groups, state["groups"], strict=True):
+        for group, values in zip(self.optimizer.param_groups, state["groups"], strict=True):
             for name, value in from_plain(values).items():
                 known = group.get(name)
+                if name in _OF_THE_MACHINE:
+                    raise KeyError(name)
                 if isinstance(known, torch.Tensor):  # a learning rate that a graph reads
                     known.fill_(value)
                 else:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler
@@ -54,8 +54,9 @@ def test_values_out_of_range_are_refused(make: Any, text: str) -> None:
         make()
 
 
+@settings(max_examples=40)
 @given(
-    verdicts=st.lists(st.booleans(), max_size=40),
+    verdicts=st.lists(st.booleans(), max_size=16),
     scale=st.floats(1e-3, 1e30),
     growth=st.floats(1.01, 1e4),
     backoff=st.floats(0.01, 0.99),
@@ -298,6 +299,12 @@ def test_the_state_of_a_recipe_is_the_same_on_every_rank_and_for_every_plan() ->
         [(0.25 / 16, 2.0**17)] * 4,
         [(0.25 / 32, 2.0**17)] * 4,
     ]
+    for damaged in ({}, {**state, "groups": [{"params": 1}]}, {**state, "loss_scale": []}):
+        with (
+            start_run("local", first, [batch]) as run,
+            pytest.raises(OptimizerError, match="is damaged, or of another version"),
+        ):
+            run.call("load_recipe_state", damaged)
     other = compile_plan(graph, plans[0], optimizer=torch.optim.AdamW, recipe=Recipe(ema_decay=0.5))
     with (
         start_run("local", other, [batch]) as run,

@@ -192,11 +192,8 @@ def test_a_loss_that_no_scale_cures_ends_the_run_and_says_so() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("name", ["gpt_shared_mask", "mlp"])
-def test_autocast_is_exact_where_ranks_compute_what_one_process_does(
-    name: str, precision: str
-) -> None:
-    batch, graph = in_autocast(name, precision)
+def test_autocast_is_exact_where_ranks_compute_what_one_process_does(precision: str) -> None:
+    batch, graph = in_autocast("gpt_shared_mask", precision)
     plan = random_plan(graph, FEW, seed=1, stages=3, replicas=1, microbatches=1)
     scale = LossScale() if precision == "fp16" else None
     arguments: dict[str, Any] = {
@@ -209,7 +206,7 @@ def test_autocast_is_exact_where_ranks_compute_what_one_process_does(
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("bf16", 2e-2), ("fp16", 2e-3)])
-@pytest.mark.parametrize(("name", "seed"), [("gpt_shared_mask", 2), ("masked_mean", 3), ("mlp", 4)])
+@pytest.mark.parametrize(("name", "seed"), [("gpt_shared_mask", 2), ("masked_mean", 3)])
 def test_autocast_on_any_plan(name: str, seed: int, precision: str, bound: float) -> None:
     batch, graph = in_autocast(name, precision)
     scale = LossScale() if precision == "fp16" else None
