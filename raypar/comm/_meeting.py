@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import selectors
 import socket
 import struct
@@ -21,7 +22,10 @@ MOST_REQUEST_BYTES = 16 << 10
 MOST_ANSWER_BYTES = 64 << 20
 _MOST_RANKS = 1 << 16
 _ASK_S = 10.0
+LONGEST_WAIT_S = 1e7
 _READ_BYTES = 64 << 10
+
+_log = logging.getLogger("raypar.comm")
 
 
 @dataclass
@@ -82,7 +86,7 @@ class Meeting:
                     if key.fileobj is self._woken:
                         return
                     if isinstance(key.data, _Member):
-                        self._attend(key.data, events)
+                        self._attend_safely(key.data, events)
                 # Also with nothing to read: strangers that say nothing have to go.
                 for admitted in self._door.admit(0.0):
                     admitted.sock.setblocking(False)
@@ -96,6 +100,15 @@ class Meeting:
             self._door.close()
             self._selector.close()
             self._woken.close()
+
+    def _attend_safely(self, member: _Member, events: int) -> None:
+        """No member ends the service for the others, whatever it sends."""
+        try:
+            self._attend(member, events)
+        except Exception as error:
+            _log.warning("the rendezvous dropped rank %d: %r", member.rank, error)
+            if member in self._members:
+                self._drop(member)
 
     def _attend(self, member: _Member, events: int) -> None:
         try:
@@ -124,10 +137,11 @@ class Meeting:
     def _ask(self, member: _Member, text: bytes) -> None:
         try:
             asked = json.loads(text)
-            world, size, wait_s = str(asked["world"]), int(asked["size"]), float(asked["wait_s"])
-            info = dict(asked["info"])
-            if not 0 <= member.rank < size <= _MOST_RANKS or not wait_s >= 0:
-                raise ValueError(f"rank {member.rank} of {size}, waiting {wait_s} s")
+            world, size, wait_s, info = (asked[k] for k in ("world", "size", "wait_s", "info"))
+            if not (isinstance(world, str) and isinstance(size, int) and isinstance(info, dict)):
+                raise TypeError(f"world {world!r:.40}, size {size!r:.40}, info {info!r:.80}")
+            if not 0 <= member.rank < size <= _MOST_RANKS or not 0 <= wait_s <= LONGEST_WAIT_S:
+                raise ValueError(f"rank {member.rank} of {size}, waiting {wait_s!r:.40} s")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             self._answer(member, {"error": f"the request cannot be read: {error!r}"})
             return

@@ -19,6 +19,9 @@ from pathlib import Path
 
 from raypar.errors import CommError, ConfigError, did_you_mean
 
+SECTION = "comm"
+"""The section of a configuration whose keys errors name."""
+
 _LOWEST_PORT, _HIGHEST_PORT = 1024, 65535
 _ENV_PREFIXES = ("NCCL_", "FI_", "UCX_")
 _ENV_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
@@ -53,7 +56,7 @@ class Interface:
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """``comm.network`` of a configuration; picklable, and equal on every rank.
+    """The ``comm`` section of a configuration; picklable, and equal on every rank.
 
     Attributes:
         interface: Name of an interface that every node has (``eth1``), or a network in CIDR form
@@ -82,7 +85,7 @@ class NetworkSettings:
             _check_variable(name, value)
         if self.interface is not None and "NCCL_SOCKET_IFNAME" in self.nccl_env:
             raise ConfigError(
-                "comm.network.interface and comm.network.nccl_env.NCCL_SOCKET_IFNAME say the same "
+                f"{SECTION}.interface and {SECTION}.nccl_env.NCCL_SOCKET_IFNAME say the same "
                 f"thing ({self.interface!r} and {self.nccl_env['NCCL_SOCKET_IFNAME']!r}): keep "
                 "interface, from which raypar sets the variable"
             )
@@ -110,7 +113,7 @@ class NetworkSettings:
         if fitting:
             return fitting[0].address
         raise CommError(
-            f"comm.network.interface is {self.interface!r}, which node {node_address} "
+            f"{SECTION}.interface is {self.interface!r}, which node {node_address} "
             f"({socket.gethostname()}) does not have; it has {describe(found)}."
             f"{did_you_mean(self.interface, [i.name for i in found])} Give one of these names, a "
             "network as 10.0.0.0/16, or leave the key out to use the address that Ray uses"
@@ -142,7 +145,7 @@ class NetworkSettings:
             raise CommError(
                 f"this process has set {_applied or 'no variables'} for NCCL, which reads them "
                 f"once, and is now asked for {told or 'none'}: start the run in new processes, or "
-                "keep comm.network as it was"
+                f"keep the section {SECTION} as it was"
             )
         _applied = told
         os.environ.update(told)
@@ -230,14 +233,14 @@ def _no_socket(host: str, port_range: tuple[int, int] | None, error: OSError) ->
     if port_range is not None and not _not_of_this_machine(host):
         first, end = port_range
         return (
-            f"none of the {end - first + 1} ports {first} to {end} (comm.network.port_range) can "
+            f"none of the {end - first + 1} ports {first} to {end} ({SECTION}.port_range) can "
             f"be listened on at {host}: {error}. A node needs one for each of its ranks while they "
             f"connect and one for the rendezvous; widen it, for example to [{first}, "
             f"{min(_HIGHEST_PORT, end + 64)}]"
         )
     return (
         f"cannot listen at host {host!r}: {error}; this machine has {describe(interfaces())}. "
-        "Name one of them as comm.network.interface, or give an address of this machine, for "
+        f"Name one of them as {SECTION}.interface, or give an address of this machine, for "
         "example host='127.0.0.1'"
     )
 
@@ -265,12 +268,12 @@ def _check_interface(text: str) -> None:
             ipaddress.ip_network(text, strict=False)
         except ValueError as error:
             raise ConfigError(
-                f"comm.network.interface: {text!r} is not a network ({error}); give one as "
+                f"{SECTION}.interface: {text!r} is not a network ({error}); give one as "
                 "10.0.0.0/16, or an interface's name"
             ) from None
     elif not re.fullmatch(r"[\w.:@-]{1,15}", text):
         raise ConfigError(
-            f"comm.network.interface: {text!r} is no interface name (at most 15 letters, digits "
+            f"{SECTION}.interface: {text!r} is no interface name (at most 15 letters, digits "
             f"and . : @ - _); this machine has {describe(interfaces())}"
         )
 
@@ -283,14 +286,14 @@ def _checked_range(given: tuple[int, int]) -> tuple[int, int]:
     )
     if not valid or not _LOWEST_PORT <= given[0] <= given[1] <= _HIGHEST_PORT:
         raise ConfigError(
-            f"comm.network.port_range: {given!r} is not a first and a last port (inclusive) from "
+            f"{SECTION}.port_range: {given!r} is not a first and a last port (inclusive) from "
             f"{_LOWEST_PORT} to {_HIGHEST_PORT}; give for example [20000, 20063]"
         )
     return (given[0], given[1])
 
 
 def _check_variable(name: str, value: str) -> None:
-    key = f"comm.network.nccl_env.{name}"
+    key = f"{SECTION}.nccl_env.{name}"
     if not isinstance(name, str) or not name.startswith(_ENV_PREFIXES):
         raise ConfigError(
             f"{key}: names begin with {', '.join(_ENV_PREFIXES)}; other variables go into Ray's "

@@ -26,7 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from raypar.comm._handshake import Door, DroppedError, introduce
-from raypar.comm._meeting import CONTEXT, LENGTH, MOST_ANSWER_BYTES, Meeting
+from raypar.comm._meeting import (
+    CONTEXT,
+    LENGTH,
+    LONGEST_WAIT_S,
+    MOST_ANSWER_BYTES,
+    Meeting,
+)
 from raypar.comm.network import listen
 from raypar.errors import CommError, CommTimeoutError
 
@@ -235,7 +241,7 @@ class _Join:
             asked = {
                 "world": self._name,
                 "size": self._size,
-                "wait_s": max(0.0, self._left()),
+                "wait_s": min(LONGEST_WAIT_S, max(0.0, self._left())),
                 "info": info.plain(),
             }
             try:

@@ -61,8 +61,8 @@ def main_cluster(
     Args:
         address: The cluster, as ``ray.init`` takes it; None for RAY_ADDRESS, then for a Ray on
             this machine.
-        interface: ``comm.network.interface``.
-        port_range: ``comm.network.port_range``.
+        interface: ``comm.interface``.
+        port_range: ``comm.port_range``.
         json_path: Where to write the report as JSON, too.
 
     Raises:

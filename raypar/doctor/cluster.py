@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raypar.comm.network import NetworkSettings
+from raypar.comm.network import SECTION, NetworkSettings
 from raypar.doctor.finding import FAIL, OK, WARN, Finding
 from raypar.errors import ClusterError
 from raypar.mesh import _node_facts
@@ -116,8 +116,8 @@ def examine(
     """Looks at every node of the Ray cluster that this process is connected to.
 
     Args:
-        interface: ``comm.network.interface`` of the runs to come.
-        port_range: ``comm.network.port_range``: its first, middle and last port are tried between
+        interface: ``comm.interface`` of the runs to come.
+        port_range: ``comm.port_range``: its first, middle and last port are tried between
             all pairs of nodes; None tries any free port.
         deadline_s: Seconds that the slowest node may take for each part.
 
@@ -266,7 +266,7 @@ def _open(
         if opened:
             ports[i] = opened
         if problem:
-            mend = "choose another comm.network.interface or port_range, or end what holds the port"
+            mend = f"choose another {SECTION}.interface or port_range, or end what holds the port"
             findings.append(
                 Finding(f"network of {nodes[i].name}", WARN if opened else FAIL, problem, mend)
             )
@@ -402,8 +402,8 @@ def judge_ports(listening: int, unreached: Sequence[Unreached]) -> Finding:
         )
         more = len(unreached) - _MOST_NODES_NAMED
         mend = (
-            "open TCP between the nodes (firewall, security group) for comm.network.port_range, "
-            "or choose another comm.network.interface"
+            f"open TCP between the nodes (firewall, security group) for {SECTION}.port_range, "
+            f"or choose another {SECTION}.interface"
         )
         text = f"{len(unreached)} connections failed: {shown}" + (
             f"; and {more} more" if more > 0 else ""

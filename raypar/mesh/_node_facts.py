@@ -156,7 +156,7 @@ class NodeProbe:
 
         Args:
             ray_address: The address by which Ray knows this node.
-            interface: ``comm.network.interface``.
+            interface: ``comm.interface``.
             ports: Ports to listen on, 0 for any; one that is taken is left out.
 
         Returns:

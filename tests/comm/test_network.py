@@ -81,7 +81,7 @@ def test_an_interface_that_is_not_there_is_told_with_those_that_are() -> None:
 def test_wrong_values_are_refused(values: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
         NetworkSettings(**values)
-    assert "comm.network." in str(caught.value)
+    assert f"{network.SECTION}." in str(caught.value)
 
 
 def test_this_machine_has_a_loopback() -> None:

@@ -198,6 +198,10 @@ def test_a_world_comes_up_and_works_while_it_is_pestered(monkeypatch: pytest.Mon
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
 
 
+def framed(body: bytes) -> bytes:
+    return struct.pack("<I", len(body)) + body
+
+
 def test_a_member_that_says_nonsense_does_not_stop_the_rendezvous() -> None:
     server = Rendezvous()
     secret = bytes.fromhex(server.address.token)
@@ -206,6 +210,9 @@ def test_a_member_that_says_nonsense_does_not_stop_the_rendezvous() -> None:
         struct.pack("<I", 0xFFFFFFFF),
         struct.pack("<I", 2) + b"[]",
         struct.pack("<I", 4) + b"\xff{}x",
+        framed(b'{"world": "w", "size": 2, "wait_s": 1%s, "info": {}}' % (b"0" * 400)),
+        framed(b'{"world": "w", "size": 2, "wait_s": 1e308, "info": {}}'),
+        framed(b'{"world": ["w"], "size": 2.0, "wait_s": 1, "info": 3}'),
         b'\x0e\0\0\0{"world": null',
         b"\x05",
     ):
