@@ -36,6 +36,7 @@ __all__ = [
     "argument_defaults",
     "argument_names",
     "current_graph",
+    "fake_around",
     "fake_mode",
     "forgetting_sizes",
     "form_without_out",
@@ -174,6 +175,11 @@ def is_autocast_exit(target: Any) -> bool:
 def storage_id(tensor: torch.Tensor) -> int:
     """Identity of a (fake) tensor's storage: equal for tensors that alias each other."""
     return tensor.untyped_storage()._cdata
+
+
+def fake_around(mode: FakeTensorMode, meta: torch.Tensor, device: torch.device) -> FakeTensor:
+    """A fake tensor on `device` with the size and the storage of a meta tensor."""
+    return FakeTensor(mode, meta, device)
 
 
 def schema_name(op: OpOverload) -> str:

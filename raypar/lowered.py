@@ -23,6 +23,9 @@ from raypar.plan import Plan
 from raypar.plan_rebind import forward_ranges, forward_shardings
 from raypar.programs.slicing import StageGraph, ValueEdge, slice_stages
 from raypar.schedules.check import check_lists
+from raypar.schedules.check import check_lists
+from raypar.schedules.checked import checked_lists
+from raypar.schedules.compile import compile_schedule
 from raypar.schedules.compile import compile_schedule
 from raypar.schedules.forward_only import ForwardOnly
 from raypar.schedules.instructions import Instruction
@@ -97,8 +100,7 @@ def lower_plan(graph: OpGraph, plan: Plan) -> LoweredPlan:
     )
     groups = tuple(group for group, _ in plan.schedule.placement)
     io = StageIO(len(whole), groups, edges, splits)
-    lists = compile_schedule(plan.schedule.name, io, plan.microbatches)
-    check_lists(lists, io, plan.microbatches)
+    lists = checked_lists(plan.schedule.name, io, plan.microbatches)
     chosen = [
         assign(
             s.graph, plan.stages[s.index].sharding, [n for _, n in plan.stages[s.index].mesh.inner]
@@ -235,9 +237,7 @@ def with_schedule(lowered: LoweredPlan, name: str, microbatches: int) -> Lowered
     Raises:
         ScheduleError: The schedule does not take the placement, or its lists fail the checker.
     """
-    lists = compile_schedule(name, lowered.io, microbatches)
-    check_lists(lists, lowered.io, microbatches)
-    return replace(lowered, lists=lists)
+    return replace(lowered, lists=checked_lists(name, lowered.io, microbatches))
 
 
 def _layouts(

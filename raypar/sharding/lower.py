@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from raypar.compat import pytree
-from raypar.graph.passes.emit import Emitter
+from raypar.sharding._fake_calls import RememberingEmitter
 from raypar.sharding.convert import NONE, Step, conversion
 from raypar.sharding.local_call import write_local
 from raypar.sharding.rules.base import OpView, Strategy, is_tensor
@@ -176,7 +176,7 @@ class _Lowering:
         self.arriving = arriving
         self.out = fx.Graph()
         self.anchor = self.out.output(())
-        self.emit = Emitter(self.out, self.anchor)
+        self.emit = RememberingEmitter(self.out, self.anchor)
         self.local: dict[fx.Node, fx.Node] = {}
         self.specs: dict[fx.Node, ShardingSpec] = {}
         self.pieces: dict[fx.Node, tuple[ShardingSpec, ...]] = {}

@@ -9,9 +9,15 @@ from functools import lru_cache
 
 from torch import fx
 
-from raypar.compat import pytree
 from raypar.errors import PlanError
-from raypar.sharding.rules.base import Choice, OpView, Strategy, find_combination, find_rule
+from raypar.sharding.rules.base import (
+    Choice,
+    OpView,
+    Strategy,
+    argument_leaves,
+    find_combination,
+    find_rule,
+)
 from raypar.sharding.spec import RG, R, ShardingSpec
 
 
@@ -119,9 +125,8 @@ def _results(op: OpView) -> tuple[tuple[int, ...], ...]:
 
 def call_key(node: fx.Node) -> object:
     """What the choices of an op depend on; None where it cannot be told."""
-    leaves = pytree.tree_leaves((node.args, node.kwargs))
     parts: list[object] = [node.target]
-    for leaf in leaves:
+    for leaf in argument_leaves(node):
         if isinstance(leaf, fx.Node):
             value = leaf.meta.get("val")
             shape = tuple(getattr(value, "shape", ()))

@@ -1,0 +1,47 @@
+"""Results that are remembered are what a fake call gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from raypar.compat import fake_mode, storage_id
+from raypar.graph.passes.emit import Emitter, aten
+from raypar.sharding._fake_calls import RememberingEmitter
+
+
+def _calls(kind: type[Emitter]) -> list[fx.Node]:
+    graph = fx.Graph()
+    mode = fake_mode()
+    x, i = graph.placeholder("x"), graph.placeholder("i")
+    with mode:
+        x.meta["val"] = torch.empty(4, 6)
+        i.meta["val"] = torch.empty(4, dtype=torch.int64)
+    emit = kind(graph, graph.output(()))
+    found = []
+    for shift in (1, 1.0, True):  # equal keys of a dict, unequal results
+        found += [emit(aten.add.Tensor, i, shift), emit(aten.add.Tensor, i, shift)]
+    view = emit(aten.transpose.int, x, 0, 1)
+    found += [view, emit(aten.slice.Tensor, view, 0, 2, 5), emit(aten.slice.Tensor, view, 0, 2, 5)]
+    found += [emit(aten.clone.default, view), emit(aten.cat.default, [x, x], 1)]
+    found += [emit(aten.split.Tensor, x, 2), emit(aten.mul.Tensor, x, x)]
+    return found
+
+
+def _told(nodes: list[fx.Node]) -> list[Any]:
+    places: dict[int, int] = {}
+    found = []
+    for node in nodes:
+        value = node.meta["val"]
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            own = places.setdefault(storage_id(item), len(places))
+            found.append((*item.shape, item.stride(), item.dtype, item.device, own))
+    return found
+
+
+@pytest.mark.parametrize("time", [1, 2])
+def test_results_lie_as_those_of_a_real_fake_call(time: int) -> None:
+    assert _told(_calls(RememberingEmitter)) == _told(_calls(Emitter))
