@@ -76,8 +76,8 @@ def test_every_room_is_on_a_floor() -> None:
 def test_every_extra_and_core_dependency_is_declared() -> None:
     core = {re.split(r"[<>=]", d)[0] for d in PROJECT["project"]["dependencies"]}
     assert core == {
-        "click", "highspy", "jinja2", "networkx", "numpy", "optuna", "pydantic", "pyyaml",
-        "ray[default]", "rich", "torch",
+        "click", "fsspec", "highspy", "jinja2", "networkx", "numpy", "optuna", "pydantic",
+        "pyyaml", "ray[default]", "rich", "safetensors", "torch",
     }  # fmt: skip
     extras = PROJECT["project"]["optional-dependencies"]
     assert {"cuda12", "cuda13", "dev", "hf", "samplers", "tune", "viz"} == set(extras)
