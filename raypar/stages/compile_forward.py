@@ -12,7 +12,7 @@ from raypar.plan import Plan
 from raypar.programs.slicing import StageGraph
 from raypar.programs.wire import pack
 from raypar.sharding.pieces import Piece
-from raypar.stages.evaluation import ForwardSpec, Loan
+from raypar.stages.forward_spec import ForwardSpec, Loan
 from raypar.stages.layouts import reports, stored_piece
 from raypar.stages.spec import RankSpec, StageSpec
 from raypar.stages.transfers import posting_plan

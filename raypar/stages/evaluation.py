@@ -6,98 +6,26 @@ numbers are functions of their keys, and new values of buffers are not even comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
 from raypar.comm.group import Group, TensorSpec
 from raypar.comm.mesh import MeshGroups
-from raypar.errors import OptimizerError, RayparError
-from raypar.graph.origins import Path
+from raypar.errors import RayparError
 from raypar.graph.replay import replay
 from raypar.plan import DATA
 from raypar.schedules.instructions import Instruction, Kind
-from raypar.schedules.io import Edge
 from raypar.sharding.collectives import set_context
-from raypar.sharding.pieces import Piece
-from raypar.sharding.spec import ShardingSpec
-from raypar.stages.average import WeightAverage
 from raypar.stages.batch import first_sample, microbatch_rows
+from raypar.stages.forward_spec import ForwardSpec, Loan
 from raypar.stages.holdings import HeldStage, Holdings, Workshop
 from raypar.stages.materialise import materialise
-from raypar.stages.spec import RankSpec, StageSpec
+from raypar.stages.spec import RankSpec
 from raypar.stages.transfers import Transfers
-
-
-@dataclass(frozen=True)
-class Loan:
-    """A tensor that some rank groups need to evaluate, and do not hold to train.
-
-    Attributes:
-        key: ``param:NAME`` or ``buffer:NAME``.
-        shape: Its shape.
-        dtype: Its dtype as text.
-        lenders: Every rank that speaks for a part of it, with the part; None for all of it.
-        borrowers: The ranks that need it, whole.
-    """
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-    lenders: tuple[tuple[int, Piece | None], ...]
-    borrowers: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ForwardSpec:
-    """What the ranks of one rank group run to evaluate batches of one form.
-
-    Attributes:
-        stages: Its stages, ascending.
-        instructions: Its instruction list.
-        posts: Position → receives to post before the instruction there.
-        edges: Every value that crosses between stages.
-        inputs: Tensors of the batch (``in:0``, ...) that its stages read.
-        batch_dims: For every tensor of the batch its batch dim, or None for broadcast.
-        samples: Samples of a batch.
-        microbatches: How many microbatches a batch is cut into.
-        spread: Whether replicas share a batch; if not, each of them evaluates all of it.
-        results: Stage → numbers of the results that it makes, in the order of its outputs.
-        constants: Constant tensors by placeholder id: the value, or its place in the model.
-        shapes: Edge id → (whole shape, dtype as text) for one microbatch on one replica.
-        edge_specs: (edge id, rank group) → how the value lies there, as in `RankSpec`.
-        loans: What has to be moved before; the same for all rank groups.
-    """
-
-    stages: tuple[StageSpec, ...]
-    instructions: tuple[Instruction, ...]
-    posts: dict[int, tuple[Instruction, ...]]
-    edges: tuple[Edge, ...]
-    inputs: tuple[str, ...]
-    batch_dims: tuple[int | None, ...]
-    samples: int
-    microbatches: int
-    spread: bool
-    results: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    constants: dict[str, torch.Tensor | Path] = field(default_factory=dict)
-    shapes: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
-    edge_specs: dict[tuple[str, int], ShardingSpec] = field(default_factory=dict)
-    loans: tuple[Loan, ...] = ()
-
-    def cutting(self, spec: RankSpec) -> RankSpec:
-        """A rank's spec as far as it says which rows of a batch the rank sees."""
-        return replace(
-            spec,
-            inputs=self.inputs,
-            batch_dims=self.batch_dims,
-            global_batch=self.samples,
-            microbatches=self.microbatches,
-            replicas=spec.replicas if self.spread else 1,
-            replica=spec.replica if self.spread else 0,
-        )
+from raypar.stages.weights import weights_in_use
 
 
 class Parcel(Protocol):
@@ -148,6 +76,7 @@ class ForwardRunner:
         self._world = world
         self._mesh = mesh
         self._held = holdings
+        self.device = holdings.device
         self._replicas = mesh.along((DATA,))
         self._loaded: dict[str, _Loaded] = {}
         self.standing = ""
@@ -286,7 +215,7 @@ class _Walk:
 
     def batch(self, number: int, inputs: Mapping[str, torch.Tensor]) -> Outcome:
         """Evaluates one batch; `number` keys the random numbers of a model that draws some."""
-        device = self._runner._held.device
+        device = self._runner.device
         self._number = number
         self._inputs = {k: t.to(device, non_blocking=True) for k, t in inputs.items()}
         self._values: dict[tuple[str, int], torch.Tensor] = {}
@@ -361,55 +290,6 @@ class _Walk:
                 if self._spec.spread:
                     total = self._runner.total(name, total)
                 self._globals[name] = total * float(parts) ** power if power else total
-
-
-Tensors = Mapping[str, torch.Tensor]
-
-
-@contextmanager
-def weights_in_use(
-    name: str, holdings: Holdings, average: WeightAverage | None, spread: Callable[[], None]
-) -> Iterator[tuple[Tensors, Tensors]]:
-    """The parameters and buffers to evaluate with.
-
-    The moving average has just the parts that the rank stores. While it is in use it stands in
-    their place, and goes to the ranks that need it as an optimizer's updates do; what was there is
-    put back afterwards, bit for bit.
-
-    Args:
-        name: ``live`` or ``ema``.
-        holdings: What the rank holds.
-        average: The moving average, if the recipe has one.
-        spread: Brings stored parts to every rank whose programs take them.
-
-    Yields:
-        Name → part that programs take, of every parameter; name → value of every buffer.
-
-    Raises:
-        OptimizerError: There is no such set of weights.
-    """
-    if name == "live":
-        yield holdings.params, holdings.buffers
-        return
-    if name != "ema" or average is None:
-        raise OptimizerError(
-            "there is no moving average of the weights to evaluate with: set ema_decay, for "
-            "example 0.999"
-            if name == "ema"
-            else f"weights={name!r}; valid are 'live' and 'ema'"
-        )
-    trained = {n: p for n, p in holdings.stored.items() if p.requires_grad}
-    kept = {n: p.detach().clone() for n, p in trained.items()}
-
-    def put(values: Tensors) -> None:
-        with torch.no_grad():
-            for n, p in trained.items():
-                p.copy_(values[n])
-            spread()
-
-    put(average.stored)
-    yield holdings.params, average.buffers
-    put(kept)
 
 
 __all__ = [

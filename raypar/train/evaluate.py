@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,45 +15,21 @@ from raypar.errors import ConfigError, DataError
 from raypar.fit import check_plan
 from raypar.graph.forward import ForwardGraph, Metric, capture_losses, capture_outputs
 from raypar.graph.opgraph import OpGraph
-from raypar.graph.states import Batch, Const, State
+from raypar.graph.states import Const
 from raypar.plan import Plan
 from raypar.stages.batch import shard_batch
 from raypar.stages.compile_forward import Cutting, compile_forward, cut_batch
-from raypar.stages.evaluation import ForwardSpec, Outcome, Parcel
-from raypar.stages.local import LocalRun
+from raypar.stages.evaluation import Outcome, Parcel
+from raypar.stages.forward_spec import ForwardSpec
 from raypar.stages.run import Run
 from raypar.stages.spec import RankSpec
+from raypar.train._evaluation_io import Batches, parcel, read_batches, whole_of
 
 Select = Callable[[Any], Any]
-Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
 _TAKEN = frozenset({"loss", "samples", "batches"})
-_END = object()
 _AT_ONCE = 8  # batches in one call of the ranks
 _BYTES_AT_ONCE = 32 << 20
-
-
-@dataclass(frozen=True)
-class _Held:
-    """Rows that are in this process already."""
-
-    rows: dict[str, torch.Tensor]
-
-    def open(self) -> Mapping[str, torch.Tensor]:
-        return self.rows
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Rows in Ray's object store: a rank fetches its own, once a node."""
-
-    reference: Any
-
-    def open(self) -> Mapping[str, torch.Tensor]:
-        import ray
-
-        found: dict[str, torch.Tensor] = ray.get(self.reference)
-        return found
 
 
 @dataclass
@@ -148,7 +124,7 @@ class Evaluator:
         totals: dict[str, float] = {}
         weighed: dict[str, float] = {}
         samples = count = 0
-        for form, chunk in _chunks(_read(batches), self._losses):
+        for form, chunk in _chunks(read_batches(batches), self._losses):
             for outcome in self._run(run, form, chunk, count, weights):
                 values = [float(v) for v in self._merged(form, outcome)]
                 weights_of = dict.fromkeys(form.graph.names, float(form.graph.global_batch))
@@ -198,7 +174,7 @@ class Evaluator:
                 than tensors.
             TrainingError: A rank raised.
         """
-        for number, batch in enumerate(_read(batches)):
+        for number, batch in enumerate(read_batches(batches)):
             form, tensors = self._outputs(batch, select, batch_dims)
             (outcome,) = self._run(run, form, [tensors], number, weights)
             leaves: dict[int, Any] = dict(form.graph.plain)
@@ -288,7 +264,7 @@ class Evaluator:
             cutting = form.specs[spec.group].cutting(spec)
             key = (spec.group, cutting.replica)
             if key not in known:
-                known[key] = _parcel(run, shard_batch(cutting, tensors))
+                known[key] = parcel(run, shard_batch(cutting, tensors))
             found.append(known[key])
         return found
 
@@ -302,32 +278,8 @@ class Evaluator:
             own = [parts[number, part] for part in range(form.cutting.parts)]
             # The last one may be a count, which every part knows of the whole batch.
             state = states[number] if number < len(states) else Const()
-            found.append(_whole(own, state))
+            found.append(whole_of(own, state))
         return found
-
-
-def _whole(parts: Sequence[torch.Tensor], state: State) -> torch.Tensor:
-    """A result of the whole batch; see `raypar.graph.states`."""
-    if len(parts) == 1:
-        return parts[0]
-    if isinstance(state, Batch):
-        dim, outer = state.dim, state.outer
-        cut = [p.unflatten(dim, (outer, -1)) for p in parts]
-        value = torch.cat(cut, dim + 1).flatten(dim, dim + 1)
-    elif isinstance(state, Const):
-        value = parts[0]
-    else:
-        value = torch.stack(list(parts)).sum(0)
-    power = getattr(state, "power", 0)
-    return (value * float(len(parts)) ** power).to(value.dtype) if power else value
-
-
-def _parcel(run: Run, rows: dict[str, torch.Tensor]) -> Parcel:
-    if isinstance(run, LocalRun):
-        return _Held(rows)
-    import ray
-
-    return _Stored(ray.put({name: t.contiguous() for name, t in rows.items()}))
 
 
 def _chunks(
@@ -349,30 +301,3 @@ def _chunks(
         held.append([t.detach().clone() for t in tensors])  # a loader may fill its buffer again
     if last is not None:
         yield last, held
-
-
-def _read(batches: Batches) -> Iterator[Any]:
-    """The batches of a data source; what its own code raises is told as such.
-
-    Raises:
-        DataError: It is none, or raised.
-    """
-    count = 0
-    try:
-        opened = batches if isinstance(batches, Iterable) else batches()
-        iterator = iter(opened)
-        while True:
-            batch: Any = next(iterator, _END)
-            if batch is _END:
-                return
-            # Mappings that pytrees do not know (Hugging Face's BatchEncoding) become dicts.
-            foreign = not isinstance(batch, dict) and hasattr(batch, "items")
-            yield dict(batch.items()) if foreign else batch
-            count += 1
-    except (DataError, GeneratorExit):
-        raise
-    except Exception as error:
-        raise DataError(
-            f"reading the evaluation data failed with {type(error).__name__} after {count} "
-            f"batches: {error}; pass an iterable of batches, or a callable that returns one"
-        ) from error

@@ -1,0 +1,94 @@
+"""Batches on their way to ranks that evaluate, and results on their way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raypar.errors import DataError
+from raypar.graph.states import Batch, Const, State
+from raypar.stages.evaluation import Parcel
+from raypar.stages.local import LocalRun
+from raypar.stages.run import Run
+
+Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+
+_END = object()
+
+
+def read_batches(batches: Batches) -> Iterator[Any]:
+    """The batches of a data source; what its own code raises is told as such.
+
+    Raises:
+        DataError: It is none, or raised.
+    """
+    count = 0
+    try:
+        opened = batches if isinstance(batches, Iterable) else batches()
+        iterator = iter(opened)
+        while True:
+            batch: Any = next(iterator, _END)
+            if batch is _END:
+                return
+            # Mappings that pytrees do not know (Hugging Face's BatchEncoding) become dicts.
+            foreign = not isinstance(batch, dict) and hasattr(batch, "items")
+            yield dict(batch.items()) if foreign else batch
+            count += 1
+    except (DataError, GeneratorExit):
+        raise
+    except Exception as error:
+        raise DataError(
+            f"reading the evaluation data failed with {type(error).__name__} after {count} "
+            f"batches: {error}; pass an iterable of batches, or a callable that returns one"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Rows that are in this process already."""
+
+    rows: dict[str, torch.Tensor]
+
+    def open(self) -> Mapping[str, torch.Tensor]:
+        return self.rows
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Rows in Ray's object store: a rank fetches its own, once a node."""
+
+    reference: Any
+
+    def open(self) -> Mapping[str, torch.Tensor]:
+        import ray
+
+        found: dict[str, torch.Tensor] = ray.get(self.reference)
+        return found
+
+
+def parcel(run: Run, rows: dict[str, torch.Tensor]) -> Parcel:
+    """Rows on their way to a rank of `run`."""
+    if isinstance(run, LocalRun):
+        return _Held(rows)
+    import ray
+
+    return _Stored(ray.put({name: t.contiguous() for name, t in rows.items()}))
+
+
+def whole_of(parts: Sequence[torch.Tensor], state: State) -> torch.Tensor:
+    """A result of the whole batch; see `raypar.graph.states`."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(state, Batch):
+        dim, outer = state.dim, state.outer
+        cut = [p.unflatten(dim, (outer, -1)) for p in parts]
+        value = torch.cat(cut, dim + 1).flatten(dim, dim + 1)
+    elif isinstance(state, Const):
+        value = parts[0]
+    else:
+        value = torch.stack(list(parts)).sum(0)
+    power = getattr(state, "power", 0)
+    return (value * float(len(parts)) ** power).to(value.dtype) if power else value
