@@ -9,6 +9,7 @@ goes on where it stopped. A find is shrunk, printed, and ends the run with exit 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import resource
@@ -110,14 +111,14 @@ def main() -> int:
     for name in names:
         tally = tallies.setdefault(name, Tally())
         while tally.inputs < options.inputs:
-            before = tally.inputs
+            before, kept = tally.inputs, dataclasses.replace(tally)
             try:
                 count = min(_ROUND, options.inputs - before)
                 fuzz_round(TARGETS[name], before // _ROUND, count, tally)
             except Exception:
                 traceback.print_exc()
                 print(f"{name}: found something in round {before // _ROUND}", file=sys.stderr)
-                tally.inputs = before  # the round is run again next time
+                tallies[name] = kept  # the round is run again next time
                 failed = True
                 break
             if options.state is not None:
