@@ -80,7 +80,10 @@ def test_every_extra_and_core_dependency_is_declared() -> None:
         "pyyaml", "ray[default]", "rich", "safetensors", "torch",
     }  # fmt: skip
     extras = PROJECT["project"]["optional-dependencies"]
-    assert {"cuda12", "cuda13", "data", "dev", "hf", "samplers", "tune", "viz"} == set(extras)
+    assert set(extras) == {
+        "cuda12", "cuda13", "data", "dev", "hf", "mlflow", "samplers", "tensorboard", "tune",
+        "viz", "wandb",
+    }  # fmt: skip
 
 
 def test_third_party_imports_are_declared() -> None:
