@@ -23,9 +23,7 @@ from raypar.plan import Plan
 from raypar.plan_rebind import forward_ranges, forward_shardings
 from raypar.programs.slicing import StageGraph, ValueEdge, slice_stages
 from raypar.schedules.check import check_lists
-from raypar.schedules.check import check_lists
 from raypar.schedules.checked import checked_lists
-from raypar.schedules.compile import compile_schedule
 from raypar.schedules.compile import compile_schedule
 from raypar.schedules.forward_only import ForwardOnly
 from raypar.schedules.instructions import Instruction
