@@ -16,6 +16,8 @@ STOP_WAIT_S = 30
 """Seconds between SIGTERM and SIGKILL of a job that is stopped: time for a last checkpoint."""
 
 _POLL_S = 0.5
+_AGENT_S = 60.0
+_LOST_PACKAGE = "Failed to download runtime_env file package"
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _IGNORED = (
     ".git",
@@ -115,7 +117,7 @@ def submit(
     entrypoint, env = job.entrypoint(), job.runtime_env()
     try:
         client = JobSubmissionClient(address)
-        name = client.submit_job(entrypoint=entrypoint, runtime_env=env)
+        name = _submitted(client, entrypoint, env)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ClusterError(
             f"no Ray job server at {address or 'the default address'}: {error}. Give --address "
@@ -126,11 +128,29 @@ def submit(
     if not wait:
         return 0
     try:
-        return _follow(client, name, say)
+        code = _follow(client, name, say)
+        if code and _LOST_PACKAGE in str(client.get_job_info(name).message):
+            # Ray dropped the files of an earlier job while this one counted on finding them.
+            name = _submitted(client, entrypoint, env)
+            say(f"job {name}: again, since Ray had dropped the working directory")
+            code = _follow(client, name, say)
+        return code
     except KeyboardInterrupt:
         say(f"stopping job {name}: it has {STOP_WAIT_S} s for a last checkpoint")
         client.stop_job(name)
         return _follow(client, name, say) or 130
+
+
+def _submitted(client: Any, entrypoint: str, env: dict[str, Any]) -> str:
+    """Submits; a head that has just been started needs a moment until its agent takes jobs."""
+    end = time.monotonic() + _AGENT_S
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env=env))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > end:
+                raise
+        time.sleep(_POLL_S)
 
 
 def _follow(client: Any, name: str, say: Callable[[str], None]) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raypar.errors import ConfigError
 from raypar.plan import Plan
 from raypar.train.checkpoint import Checkpoint
 
@@ -31,3 +32,27 @@ class Result:
     plan: Plan
     checkpoint: Checkpoint | None = None
     error: BaseException | None = None
+
+    @property
+    def metrics_dataframe(self) -> Any:
+        """All lines of ``metrics.jsonl`` that are steps, as a pandas DataFrame.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise ConfigError(
+                "metrics_dataframe needs pandas: pip install pandas, or read "
+                f"{self.path / 'metrics.jsonl'}, one JSON object a line"
+            ) from None
+        from raypar.train.metrics_file import is_step, read_lines
+
+        lines = read_lines(self.path / "metrics.jsonl")
+        return pandas.json_normalize([line for line in lines if is_step(line)])
+
+    def _repr_html_(self) -> str:
+        from raypar.report.notebook import result_html
+
+        return result_html(self)
