@@ -82,13 +82,23 @@ class ForwardRunner:
         self.standing = ""
         """Where it stands while it evaluates, for those that wonder why it hangs."""
 
-    def load(self, key: str, specs: Mapping[int, ForwardSpec]) -> None:
+    def load(self, key: str, specs: Mapping[int, ForwardSpec], forget: Sequence[str] = ()) -> None:
         """Makes the programs for one form of batch; all ranks do it in the same order.
 
         Args:
             key: What `run` will call it.
             specs: For every rank group.
+            forget: Forms whose programs are not needed any more.
         """
+        for old in forget:
+            self._loaded.pop(old, None)
+        try:
+            self._loaded[key] = self._made_ready(specs)
+        except BaseException as error:
+            self._abort(error)
+            raise
+
+    def _made_ready(self, specs: Mapping[int, ForwardSpec]) -> _Loaded:
         own = specs[self._spec.group]
         device = self._held.device
         route = replace(
@@ -109,7 +119,7 @@ class ForwardRunner:
                 )
                 made = found.constants
         first = own.spread or self._spec.replica == 0
-        self._loaded[key] = _Loaded(
+        return _Loaded(
             own,
             own.cutting(self._spec),
             stages,
@@ -154,9 +164,13 @@ class ForwardRunner:
                 tensors.update(self._borrow(loaded.spec.loans, buffers))
                 walk = _Walk(self, loaded, tensors)
                 return [walk.batch(first + i, x.open()) for i, x in enumerate(batches)]
-        except BaseException as error:  # the others wait for what this rank will not send
-            self._world.abort(f"rank {self._spec.rank} failed to evaluate: {error}")
+        except BaseException as error:
+            self._abort(error)
             raise
+
+    def _abort(self, error: BaseException) -> None:
+        """The others wait for what this rank will not send."""
+        self._world.abort(f"rank {self._spec.rank} failed to evaluate: {error}")
 
     def _borrow(
         self, loans: Sequence[Loan], buffers: Mapping[str, torch.Tensor]

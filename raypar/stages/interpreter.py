@@ -437,9 +437,11 @@ class RankRunner:
         kept = self._gradients.kept
         return {n: kept[n].cpu() for n in reported_names(self.spec) if n in kept}
 
-    def load_evaluation(self, key: str, specs: Mapping[int, ForwardSpec]) -> None:
+    def load_evaluation(
+        self, key: str, specs: Mapping[int, ForwardSpec], forget: Sequence[str] = ()
+    ) -> None:
         """Makes the programs that evaluate one form of batch; see `ForwardRunner.load`."""
-        self._forwards.load(key, specs)
+        self._forwards.load(key, specs, forget)
 
     def evaluate_steps(
         self, key: str, first: int, batches: Sequence[Sequence[Parcel]], weights: str = "live"

@@ -13,24 +13,34 @@ from raypar.graph.states import Batch, Const, State
 from raypar.stages.evaluation import Parcel
 from raypar.stages.local import LocalRun
 from raypar.stages.run import Run
+from raypar.train.data.randomness import RandomState, reading_samples
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
 _END = object()
 
 
-def read_batches(batches: Batches) -> Iterator[Any]:
+def read_batches(batches: Batches, seed: int) -> Iterator[Any]:
     """The batches of a data source; what its own code raises is told as such.
+
+    Global random states are those of `seed` while it is read, so that every evaluation reads the
+    same, and what training draws does not depend on it.
 
     Raises:
         DataError: It is none, or raised.
     """
     count = 0
     try:
-        opened = batches if isinstance(batches, Iterable) else batches()
-        iterator = iter(opened)
+        with reading_samples():
+            RandomState.of_seed(seed).set()
+            opened = batches if isinstance(batches, Iterable) else batches()
+            iterator = iter(opened)
+            random = RandomState.now()
         while True:
-            batch: Any = next(iterator, _END)
+            with reading_samples():
+                random.set()
+                batch: Any = next(iterator, _END)
+                random = RandomState.now()
             if batch is _END:
                 return
             # Mappings that pytrees do not know (Hugging Face's BatchEncoding) become dicts.

@@ -28,6 +28,7 @@ from raypar.train._evaluation_io import Batches, parcel, read_batches, whole_of
 Select = Callable[[Any], Any]
 
 _TAKEN = frozenset({"loss", "samples", "batches"})
+_MOST_FORMS = 32  # programs of the least recently used form are dropped beyond
 _AT_ONCE = 8  # batches in one call of the ranks
 _BYTES_AT_ONCE = 32 << 20
 
@@ -95,6 +96,7 @@ class Evaluator:
         self._plan = plan
         self._specs = tuple(specs)
         self._forms: dict[object, _Form] = {}
+        self._made = 0
         # Which forms the ranks of a run have: a run that is started anew has none.
         self._loaded: weakref.WeakKeyDictionary[Run, set[str]] = weakref.WeakKeyDictionary()
 
@@ -124,7 +126,7 @@ class Evaluator:
         totals: dict[str, float] = {}
         weighed: dict[str, float] = {}
         samples = count = 0
-        for form, chunk in _chunks(read_batches(batches), self._losses):
+        for form, chunk in _chunks(read_batches(batches, self._specs[0].seed), self._losses):
             for outcome in self._run(run, form, chunk, count, weights):
                 values = [float(v) for v in self._merged(form, outcome)]
                 weights_of = dict.fromkeys(form.graph.names, float(form.graph.global_batch))
@@ -174,7 +176,7 @@ class Evaluator:
                 than tensors.
             TrainingError: A rank raised.
         """
-        for number, batch in enumerate(read_batches(batches)):
+        for number, batch in enumerate(read_batches(batches, self._specs[0].seed)):
             form, tensors = self._outputs(batch, select, batch_dims)
             (outcome,) = self._run(run, form, [tensors], number, weights)
             leaves: dict[int, Any] = dict(form.graph.plain)
@@ -227,13 +229,16 @@ class Evaluator:
         return form, tensors
 
     def _form(self, key: object, make: Callable[[], ForwardGraph]) -> _Form:
-        known = self._forms.get(key)
+        known = self._forms.pop(key, None)
         if known is None:
             graph = make()
             cutting = cut_batch(graph, self._plan)
             specs = compile_forward(graph, self._plan, self._graph, self._specs, cutting)
-            known = _Form(f"form {len(self._forms)}", graph, cutting, specs)
-            self._forms[key] = known
+            self._made += 1
+            known = _Form(f"form {self._made}", graph, cutting, specs)
+        self._forms[key] = known  # the last one is the one that was used last
+        if len(self._forms) > _MOST_FORMS:
+            self._forms.pop(next(iter(self._forms)))
         return known
 
     # ---- on the ranks ---------------------------------------------------------------------
@@ -249,7 +254,10 @@ class Evaluator:
         """For every batch what each rank tells of it; `first` is the number of the first one."""
         loaded = self._loaded.setdefault(run, set())
         if form.key not in loaded:
-            run.call("load_evaluation", form.key, form.specs)
+            alive = {known.key for known in self._forms.values()}
+            forgotten = sorted(loaded - alive)
+            run.call("load_evaluation", form.key, form.specs, forgotten)
+            loaded.difference_update(forgotten)
             loaded.add(form.key)
         rows = [self._parcels(run, form, batch) for batch in batches]
         by_rank = list(zip(*rows, strict=True))

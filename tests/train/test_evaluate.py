@@ -18,6 +18,7 @@ from raypar.stages.consolidate import consolidate
 from raypar.stages.recipe import Recipe
 from raypar.testing import models, random_plan, random_sharding
 from raypar.testing.backends import start_run
+from raypar.train._evaluation_io import read_batches
 from raypar.train.evaluate import Evaluator
 
 CLUSTER = rp.Cluster.local(8)
@@ -244,3 +245,35 @@ def test_bad_input_is_told():
             with pytest.raises(DataError, match=text):
                 evaluator.evaluate(run, data)
         assert evaluator.evaluate(run, [case.batch(1, 5)])["samples"] == 5
+
+
+def test_reading_the_data_draws_nothing_and_gives_the_same_in_every_evaluation():
+    loader = torch.utils.data.DataLoader(range(12), batch_size=4, shuffle=True)
+    drawn = []
+    for evaluates in (False, True):
+        torch.manual_seed(7)
+        numbers, read = [], []
+        for _ in range(2):
+            numbers.append(torch.rand(2))
+            if evaluates:
+                reading = read_batches(loader, 3)
+                read.append([next(reading)])
+                numbers.append(torch.rand(2))  # what training draws between two batches
+                read[-1] += list(reading)
+            else:
+                numbers.append(torch.rand(2))
+        drawn.append(torch.stack(numbers))
+    assert torch.equal(*drawn)
+    assert torch.equal(torch.stack(read[0]), torch.stack(read[1]))
+    assert torch.stack(read[0]).flatten().tolist() != list(range(12))
+
+
+def test_forms_that_were_not_used_for_long_are_dropped(monkeypatch):
+    monkeypatch.setattr("raypar.train.evaluate._MOST_FORMS", 2)
+    case, batch, graph = _captured("mlp")
+    plan = random_plan(graph, CLUSTER, seed=1)
+    specs, run = _started(graph, plan, batch)
+    with run:
+        evaluator = Evaluator(graph, plan, specs)
+        means = [evaluator.evaluate(run, [case.batch(1, n)])["loss"] for n in (2, 3, 4, 5, 2)]
+    assert means[0] == means[-1]

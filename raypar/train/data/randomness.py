@@ -90,6 +90,13 @@ class RandomState:
 
 
 @contextmanager
+def own_turn() -> Iterator[None]:
+    """While open, no other thread of raypar reads a user's data, or swaps the random states."""
+    with _TURN:
+        yield
+
+
+@contextmanager
 def reading_samples() -> Iterator[None]:
     """While open, this thread alone reads samples; at the end the random states are as before."""
     with _TURN:

@@ -12,11 +12,12 @@ from typing import Any
 from raypar.errors import DataError
 from raypar.train.data.join import joined
 from raypar.train.data.position import DataPosition, NotPlainError, decoded, encoded
-from raypar.train.data.randomness import RandomState
+from raypar.train.data.randomness import RandomState, own_turn
 
 _log = logging.getLogger("raypar.data")
 _SLOW_S = 10.0
 _FRESH = DataPosition()
+_END: Any = object()
 
 
 @dataclass(frozen=True)
@@ -163,17 +164,23 @@ def read(
     resumed = start.source is not None or index > 0
     length = passes.length
     while epochs is None or epoch < epochs:
-        random = RandomState.now() if passes.draws else None
         found = 0
         try:
-            iterator, skipped = passes.begin(epoch, index)
-            _skip(iterator, skipped // size)
-            for batch in iterator:
+            with own_turn():  # what an evaluation draws meanwhile is none of this source's
+                random = RandomState.now() if passes.draws else None
+                iterator, skipped = passes.begin(epoch, index)
+                _skip(iterator, skipped // size)
+            while True:
+                with own_turn():
+                    batch = next(iterator, _END)
+                    ends = length is not None and index + size >= length * size
+                    after = RandomState.now() if ends and passes.draws else None
+                if batch is _END:
+                    break
                 index += size
                 samples += size
                 found += 1
-                if length is not None and index >= length * size:
-                    after = RandomState.now() if passes.draws else None
+                if ends:
                     yield batch, Mark(samples, epoch + 1, 0, passes.state(), after)
                 else:
                     yield batch, Mark(samples, epoch, index, passes.state(), random)
