@@ -5,7 +5,9 @@
 An instance is a random small model (widths, depth, kind of layers, batch), a random cluster (one
 kind of device or two, one node or two, memory that may be short) and random options. Planner
 `exhaustive` plays all of its plans; the bound of the same options has to be at most the fastest of
-them, whether it fits the memory or not. Exits with 1 where one is not.
+them that fits the memory, and the bound that does not ask for it at most the fastest of all. Then
+memory is made as short as each of its leanest plans needs: the bound for that much has to be at
+most the fastest plan that still fits. Exits with 1 where one is not.
 
 The large models are GPT-39B on 64 V100 and GPT-175B on 512 A100, 1,024 H100 and 3,072 A100; printed
 are the bound and its parts, its processor seconds (captures included), and the gap of the plan that
@@ -45,6 +47,8 @@ RESULTS = Path(__file__).parent / "results" / "bounds.json"
 MOST_PLANS = 80
 """Plans of one instance; options are fixed one by one until there are no more."""
 _DRIVER_BYTES = 950 << 20
+_TIGHT = 4
+"""Sizes of memory that are tried on one instance: what its leanest plans need."""
 LARGE: dict[str, tuple[Workload, int, str]] = {
     "39B": (ALPA_GPT["39B"], 8, "V100"),
     "512": (GPT_175B, 64, "A100"),
@@ -197,7 +201,10 @@ class Held:
         fitting: How many of them fit the memory.
         best_s: The fastest of those; 0 where none fits.
         fastest_s: The fastest of all.
-        bound_s: The bound.
+        bound_s: The bound for plans that fit.
+        any_s: The bound for all plans.
+        tight: For every size of memory that was tried: (share of the memory, the fastest plan that
+            fits it, the bound).
     """
 
     seed: int
@@ -207,11 +214,22 @@ class Held:
     best_s: float
     fastest_s: float
     bound_s: float
+    any_s: float
+    tight: tuple[tuple[float, float, float], ...]
 
     @property
     def holds(self) -> bool:
-        """Whether no plan is faster than the bound."""
-        return self.bound_s <= self.fastest_s
+        """Whether no plan is faster than its bound."""
+        return (
+            self.any_s <= self.fastest_s
+            and (not self.fitting or self.bound_s <= self.best_s)
+            and all(bound <= best for _, best, bound in self.tight)
+        )
+
+    @property
+    def raised(self) -> int:
+        """For how many sizes of memory the bound is larger because of it."""
+        return sum(bound > self.any_s * (1 + 1e-9) for _, _, bound in self.tight)
 
     @property
     def gap(self) -> float:
@@ -227,16 +245,26 @@ def hold(seed: int, most: int = MOST_PLANS) -> Held | None:
         if search.count() > most:
             return None
         entries = list(search.entries())
-        bound = lower_bound(one.graph, one.cluster, one.calibration, one.config)
+        bound = _bound_s(one, one.config)
     except PlanError:
         return None
     if not entries:
         return None
     fitting = [e.step_s for e in entries if e.overfull <= 1.0]
+    tight = []
+    for size in sorted({e.overfull for e in entries})[:_TIGHT]:
+        share = one.config.memory_fraction * size
+        best = min(e.step_s for e in entries if e.overfull <= size)
+        tight.append((share, best, _bound_s(one, replace(one.config, memory_fraction=share))))
     return Held(
         seed, one.cluster.describe(), len(entries), len(fitting), min(fitting, default=0.0),
-        min(e.step_s for e in entries), bound.step_s,
+        min(e.step_s for e in entries), bound, _bound_s(one, one.config, fitting=False),
+        tuple(tight),
     )  # fmt: skip
+
+
+def _bound_s(one: Instance, config: SearchConfig, *, fitting: bool = True) -> float:
+    return lower_bound(one.graph, one.cluster, one.calibration, config, fitting=fitting).step_s
 
 
 def small(count: int, first: int) -> list[Held]:
@@ -295,12 +323,15 @@ def main() -> None:
         "instances": len(found),
         "plans": sum(h.plans for h in found),
         "with_plans_that_do_not_fit": sum(h.fitting < h.plans for h in found),
+        "sizes_of_memory": sum(len(h.tight) for h in found),
+        "sizes_that_raise_it": sum(h.raised for h in found),
         "broken": broken,
         "median_gap": gaps[len(gaps) // 2] if gaps else None,
         "rows": [asdict(h) | {"gap": h.gap} for h in found],
     }
     print(
-        f"{len(found)} instances, {figures['plans']} plans: {len(broken)} broken; "
+        f"{len(found)} instances, {figures['plans']} plans, {figures['sizes_of_memory']} sizes of "
+        f"memory ({figures['sizes_that_raise_it']} raise the bound): {len(broken)} broken; "
         f"median gap {figures['median_gap']}"
     )
     named = [name for name in asked.large.split(",") if name]

@@ -24,6 +24,7 @@ from raypar.search.bounds.rates import Devices, kernel_s
 from raypar.search.config import SearchConfig
 from raypar.search.planners.uniform import UniformPlanner
 from raypar.search.simulate import simulate
+from raypar.search.simulation import Simulation
 from raypar.testing import random_plan, random_sharding
 from raypar.testing.models import cases
 from release.bounds import hold
@@ -92,6 +93,97 @@ def test_few_microbatches_on_many_devices_are_bound_by_their_chain():
     assert many.step_s > 0.3 * one.step_s
     assert "one after the other" in many.binding
     assert many.parts["chain"] > 0
+
+
+# -- memory -----------------------------------------------------------------------------------
+
+
+def _deep(width: int, samples: int, layers: int = 5) -> OpGraph:
+    def model() -> nn.Module:
+        made = [m for _ in range(layers) for m in (nn.Linear(width, width), nn.GELU())]
+        return nn.Sequential(*made)
+
+    return capture(model, torch.zeros(samples, width), _squares)
+
+
+_DEEP = _deep(32, 64)
+_TIGHT = Cluster((Node.of("CPU", 4, name="a"), Node.of("CPU", 2, name="b")))
+
+
+def _fraction(found: Simulation) -> float:
+    """The share of the memory that a plan just fits."""
+    peaks = zip(found.lanes, found.peak_bytes, strict=True)
+    return max(peak / lane.memory_limit for lane, peak in peaks)
+
+
+@settings(max_examples=12)
+@given(st.integers(0, 10**6), st.sampled_from(["none", "selective", "full"]), st.booleans())
+def test_no_plan_that_just_fits_is_faster(seed, policy, sharded):
+    plan = random_plan(_DEEP, _TIGHT, seed=seed)
+    if sharded and 2 * len(plan.devices) <= 6:
+        plan = random_sharding(_DEEP, plan, _TIGHT, seed=seed, meshes=[(2,), ()])
+    stages = [
+        dataclasses.replace(s, memory=dataclasses.replace(s.memory, recompute=policy))
+        for s in plan.stages
+    ]
+    plan = dataclasses.replace(plan, stages=tuple(stages))
+    found = simulate(_DEEP, plan, _TIGHT)
+    config = SearchConfig(
+        replicas=plan.replicas, microbatches=plan.microbatches, memory_fraction=_fraction(found)
+    )
+    assert lower_bound(_DEEP, _TIGHT, config=config).step_s <= found.step_s
+
+
+def test_what_does_not_fit_is_computed_again():
+    graph, cluster = _deep(256, 4096), Cluster.virtual(1, 1, "CPU")
+    plan = UniformPlanner().plan(
+        graph, cluster, SearchConfig(stages=1, recompute="full", microbatches=1)
+    )
+    found = simulate(graph, plan, cluster)
+    values = 5 * 4 * 4096 * 256  # what the products make, in bytes
+    states = 3 * 5 * 4 * (256 * 256 + 256)
+    cut = SearchConfig(replicas=1, microbatches=1)
+    free = lower_bound(graph, cluster, config=cut, fitting=False)
+    memory = cluster.memory(0)
+    for share in (1.0, 0.6, 0.2):
+        told = dataclasses.replace(cut, memory_fraction=(states + share * values) / memory)
+        bound = lower_bound(graph, cluster, config=told)
+        more = bound.step_s - free.step_s
+        assert more == pytest.approx((1 - share) * _forward_s(graph, cluster), rel=1e-6, abs=1e-12)
+        assert bound.step_s <= found.step_s
+        assert bound.parts.get("recompute", 0.0) == pytest.approx(more, rel=1e-6, abs=1e-12)
+        assert ("computed again" in bound.binding) == (share < 1)
+
+
+def _forward_s(graph: OpGraph, cluster: Cluster) -> float:
+    """Seconds of all products forward."""
+    devices = Devices.of(cluster, table_calibration(cluster))
+    products = [k for k in kernels_of(graph, graph.global_batch) if k.matmul and not k.backward]
+    return float(devices.seconds(products, 1)[:, 0] @ np.array([k.times for k in products]))
+
+
+def test_more_microbatches_are_the_way_out_of_little_memory():
+    graph, cluster = _deep(256, 4096), Cluster.virtual(1, 1, "CPU")
+    few = 3 * 5 * 4 * (256 * 256 + 256) + 4 * 4096 * 256
+    told = SearchConfig(memory_fraction=few / cluster.memory(0))
+    assert lower_bound(graph, cluster, fitting=False).microbatches == 1
+    bound = lower_bound(graph, cluster, config=told)
+    assert bound.microbatches > 1
+    assert "recompute" not in bound.parts
+
+
+def test_what_backward_reads_of_products_counts_once():
+    """Of GPT's layers: queries, keys, values, what attention makes, and what GELU reads."""
+    case = next(c for c in cases(hf=False) if c.name == "gpt")
+    graph = capture(lambda: case.model_fn(seed=0), case.batch(seed=0), case.loss_fn)
+    kernels = kernels_of(graph, 2, exactly=True)
+    assert all(k.matmul and not k.backward for k in kernels if k.kept)
+    assert all(0 < k.most_kept <= k.kept <= k.times * k.most_kept for k in kernels if k.kept)
+    plan = random_plan(graph, Cluster.virtual(1, 1, "CPU"), seed=0)
+    found = simulate(graph, plan, Cluster.virtual(1, 1, "CPU"))
+    saved = sum(cost.saved_bytes for cost in found.setting.costs)
+    samples = graph.global_batch // plan.microbatches // plan.replicas
+    assert 0 < sum(k.kept for k in kernels_of(graph, samples)) <= saved
 
 
 # -- what it is made of -----------------------------------------------------------------------

@@ -17,6 +17,7 @@ from raypar.mesh.calibration import Calibration, table_calibration
 from raypar.mesh.cluster import Cluster
 from raypar.search._sim_setting import CPU_OVERHEAD_S
 from raypar.search.bounds.kernels import kernels_of, trained_bytes
+from raypar.search.bounds.memory import Room, again_s, room_of
 from raypar.search.bounds.one_op import Kernel
 from raypar.search.bounds.rates import Devices, Floats, linear_s
 from raypar.search.config import SearchConfig
@@ -67,25 +68,29 @@ def lower_bound(
     cluster: Cluster,
     calibration: Calibration | None = None,
     config: SearchConfig | None = None,
+    *,
+    fitting: bool = True,
 ) -> Bound:
     """Seconds that no plan for a model on a cluster goes below.
 
-    It holds for every plan that `raypar.fit.check_plan` takes, fits it the memory or not, and that
+    It holds for every plan that `raypar.fit.check_plan` takes, that fits the memory, and that
     has the options which `config` fixes (replicas, microbatches; the devices that stages and
-    tensor leave), whatever its stages, meshes, shardings, ZeRO levels, recomputation, schedule and
-    interleaving, as `raypar.search.simulate.simulate` plays it with the analytic cost model, a
-    core for every CPU device, and this calibration.
+    tensor leave; the share of the memory that may be filled), whatever its stages, meshes,
+    shardings, ZeRO levels, recomputation, schedule and interleaving, as
+    `raypar.search.simulate.simulate` plays it with the analytic cost model, a core for every CPU
+    device, and this calibration.
 
     What it does not count, since there are plans without it: bubbles (any of them shrinks with
     more interleaving), collectives and messages (stages of one rank per replica need no
-    collectives, and messages travel while ranks compute), and recomputation (memory can be had by
-    keeping fewer microbatches in flight).
+    collectives, and messages travel while ranks compute), and recomputation beyond what a single
+    microbatch asks for (memory can be had by keeping fewer of them in flight).
 
     Args:
         graph: The captured model.
         cluster: The devices.
         calibration: What they reach; default: the device table.
         config: What is fixed; default: nothing.
+        fitting: Whether it is for plans that fit the memory. Else it holds for all others as well.
 
     Raises:
         PlanError: The options leave no way to cut the batch.
@@ -94,7 +99,9 @@ def lower_bound(
     calibration = calibration or table_calibration(cluster)
     cuts = list(_cuts(graph, cluster, config))
     exactly = len(cuts) == 1
-    bounds = [_Cut(graph, cluster, calibration, config, *cut).bound(exactly) for cut in cuts]
+    bounds = [
+        _Cut(graph, cluster, calibration, config, *cut).bound(exactly, fitting) for cut in cuts
+    ]
     found = [bound for bound in bounds if bound is not None]
     if not found:
         raise PlanError(
@@ -130,16 +137,18 @@ class _Cut:
         microbatches: int,
     ) -> None:
         self.graph, self.cluster, self.config = graph, cluster, config
+        self.calibration = calibration
         self.replicas, self.microbatches = replicas, microbatches
         self.local_batch = graph.global_batch // (replicas * microbatches)
         every = Devices.of(cluster, calibration)
         used = every.total // replicas
         if config.stages != "auto" and config.tensor != "auto":
             used = min(used, config.stages * config.tensor)  # of one replica
-        self.devices = every.at_most(used * replicas)
+        self.used = used * replicas
+        self.devices = every.at_most(self.used)
         self.ranks = used if config.tensor == "auto" else min(used, config.tensor)
 
-    def bound(self, exactly: bool = False) -> Bound | None:
+    def bound(self, exactly: bool = False, fitting: bool = True) -> Bound | None:
         """The bound, or None where the model cannot be run in such microbatches.
 
         Two things hold of every plan, and so does every mean of them. Devices are busy with all
@@ -157,10 +166,12 @@ class _Cut:
         prices = self.devices.prices(np.concatenate([compute, state]))
         computing = float((compute * prices).min(axis=1).sum())
         keeping = float((state * prices).min(axis=1).sum())
+        room = self._room(kernels) if fitting else Room(0.0, 0.0)
+        again = again_s(kernels, (compute * prices).min(axis=1), room)
         launch = 0.0 if any(kind.is_gpu for kind, _ in self.devices.kinds) else CPU_OVERHEAD_S
-        best, share = computing + keeping + 2 * self.microbatches * launch, 0.0
+        best, share = computing + again + keeping + 2 * self.microbatches * launch, 0.0
         for weight in _WEIGHTS:
-            mixed = self._mixed_s(kernels, prices, weight) + (1 - weight) * keeping
+            mixed = self._mixed_s(kernels, prices, weight) + (1 - weight) * (again + keeping)
             mixed += 2 * (weight + (1 - weight) * self.microbatches) * launch
             if mixed > best:
                 best, share = mixed, weight
@@ -168,20 +179,38 @@ class _Cut:
         parts = {"compute": computing, "optimizer": keeping}
         if share:
             parts["optimizer"] = (1 - share) * keeping
-            parts["compute"] = min(computing, best - launching - parts["optimizer"])
-            parts["chain"] = best - launching - parts["optimizer"] - parts["compute"]
+            rest = best - launching - parts["optimizer"] - (1 - share) * again
+            parts["compute"] = min(computing, rest)
+            parts["chain"] = rest - parts["compute"]
+        if again:
+            parts["recompute"] = (1 - share) * again
         if launch:
             parts["interpreter"] = launching
         parts = {name: _ROUNDING * seconds for name, seconds in parts.items()}
-        return Bound(
-            sum(parts.values()), parts, self._words(share), self.replicas, self.microbatches
+        words = self._words(share, room if again else None)
+        return Bound(sum(parts.values()), parts, words, self.replicas, self.microbatches)
+
+    def _room(self, kernels: tuple[Kernel, ...]) -> Room:
+        return room_of(
+            kernels,
+            trained_bytes(self.graph, self.local_batch),
+            self.cluster,
+            self.calibration,
+            self.config,
+            replicas=self.replicas,
+            devices=self.used,
         )
 
-    def _words(self, share: float) -> str:
+    def _words(self, share: float, room: Room | None) -> str:
         cut = (
             f"{self.microbatches} microbatches of {self.local_batch} samples on {self.replicas} "
             "replicas"
         )
+        if room is not None:
+            cut += (
+                f" (of whose {room.needed / 2**30:.3g} GiB for backward each replica can hold "
+                f"{room.held / 2**30:.3g}, so that the rest is computed again)"
+            )
         if share > 0.5:
             return f"{cut} are few: each goes through its ops one after the other"
         busy = f"the kernels of {cut} keep {self.devices.total} devices busy"

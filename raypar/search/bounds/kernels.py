@@ -25,6 +25,7 @@ from raypar.search.bounds.one_op import (
     is_sized,
     trace_op,
 )
+from raypar.search.cost.work import node_work
 from raypar.search.intra.settings import Graph, Value, read_graph
 from raypar.sharding.strategies import call_key
 
@@ -69,17 +70,27 @@ def _between(
         return ()
     chains_alike = all(a.chained == b.chained for a, b in zip(small, large, strict=True))
     for a, b in zip(small, large, strict=True):
-        if a._replace(flops=0.0, nbytes=0.0, chained=0) != b._replace(
-            flops=0.0, nbytes=0.0, chained=0
-        ):
+        if _without_sizes(a) != _without_sizes(b):
             return ()
-        flops = a.flops + (b.flops - a.flops) * share
-        nbytes = a.nbytes + (b.nbytes - a.nbytes) * share
-        if flops < 0 or nbytes < 0:
+        flops, nbytes, kept, most_kept = (
+            x + (y - x) * share for x, y in zip(_sizes(a), _sizes(b), strict=True)
+        )
+        if min(flops, nbytes, kept, most_kept) < 0:
             return ()
         chained = a.chained if chains_alike else 0  # no chain is a valid one, too
-        found.append(a._replace(flops=flops, nbytes=nbytes, chained=chained))
+        found.append(
+            a._replace(flops=flops, nbytes=nbytes, kept=kept, most_kept=most_kept, chained=chained)
+        )
     return tuple(found)
+
+
+def _sizes(kernel: Kernel) -> tuple[float, ...]:
+    """What grows with the samples of a microbatch."""
+    return kernel.flops, kernel.nbytes, kernel.kept, kernel.most_kept
+
+
+def _without_sizes(kernel: Kernel) -> Kernel:
+    return kernel._replace(flops=0.0, nbytes=0.0, kept=0.0, most_kept=0.0, chained=0)
 
 
 def trained_bytes(graph: OpGraph, local_batch: int) -> dict[int, int]:
@@ -120,14 +131,57 @@ def _kernels(graph: OpGraph, local_batch: int) -> tuple[Kernel, ...]:
         arrived.update(value for value, gives in given if gives and value is not None)
     params = [v for v in arrived if v.id.startswith("param:")]
     graph.memo["bound parameters"] = dict(Counter(v.nbytes for v in params))
-    chain = _chain(read, {op: found[key] for op, key in keys.items()})
+    traced = {op: found[key] for op, key in keys.items()}
+    chain = _chain(read, traced)
+    kept: dict[object, list[int]] = {}
+    for op, nbytes in _kept_bytes(read, traced).items():
+        kept.setdefault(keys[op], []).append(nbytes)
     kernels = []
     for key, own in found.items():
         forward, back = (sum(keys[op] == key for op in ops) for ops in chain)
-        for kernel, alone in zip(own.kernels, own.alone, strict=True):
+        sizes = kept.get(key, [0])
+        for at, (kernel, alone) in enumerate(zip(own.kernels, own.alone, strict=True)):
             on = forward if not kernel.backward else back * alone
-            kernels.append(kernel._replace(times=counts[key], chained=on))
+            made = kernel._replace(times=counts[key], chained=on)
+            if at == own.product:
+                made = made._replace(kept=float(sum(sizes)), most_kept=float(max(sizes)))
+            kernels.append(made)
     return tuple(kernels)
+
+
+def _kept_bytes(read: Graph, traced: Mapping[fx.Node, TracedOp]) -> dict[fx.Node, int]:
+    """Op that is one product → bytes of its results that the backward pass of any op reads.
+
+    Views and copies of a result count as the result. What other ops make is not counted: it can be
+    made again from these at little cost.
+    """
+    found: dict[tuple[fx.Node, int], int] = {}
+    for op in read.ops:
+        operands = [_value(operand, read) for operand in op.all_input_nodes]
+        wanted = [v for v, needed in zip(operands, traced[op].reads, strict=False) if needed]
+        wanted += [v for v, n in zip(read.makes[op], traced[op].rereads, strict=False) if n]
+        for value in wanted:
+            made = None if value is None else _origin(value, read)
+            if value is None or made is None or made.node not in traced:
+                continue
+            if traced[made.node].product is not None:
+                nbytes = min(value.nbytes, made.nbytes)
+                key = made.node, made.index
+                found[key] = max(found.get(key, 0), nbytes)
+    totals: dict[fx.Node, int] = {}
+    for (op, _), nbytes in found.items():
+        totals[op] = totals.get(op, 0) + nbytes
+    return totals
+
+
+def _origin(value: Value, read: Graph) -> Value | None:
+    """The value that holds the memory, or could: behind views, casts and copies."""
+    while value.node in read.reads and node_work(value.node).kind in ("view", "none", "copy"):
+        sources = read.reads[value.node]
+        if len(sources) != 1:
+            return None
+        value = sources[0]
+    return value
 
 
 def _chain(read: Graph, traced: Mapping[fx.Node, TracedOp]) -> tuple[list[fx.Node], list[fx.Node]]:

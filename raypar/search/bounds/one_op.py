@@ -35,6 +35,9 @@ class Kernel(NamedTuple):
         backward: Whether it belongs to the backward pass.
         chained: How many of them one microbatch goes through one after the other: on a path from
             an input to the loss and, as far as gradients follow it, back.
+        kept: Bytes of what all of them make and the backward pass reads: it is held from the
+            forward to the backward pass of a microbatch, or the kernel runs again.
+        most_kept: The most that one of them makes of it.
     """
 
     times: int
@@ -46,6 +49,8 @@ class Kernel(NamedTuple):
     calls: float
     backward: bool
     chained: int = 0
+    kept: float = 0.0
+    most_kept: float = 0.0
 
 
 class Wants(NamedTuple):
@@ -63,11 +68,21 @@ class TracedOp(NamedTuple):
         alone: Per kernel whether it makes gradients of values only: what makes one of a parameter
             may be put off or, where it makes both, be taken apart (zero bubble schedules).
         gives: Per operand whether it gets a gradient.
+        reads: Per operand whether the backward pass reads it.
+        rereads: Per tensor result the same.
     """
 
     kernels: tuple[Kernel, ...]
     alone: tuple[bool, ...]
     gives: tuple[bool, ...]
+    reads: tuple[bool, ...] = ()
+    rereads: tuple[bool, ...] = ()
+
+    @property
+    def product(self) -> int | None:
+        """Position of the one product of its forward pass; None where there is none, or more."""
+        found = [i for i, k in enumerate(self.kernels) if k.matmul and not k.backward]
+        return found[0] if len(found) == 1 else None
 
 
 class Traces:
@@ -117,8 +132,16 @@ def trace_op(node: fx.Node, wants: Wants) -> TracedOp:
     if joint is None:
         return TracedOp(tuple(kernels), tuple(alone), nothing)
     made = {at for at, g in zip(joint.wrt, joint.gradients, strict=True) if g is not None}
+    gives = tuple(i in made for i in range(len(wants.operands)))
+    if rewritten or pieces.parts is None:  # sharded, it is other ops, which read other values
+        return TracedOp(tuple(kernels), tuple(alone), gives)
+    read = {*pieces.parts.kept, *pieces.parts.saved}
     return TracedOp(
-        tuple(kernels), tuple(alone), tuple(i in made for i in range(len(wants.operands)))
+        tuple(kernels),
+        tuple(alone),
+        gives,
+        tuple(holder in read for holder in joint.inputs),
+        tuple(isinstance(result, fx.Node) and result in read for result in joint.outputs),
     )
 
 
