@@ -26,7 +26,7 @@ from raypar.train.checkpoint.committing import index_of, read_note
 from raypar.train.checkpoint.format import INDEX
 from raypar.train.checkpoint.keeping import Keeping
 from raypar.train.checkpoint.storage import Storage, storage_at
-from raypar.train.checkpoint.writing import MARK, FailureJob, SaveJob, note_name
+from raypar.train.checkpoint.writing import MARK, FailureJob, ReadyJob, SaveJob, note_name
 from raypar.train.config import CheckpointConfig
 from raypar.train.state import TrainState
 
@@ -95,6 +95,17 @@ class CheckpointStore:
         self._closed = False
 
     # -- writing ----------------------------------------------------------------------------
+
+    def make_ready(self, run: Run) -> None:
+        """Has the ranks get ready, so that the first checkpoint stalls no longer than later ones.
+
+        Call it after the first step, when the optimizer has its state; the ranks do it beside the
+        next steps.
+
+        Raises:
+            StageDiedError: A rank is gone.
+        """
+        run.call("visit", ReadyJob())
 
     def begin(
         self,
