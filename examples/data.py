@@ -30,7 +30,7 @@ def _corpus() -> Tensor:
 
 
 def stdlib_bytes(
-    global_batch: int, seq_len: int = 128, seed: int = 0
+    global_batch: int, seq_len: int = 128, seed: int = 0, start_sample: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless batches of byte windows at random places in the library's source.
 
@@ -40,6 +40,7 @@ def stdlib_bytes(
         global_batch: Windows of one batch.
         seq_len: Bytes of one window.
         seed: Seed of the places.
+        start_sample: Windows to leave out, so that a run that goes on need not read over them.
 
     Yields:
         `(tokens, targets)`: two int64 tensors of shape (global_batch, seq_len) with values in
@@ -48,6 +49,8 @@ def stdlib_bytes(
     corpus = _corpus()
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.arange(seq_len + 1)
+    for _ in range(start_sample // global_batch):
+        torch.randint(len(corpus) - seq_len, (global_batch, 1), generator=generator)
     while True:
         starts = torch.randint(len(corpus) - seq_len, (global_batch, 1), generator=generator)
         windows = corpus[starts + offsets].long()

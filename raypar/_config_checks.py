@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 from pydantic import BaseModel
 
-if TYPE_CHECKING:
-    from raypar.config import Config
+from raypar._sections import (
+    CommConfig,
+    DataConfig,
+    MeshConfig,
+    SearchSection,
+    TrainSection,
+)
+
+
+class Sections(Protocol):
+    """What is looked at of a `raypar.config.Config`."""
+
+    @property
+    def data(self) -> DataConfig: ...
+
+    @property
+    def mesh(self) -> MeshConfig: ...
+
+    @property
+    def search(self) -> SearchSection: ...
+
+    @property
+    def train(self) -> TrainSection: ...
+
+    @property
+    def comm(self) -> CommConfig: ...
+
 
 IN_A_PLAN_FILE = (
     ("search", "stages"),
@@ -42,7 +67,7 @@ _NEEDS = (
 )
 
 
-def contradictions(config: Config) -> Iterator[str]:
+def contradictions(config: Sections) -> Iterator[str]:
     """What is wrong with a config of which every key is right by itself, as sentences."""
     yield from _planners(config)
     for section, key, others, example in _NEEDS:
@@ -89,7 +114,7 @@ def contradictions(config: Config) -> Iterator[str]:
                 )
 
 
-def _planners(config: Config) -> Iterator[str]:
+def _planners(config: Sections) -> Iterator[str]:
     search = config.search
     if search.planner == "manual" and search.manual is None:
         yield (
@@ -111,7 +136,6 @@ def _planners(config: Config) -> Iterator[str]:
                 )
 
 
-def _given(config: Config, section: str, name: str) -> bool:
+def _given(config: Sections, section: str, name: str) -> bool:
     holder: BaseModel = getattr(config, section)
-    value: Any = getattr(holder, name)
-    return bool(value != type(holder).model_fields[name].default)
+    return bool(getattr(holder, name) != type(holder).model_fields[name].default)

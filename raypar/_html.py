@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from raypar._launch import shared_cores
-from raypar._targets import optimizer_of, optimizer_states, search_of
+from raypar._targets import search_of, states_of
 from raypar.config import Config
 from raypar.graph.opgraph import OpGraph
 from raypar.lowered import lower_plan
@@ -52,7 +52,7 @@ def write_page(
     search = search_of(config)
     calibration = load_calibration(cluster)
     cores = shared_cores(cluster, virtual=virtual)
-    states = optimizer_states(optimizer_of(config))
+    states = states_of(config)
     lowered = lower_plan(graph, plan)
     played = simulate(
         graph,

@@ -19,11 +19,11 @@ from raypar._targets import (
     model_of,
     network_of,
     optimizer_of,
-    optimizer_states,
     run_of,
     scaling_of,
     scheduler_of,
     search_of,
+    states_of,
     steps_of,
 )
 from raypar.config import STUDY_KEYS, Config, SearchSection, load_config
@@ -138,7 +138,7 @@ def explained(
         graph,
         cluster,
         cores=shared_cores(cluster, virtual=virtual),
-        optimizer_states=optimizer_states(optimizer_of(config)),
+        optimizer_states=states_of(config),
         lists=lists,
     )
 

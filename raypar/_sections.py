@@ -41,11 +41,22 @@ class DataConfig(Section):
     """What it is trained on."""
 
     target: Target = Field(
-        description="called as target(global_batch=..., **kwargs); returns an iterable of batches",
+        description="called as target(global_batch=..., **kwargs); returns batches, or, called "
+        "without global_batch, a data set of samples",
         examples=["examples.data:stdlib_bytes"],
     )
     global_batch: Count = Field(description="samples of one step", examples=[32])
     kwargs: Kwargs = Field(default={}, description="its other keyword arguments")
+    shuffle: bool = Field(
+        default=False, description="of a data set of samples: an own order in every epoch"
+    )
+    drop_last: bool = Field(
+        default=True,
+        description="of a data set: leave out what fills no batch; else batches run on",
+    )
+    num_workers: Annotated[int, Ge(0)] = Field(
+        default=0, description="of a data set: processes that read, for each rank that does"
+    )
 
 
 class EvaluationConfig(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from raypar._launch import plan_of, shared_cores
-from raypar._targets import optimizer_of, optimizer_states
+from raypar._targets import states_of
 from raypar.config import Config
 from raypar.mesh.calibration_files import load_calibration
 from raypar.search.simulate import Simulation, simulate
@@ -36,7 +36,7 @@ def simulate_config(
     plan, graph, cluster = plan_of(config, cluster_file, plan_file)
     if cores is None:
         cores = shared_cores(cluster, virtual=cluster_file is not None)
-    states = optimizer_states(optimizer_of(config))
+    states = states_of(config)
     return simulate(
         graph,
         plan,

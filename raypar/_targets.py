@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from raypar._builders import (
+    BuildData,
+    BuildDataFrom,
+    BuildModel,
+    BuildOptimizer,
+    BuildScheduler,
+    name_of,
+)
 from raypar.comm.network import NetworkSettings
-from raypar.compat import pytree
 from raypar.config import STUDY_KEYS, Config, SearchSection, resolve_target
 from raypar.errors import ConfigError, OptimizerError
 from raypar.graph.autocast import AUTOCAST_DTYPES
@@ -31,105 +36,6 @@ _STEPS = 100
 """Steps of a run that says neither steps nor epochs."""
 
 
-@dataclass(frozen=True)
-class BuildModel:
-    """Builds the configured model in the configured precision; picklable by its target's name."""
-
-    target: Callable[..., torch.nn.Module]
-    kwargs: dict[str, Any]
-    dtype: torch.dtype
-
-    def __call__(self) -> torch.nn.Module:
-        """The model.
-
-        Raises:
-            ConfigError: The target makes something else.
-        """
-        model = self.target(**self.kwargs)
-        if not isinstance(model, torch.nn.Module):
-            raise ConfigError(
-                f"model.target: {_name(self.target)}(...) returned {type(model).__name__}, "
-                "not a torch.nn.Module"
-            )
-        return model.to(self.dtype)
-
-
-@dataclass(frozen=True)
-class BuildData:
-    """Opens the configured data; floating-point tensors come in the configured precision."""
-
-    target: Callable[..., Iterable[Any]]
-    kwargs: dict[str, Any]
-    dtype: torch.dtype
-
-    def __call__(self) -> Iterable[Any]:
-        """The batches.
-
-        Raises:
-            ConfigError: The target makes something else.
-        """
-        made = self.target(**self.kwargs)
-        if not isinstance(made, Iterable):
-            raise ConfigError(
-                f"data.target: {_name(self.target)}(...) returned {type(made).__name__}, "
-                "not an iterable of batches"
-            )
-        # What can be gone through once stays so: who looks at the first batch must not lose it.
-        cast = _Cast(made, self.dtype)
-        return iter(cast) if isinstance(made, Iterator) else cast
-
-
-@dataclass(frozen=True)
-class _Cast:
-    batches: Iterable[Any]
-    dtype: torch.dtype
-
-    def __iter__(self) -> Iterator[Any]:
-        def cast(leaf: Any) -> Any:
-            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-                return leaf.to(self.dtype)
-            return leaf
-
-        for batch in self.batches:
-            yield pytree.tree_map(cast, batch)
-
-
-@dataclass(frozen=True)
-class BuildOptimizer:
-    """Builds the configured optimizer from parameters."""
-
-    target: Callable[..., torch.optim.Optimizer]
-    kwargs: dict[str, Any]
-    groups: tuple[dict[str, Any], ...] = ()
-
-    def __call__(
-        self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
-    ) -> torch.optim.Optimizer:
-        """The optimizer of these parameters: each in the first group that its name matches."""
-        named = list(named_parameters)
-        if not self.groups:
-            return self.target([p for _, p in named], **self.kwargs)
-        members: list[list[torch.nn.Parameter]] = [[] for _ in range(len(self.groups) + 1)]
-        for name, parameter in named:
-            first = (i for i, g in enumerate(self.groups) if fnmatchcase(name, g["match"]))
-            members[next(first, len(self.groups))].append(parameter)
-        options = [{k: v for k, v in g.items() if k != "match"} for g in self.groups] + [{}]
-        both = zip(members, options, strict=True)
-        return self.target([{"params": m, **o} for m, o in both], **self.kwargs)
-
-
-@dataclass(frozen=True)
-class BuildScheduler:
-    """Builds the configured learning-rate scheduler for an optimizer."""
-
-    target: Callable[..., Any]
-    kwargs: dict[str, Any]
-
-    def __call__(self, optimizer: torch.optim.Optimizer) -> Any:
-        """The scheduler of this optimizer."""
-        return self.target(optimizer, **self.kwargs)
-
-
 def model_of(config: Config) -> BuildModel:
     """The model function that `config` stands for."""
     target = resolve_target(config.model.target, "model.target")
@@ -144,12 +50,17 @@ def loss_of(config: Config) -> Callable[..., torch.Tensor] | None:
 
 def data_of(config: Config) -> BuildData:
     """The data source that `config` stands for."""
-    target = resolve_target(config.data.target, "data.target")
-    if "global_batch" in config.data.kwargs:
-        raise ConfigError("data.kwargs.global_batch: say it once, as data.global_batch")
-    kwargs = {"global_batch": config.data.global_batch, **config.data.kwargs}
-    _check_call(target, "data", **kwargs)
-    return BuildData(target, kwargs, _DTYPES[config.model.precision])
+    given = config.data
+    options: dict[str, Any] = {
+        name: value
+        for name, value, default in (
+            ("shuffle", given.shuffle, False),
+            ("drop_last", given.drop_last, True),
+            ("num_workers", given.num_workers, 0),
+        )
+        if value != default
+    }
+    return _data(config, "data", given.target, given.kwargs, options)
 
 
 def evaluation_of(config: Config) -> BuildData | None:
@@ -157,10 +68,32 @@ def evaluation_of(config: Config) -> BuildData | None:
     section = config.evaluation
     if section.target is None:
         return None
-    target = resolve_target(section.target, "evaluation.target")
-    kwargs = {"global_batch": config.data.global_batch, **section.kwargs}
-    _check_call(target, "evaluation", **kwargs)
-    return BuildData(target, kwargs, _DTYPES[config.model.precision])
+    return _data(config, "evaluation", section.target, section.kwargs, {})
+
+
+def _data(
+    config: Config, section: str, name: str, kwargs: dict[str, Any], options: dict[str, Any]
+) -> BuildData:
+    target = resolve_target(name, f"{section}.target")
+    if "global_batch" in kwargs:
+        raise ConfigError(f"{section}.kwargs.global_batch: say it once, as data.global_batch")
+    taken = _parameters(target)
+    size = config.data.global_batch
+    # What makes batches is told their size; a data set of samples need not know it.
+    if "global_batch" in taken or "**" in taken:
+        kwargs = {"global_batch": size, **kwargs}
+    _check_call(target, section, **kwargs)
+    build = BuildDataFrom if "start_sample" in taken else BuildData
+    return build(target, kwargs, _DTYPES[config.model.precision], section, size, options)
+
+
+def _parameters(target: Callable[..., Any]) -> set[str]:
+    """Names of what a callable takes; ``**`` where it takes any keyword."""
+    try:
+        found = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # a C function without a signature
+        return {"**"}
+    return {"**" if p.kind is p.VAR_KEYWORD else p.name for p in found}
 
 
 def optimizer_of(config: Config) -> BuildOptimizer:
@@ -218,7 +151,7 @@ def search_of(config: Config) -> SearchConfig:
         recompute=config.search.recompute,
         zero=config.search.zero,
         memory_fraction=config.search.memory_fraction,
-        optimizer_states=optimizer_states(optimizer_of(config)),
+        optimizer_states=states_of(config),
         sampler=config.search.sampler,
         trials=config.search.trials,
         budget_s=config.search.budget_s,
@@ -239,6 +172,11 @@ def search_of(config: Config) -> SearchConfig:
                     f"search.planner: optuna, or remove search.{name}"
                 )
     return wanted
+
+
+def states_of(config: Config) -> int:
+    """Tensors kept for each parameter: the optimizer's, and the average of the weights."""
+    return optimizer_states(optimizer_of(config)) + (config.train.ema_decay is not None)
 
 
 def optimizer_states(build: BuildOptimizer) -> int:
@@ -340,15 +278,10 @@ def _check_call(target: Callable[..., Any], section: str, *args: Any, **kwargs: 
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise ConfigError(
-            f"{section}.kwargs: {_name(target)} cannot be called with "
+            f"{section}.kwargs: {name_of(target)} cannot be called with "
             f"{', '.join(kwargs) or 'no arguments'}: {error}; it takes {_names(signature)}"
         ) from None
 
 
 def _names(signature: inspect.Signature) -> str:
     return ", ".join(str(p.replace(annotation=p.empty)) for p in signature.parameters.values())
-
-
-def _name(target: Any) -> str:
-    target = getattr(target, "func", target)
-    return str(getattr(target, "__qualname__", target))

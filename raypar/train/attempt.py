@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,15 +92,27 @@ class Attempt:
         prepared: What all attempts share; its `state` is kept up to date.
         plan: What to run.
         cluster: Where.
+        on_up: Called once the ranks are up.
+
+    Attributes:
+        up: Whether the ranks came up and stand where training goes on.
     """
 
     def __init__(
-        self, settings: Settings, prepared: Prepared, plan: Plan, cluster: Cluster
+        self,
+        settings: Settings,
+        prepared: Prepared,
+        plan: Plan,
+        cluster: Cluster,
+        *,
+        on_up: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings = settings
         self._prepared = prepared
         self._plan = plan
         self._cluster = cluster
+        self._on_up = on_up
+        self.up = False
 
     def go(self) -> dict[str, Any]:
         """Trains to the end.
@@ -121,6 +134,10 @@ class Attempt:
             if made.resume is not None:
                 made.state = made.resume.restore(run)
                 clock.mark("restore")
+            first = made.state.step
+            run.call("prefetch", first, first + 1 if made.steps is None else made.steps)
+            self.up = True
+            self._on_up()
             return self._train(stack, run, specs)
 
     def _compile(self) -> list[RankSpec]:
@@ -146,9 +163,11 @@ class Attempt:
             return LocalRun(
                 specs, feed=DataFeed(held, made.form, specs, start=start, epochs=epochs)
             )
+        from raypar.mesh.skew import check_skew
         from raypar.stages.remote import RayRun
         from raypar.train.relay import shipped
 
+        check_skew(self._cluster)
         left = (sys.maxsize if made.steps is None else made.steps) - made.state.step
         source = shipped(
             settings.data, made.opened, settings.seed, left, stack, start=start, epochs=epochs
@@ -163,6 +182,7 @@ class Attempt:
             cpus_per_rank=settings.scaling.cpus_per_worker,
             placement_timeout_s=settings.scaling.placement_timeout_s,
             network=settings.network,
+            lent=settings.lent,
         )
 
     def _train(self, stack: ExitStack, run: Run, specs: list[RankSpec]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Result:
             ConfigError: pandas is not installed.
         """
         try:
-            import pandas
+            import pandas  # type: ignore[import-untyped]
         except ImportError:
             raise ConfigError(
                 "metrics_dataframe needs pandas: pip install pandas, or read "

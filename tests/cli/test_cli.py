@@ -231,7 +231,7 @@ def test_what_a_search_found_is_repeated_from_the_plan_file(
 
 @pytest.mark.parametrize("once", [True, False], ids=["iterator", "list"])
 def test_configured_data_lose_no_batch_to_the_look_at_the_first(once: bool) -> None:
-    from raypar._targets import BuildData
+    from raypar._builders import BuildData
     from raypar.train.data import peek
 
     values = [torch.full((2,), float(i)) for i in range(3)]
