@@ -11,6 +11,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -24,6 +25,13 @@ from raypar.train.checkpoint.storage import Storage, storage_at
 
 _SPAN = 4 * BLOCK
 _OPEN = 4  # files of which the last blocks are kept
+
+
+class Spans(Protocol):
+    """A file that is read by spans."""
+
+    def read(self, at: int, count: int) -> torch.Tensor:
+        """`count` bytes from position `at` on; they stay until the next call."""
 
 
 class CheckedFile:
@@ -127,19 +135,20 @@ class Reader:
         self._index = index
         self._files: OrderedDict[int, CheckedFile] = OrderedDict()
 
-    def fill(self, key: Key, piece: Piece, out: torch.Tensor) -> None:
+    def fill(self, key: Key, piece: Piece, out: torch.Tensor, *, converts: bool = False) -> None:
         """Reads a part of a tensor.
 
         Args:
             key: Which tensor.
             piece: Which part of it.
             out: Memory in the form of the part, on any device.
+            converts: Whether `out` may have another dtype than the tensor.
 
         Raises:
             CheckpointError: The checkpoint does not have that tensor, or is damaged.
         """
         saved = self._index.tensors.get(key)
-        if saved is None or saved.dtype != out.dtype:
+        if saved is None or (saved.dtype != out.dtype and not converts):
             found = "is not there" if saved is None else f"is {saved.dtype}, wanted {out.dtype}"
             raise CheckpointError(
                 f"{self._storage.path(self._folder)}: tensor {str(key)!r} {found}"
@@ -152,7 +161,10 @@ class Reader:
                     if common is None:
                         continue
                     into = _narrow(out, _moved(common, there, here))
-                    self._read(into, source, _moved(common, saved_there, saved_here))
+                    box = _moved(common, saved_there, saved_here)
+                    read_box(
+                        self._open(source.file), into, source.at, source.shape, saved.dtype, box
+                    )
                     count += math.prod(n for _, n in common)
         if count != piece.numel:
             raise CheckpointError(
@@ -165,15 +177,6 @@ class Reader:
         saved = self._index.tensors.get(want.key)
         return (saved.pieces[0].file, saved.pieces[0].at) if saved and saved.pieces else (0, 0)
 
-    def _read(self, out: torch.Tensor, source: SavedPiece, box: Box) -> None:
-        itemsize = out.dtype.itemsize
-        strides = [1] * len(source.shape)
-        for dim in reversed(range(len(strides) - 1)):
-            strides[dim] = strides[dim + 1] * source.shape[dim + 1]
-        first = sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
-        file = self._open(source.file)
-        _read_spans(file, out, source.at + first * itemsize, strides, itemsize)
-
     def _open(self, number: int) -> CheckedFile:
         file = self._files.pop(number, None)
         if file is None:
@@ -184,23 +187,49 @@ class Reader:
         return file
 
 
+def read_box(
+    file: Spans,
+    out: torch.Tensor,
+    at: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    box: Box,
+) -> None:
+    """Reads a box of a row-major tensor, in spans of at most a few MiB.
+
+    Args:
+        file: Where it is.
+        out: Memory in the form of the box, of any dtype.
+        at: Position of the tensor's first byte.
+        shape: The tensor's shape.
+        dtype: The tensor's dtype.
+        box: Which part of it.
+    """
+    strides = [1] * len(shape)
+    for dim in reversed(range(len(strides) - 1)):
+        strides[dim] = strides[dim + 1] * shape[dim + 1]
+    first = sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
+    _read_spans(file, out, at + first * dtype.itemsize, strides, dtype)
+
+
 def _read_spans(
-    file: CheckedFile, out: torch.Tensor, at: int, strides: Sequence[int], itemsize: int
+    file: Spans, out: torch.Tensor, at: int, strides: Sequence[int], dtype: torch.dtype
 ) -> None:
     """Fills `out` from elements that lie `strides` apart, the first of them at byte `at`."""
     if not out.numel():
         return
+    itemsize = dtype.itemsize
     last = sum((n - 1) * stride for n, stride in zip(out.shape, strides, strict=True))
     span = (last + 1) * itemsize
     if span <= _SPAN or out.numel() == 1:
-        data = file.read(at, span).view(out.dtype)
+        data = file.read(at, span).view(dtype)
         out.copy_(data.as_strided(out.shape, strides))
         return
     dim = next(d for d, n in enumerate(out.shape) if n > 1)
     rows = max(1, _SPAN // (strides[dim] * itemsize))
     for row in range(0, out.shape[dim], rows):
         part = out.narrow(dim, row, min(rows, out.shape[dim] - row))
-        _read_spans(file, part, at + row * strides[dim] * itemsize, strides, itemsize)
+        _read_spans(file, part, at + row * strides[dim] * itemsize, strides, dtype)
 
 
 def _common(a: Box, b: Box) -> Box | None:

@@ -22,11 +22,11 @@ from raypar.errors import CheckpointError, RayparError
 from raypar.plan import Plan
 from raypar.stages.run import Run
 from raypar.train.checkpoint.checkpoint import Checkpoint, folder_name, serial_of
-from raypar.train.checkpoint.committing import index_of, read_note
-from raypar.train.checkpoint.format import INDEX
 from raypar.train.checkpoint.keeping import Keeping
+from raypar.train.checkpoint.pending import Pending
+from raypar.train.checkpoint.sealed import plain
 from raypar.train.checkpoint.storage import Storage, storage_at
-from raypar.train.checkpoint.writing import MARK, FailureJob, ReadyJob, SaveJob, note_name
+from raypar.train.checkpoint.writing import MARK, FailureJob, ReadyJob, SaveJob
 from raypar.train.config import CheckpointConfig
 from raypar.train.state import TrainState
 
@@ -55,19 +55,6 @@ class Begun:
     waited_s: float
 
 
-@dataclass(frozen=True)
-class _Pending:
-    run: Run
-    name: str
-    folder: str
-    token: str
-    world: int
-    step: int
-    state: dict[str, Any]
-    plan: dict[str, Any]
-    facts: dict[str, Any]
-
-
 class CheckpointStore:
     """Writes a run's checkpoints, and keeps the right ones.
 
@@ -86,7 +73,7 @@ class CheckpointStore:
         self._storage: Storage = storage_at(storage)
         self._keeping = Keeping(self._storage, config or CheckpointConfig())
         self._turn = threading.Condition()
-        self._pending: list[_Pending] = []
+        self._pending: list[Pending] = []
         self._opening: str | None = None  # the folder of the next one
         self._finished: list[Checkpoint] = []
         self._failures: list[CheckpointError] = []
@@ -131,8 +118,8 @@ class CheckpointStore:
             What was begun; None where it was left out.
 
         Raises:
-            CheckpointError: The storage cannot be written or is not the ranks' storage too; also
-                for an earlier checkpoint that could not be finished.
+            CheckpointError: The storage cannot be written or is not the ranks' storage too, or
+                `facts` cannot be kept; also for an earlier checkpoint that could not be finished.
             StageDiedError: A rank is gone.
         """
         self._raise_failure()
@@ -147,6 +134,7 @@ class CheckpointStore:
         name, token = folder_name(serial, state.step), secrets.token_hex(8)
         folder = f".{name}.{token}.tmp" if self._storage.renames else name
         held = json.loads(plan.to_json())
+        plain(facts, "facts")  # what cannot be kept is told now, not when all has been written
         self._opening = folder
         try:
             self._open(folder, token)
@@ -156,7 +144,7 @@ class CheckpointStore:
             raise
         done = time.perf_counter()
         world = len(copied)
-        pending = _Pending(
+        pending = Pending(
             run, name, folder, token, world, state.step, state.to_json(), held, facts or {}
         )
         with self._turn:
@@ -255,7 +243,7 @@ class CheckpointStore:
             if oldest is not None:
                 self._ask(oldest)
 
-    def _ask(self, pending: _Pending) -> None:
+    def _ask(self, pending: Pending) -> None:
         """Raises where a rank has failed and could not even leave a note of it."""
         try:
             answers = pending.run.call("visit", FailureJob(pending.token))
@@ -289,7 +277,7 @@ class CheckpointStore:
             while pending in self._pending:
                 outcome: Checkpoint | CheckpointError | None = None
                 try:
-                    outcome = self._finish(pending)
+                    outcome = pending.finish(self._storage)
                 except CheckpointError as error:
                     outcome = error
                 except Exception as error:  # the storage may be out of reach for a moment
@@ -306,7 +294,7 @@ class CheckpointStore:
                         return
                 delay = min(2 * delay, _LONGEST_S)
 
-    def _end(self, pending: _Pending, outcome: Checkpoint | CheckpointError) -> None:
+    def _end(self, pending: Pending, outcome: Checkpoint | CheckpointError) -> None:
         if isinstance(outcome, CheckpointError):
             self._remove_quietly(pending.folder)
         else:
@@ -319,30 +307,6 @@ class CheckpointStore:
             if isinstance(outcome, Checkpoint):
                 self._finished.append(outcome)
             self._turn.notify_all()
-
-    def _finish(self, pending: _Pending) -> Checkpoint | None:
-        """Makes a checkpoint count, once all notes are there."""
-        storage, folder = self._storage, pending.folder
-        notes = [note_name(rank) for rank in range(pending.world)]
-        if not set(notes) <= set(storage.names(folder)):
-            return None
-        read = [
-            read_note(storage.read(f"{folder}/{name}"), storage.path(f"{folder}/{name}"))
-            for name in notes
-        ]
-        index = index_of(
-            read,
-            step=pending.step,
-            state=pending.state,
-            plan=pending.plan,
-            facts=pending.facts,
-        )
-        storage.write(f"{folder}/{INDEX}", [index.to_bytes()])
-        if storage.renames:
-            storage.rename(folder, pending.name)
-        for name in (*notes, MARK):  # they do no harm, so that nothing before may depend on it
-            self._remove_quietly(f"{pending.name}/{name}")
-        return Checkpoint.of(storage, pending.name, index)
 
     def _tidy(self) -> None:
         with contextlib.suppress(Exception):  # the next one tidies up again
