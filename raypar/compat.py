@@ -247,3 +247,33 @@ def ray_free_by_node() -> dict[str, dict[str, float]]:
         node: {name: float(amount) for name, amount in free.items()}
         for node, free in available_resources_per_node().items()
     }
+
+
+def ray_autoscaler() -> tuple[bool, int]:
+    """Whether an autoscaler runs for this cluster, and how many nodes it is bringing up.
+
+    Ray has no public name that tells either. Without an autoscaler its monitor only mirrors the
+    nodes that are there, each as a node type of its own that is called ``node_<id>``. Version 1
+    reports to the internal key-value store, version 2 to the GCS.
+    """
+    import json
+    import re
+
+    import ray
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    try:
+        if is_autoscaler_v2(fetch_from_server=True):
+            status = get_cluster_status(ray.get_runtime_context().gcs_address)
+            return True, sum(n.count for n in status.pending_launches) + len(status.pending_nodes)
+        text = _internal_kv_get(DEBUG_AUTOSCALING_STATUS)
+        report = json.loads(text).get("autoscaler_report") or {} if text else {}
+        types = {kind for part in ("active_nodes", "idle_nodes") for kind in report.get(part) or ()}
+        coming = sum((report.get("pending_launches") or {}).values())
+        coming += len(report.get("pending_nodes") or ())
+    except Exception:  # of whatever kind: what cannot be asked cannot be waited for
+        return False, 0
+    return coming > 0 or not all(re.fullmatch("node_[0-9a-f]{56}", t) for t in types), coming

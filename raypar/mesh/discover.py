@@ -39,6 +39,13 @@ def discover(
     return found, f"ray@{ray.get_runtime_context().gcs_address}"
 
 
+def devices_now(device: str) -> int:
+    """How many devices (``CPU`` or ``GPU``) the alive nodes of this process's cluster have."""
+    import ray
+
+    return sum(_count(record, device) for record in ray.nodes() if record["Alive"])
+
+
 def connect(address: str | None = None) -> None:
     """Connects this process to Ray, unless it is connected.
 

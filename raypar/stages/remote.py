@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError
 
 from raypar.comm.group import DEFAULT_TIMEOUT_S
 from raypar.comm.network import NetworkSettings
 from raypar.errors import ClusterError, RayparError, StageDiedError, TrainingError
+from raypar.mesh.bundles import BundleRange
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.stages.actor import actor_class
@@ -54,6 +55,8 @@ class RayRun(Run):
         placement_timeout_s: Deadline of reserving the devices, in seconds.
         network: Interface, ports and NCCL's environment; default: the address that Ray uses.
         steps_per_call: Steps in one actor call; None to fit calls of about 1.5 s.
+        lent: Bundles of somebody else's placement group, which `cluster` describes, to run on;
+            None for groups of its own.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class RayRun(Run):
         placement_timeout_s: float = 30.0,
         network: NetworkSettings | None = None,
         steps_per_call: int | None = None,
+        lent: BundleRange | None = None,
     ) -> None:
         super().__init__(specs)
         self.infos = [info_of(spec, needs_gpu=use_gpu) for spec in specs]
@@ -84,7 +88,9 @@ class RayRun(Run):
             "cpus_per_rank": cpus_per_rank,
             "deadline_s": placement_timeout_s,
         }
-        if plan is not None and cluster is not None:
+        if plan is not None and lent is not None:
+            seats = SeatSettings.on_lent(plan, lent, self.infos, run=self.name)
+        elif plan is not None and cluster is not None:
             seats = SeatSettings.of_plan(plan, cluster, self.infos, **where)
         else:
             seats = SeatSettings.anywhere(self.infos, **where)
@@ -166,7 +172,8 @@ class RayRun(Run):
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """See `Run.call`."""
-        answers = self._ask(self._ask(self._open().call.remote(method, args)))
+        refs = self._ask(self._open().call.remote(method, args))
+        answers = self._ask(refs)
         failures = tuple(a for a in answers if isinstance(a, Failure))
         if failures:
             self._raise(RunFailure(failures))
@@ -195,9 +202,22 @@ class RayRun(Run):
         except RayError as error:
             name, message = cause_of(str(error))
             text = f"{name}: {message}" if name else message
-            if isinstance(error, RayActorError):
-                raise StageDiedError(f"lost an actor of run {self.name}: {text}") from error
+            # An object dies with the actor that owns it, as the driver owns what ranks answer.
+            if isinstance(error, (RayActorError, ObjectLostError)):
+                who = self._whose(ref) or "an actor"
+                raise StageDiedError(f"lost {who} of run {self.name}: {text}") from error
             raise TrainingError(f"run {self.name}: an actor raised {text}") from error
+
+    def _whose(self, refs: Any) -> str | None:
+        """The rank whose answer, of a list by rank, is lost."""
+        for info, ref in zip(self.infos, refs, strict=True) if isinstance(refs, list) else ():
+            try:
+                ray.get(ref, timeout=0)
+            except GetTimeoutError:
+                continue
+            except RayError:
+                return str(info)
+        return None
 
     def _raise(self, failure: RunFailure) -> None:
         infos = list(failure.infos) or self.infos

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raypar.errors import ClusterError
 from raypar.mesh.bundles import BundleRange
 from raypar.mesh.cluster import Cluster
 from raypar.mesh.device_mesh import PlacementRequest, device_meshes
@@ -23,12 +24,14 @@ class SeatSettings:
         at: For every rank, (index of its group, its bundle).
         cluster: Where the plan's devices are; None to take any.
         deadline_s: How long to try, in seconds.
+        lent: Bundles of somebody else's group to take instead; `at` then counts in these.
     """
 
     requests: tuple[PlacementRequest, ...]
     at: tuple[tuple[int, int], ...]
     cluster: Cluster | None = None
     deadline_s: float = 30.0
+    lent: tuple[BundleRange, ...] = ()
 
     @classmethod
     def of_plan(
@@ -54,6 +57,34 @@ class SeatSettings:
             cluster,
             deadline_s,
         )
+
+    @classmethod
+    def on_lent(
+        cls, plan: Plan, bundles: BundleRange, infos: Sequence[RankInfo], *, run: str
+    ) -> SeatSettings:
+        """A named range of somebody else's bundles for every mesh of the plan.
+
+        Args:
+            plan: Made for the cluster that the bundles are (`BundleRange.cluster`).
+            bundles: What was lent.
+            infos: The ranks.
+            run: The run's name.
+
+        Raises:
+            ClusterError: The plan's meshes overlap, or want more than there is.
+        """
+        cluster, order = bundles.cluster()
+        meshes, _ = device_meshes([stage.mesh for stage in plan.stages], run)
+        ranges: list[BundleRange] = []
+        seat: dict[int, tuple[int, int]] = {}
+        for index, mesh in enumerate(meshes):
+            positions = [_bundle_of(device, order, bundles) for device in mesh.devices]
+            first = min(positions)
+            ranges.append(bundles.sub(mesh.name, first, max(positions) - first + 1))
+            both = zip(mesh.devices, positions, strict=True)
+            seat.update((device, (index, at - first)) for device, at in both)
+        at = tuple(seat[info.device] for info in infos)
+        return cls((), at, cluster, lent=tuple(ranges))
 
     @classmethod
     def anywhere(
@@ -86,6 +117,8 @@ class Seats:
         Raises:
             ClusterError: The cluster cannot hold them, or not before the deadline.
         """
+        if settings.lent:
+            return cls(settings, settings.lent)
         groups = acquire(settings.requests, settings.deadline_s)
         return cls(
             settings,
@@ -108,6 +141,15 @@ class Seats:
             check_nodes(at, self._settings.cluster)
 
     def release(self) -> None:
-        """Gives the groups back, which ends what runs in them; safe to call twice."""
-        release([r.group for r in self._ranges])
+        """Gives own groups back, which ends what runs in them; safe to call twice."""
+        release([r.group for r in self._ranges if r.owned])
         self._ranges = []
+
+
+def _bundle_of(device: int, order: Sequence[int], bundles: BundleRange) -> int:
+    if device >= len(order):
+        raise ClusterError(
+            f"{bundles.name!r} has {len(order)} devices (0 to {len(order) - 1}), the plan uses "
+            f"device {device}: make a plan for these, or ask for more bundles"
+        )
+    return order[device]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -23,10 +23,16 @@ from raypar.train.config import RunConfig, ScalingConfig
 from raypar.train.data import Data
 from raypar.train.loop import EarlyStop, Limits
 
+if TYPE_CHECKING:
+    from raypar.mesh.bundles import BundleRange
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What `raypar.Trainer` was given; its arguments are explained there.
+
+    Attributes:
+        lent: Bundles of somebody else's placement group to run on, instead of groups of its own.
 
     Raises:
         ConfigError: A value is out of range, or two of them contradict each other.
@@ -60,6 +66,7 @@ class Settings:
     batch_dims: Any = None
     on_plan: Callable[[Plan, OpGraph, Cluster], None] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    lent: BundleRange | None = None
 
     def __post_init__(self) -> None:
         self._check_limits()

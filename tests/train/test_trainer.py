@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import raypar as rp
 from raypar.search.plan import Found, search
 from raypar.search.record import SearchRecord
-from raypar.train.trainer import first_devices
+from raypar.train.devices import first_devices
 
 
 def model() -> nn.Module:
