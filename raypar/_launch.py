@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -200,6 +201,32 @@ def train_config(
         config=config.model_dump(),
     )
     return trainer.fit()
+
+
+def verify_config(config: Config, plan_file: str | Path | None = None, steps: int = 1) -> str:
+    """Runs a plan beside the unsplit model, in this process.
+
+    Args:
+        config: The run.
+        plan_file: The plan; default: the one that the configuration would get.
+        steps: Steps to compare.
+
+    Returns:
+        The first value that differs, in words; empty where none does.
+    """
+    from raypar.testing.verify import first_difference
+
+    plan, graph, _ = plan_of(config, plan_file=plan_file)
+    batches = list(itertools.islice(iter(data_of(config)()), steps))
+    found = first_difference(
+        graph,
+        plan,
+        batches,
+        steps=steps,
+        optimizer=optimizer_of(config),
+        seed=config.train.seed,
+    )
+    return "" if found is None else str(found)
 
 
 def resume_run(

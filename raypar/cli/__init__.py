@@ -21,6 +21,7 @@ for _command in (
     planning.plan,
     planning.explain,
     planning.simulate,
+    planning.verify,
     training.train,
     training.resume,
     training.submit,

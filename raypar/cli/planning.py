@@ -172,3 +172,22 @@ def simulate(
         click.echo(f"wrote {trace}")
     for line in over_limit(found):
         click.echo(f"out of memory: {line}", err=True)
+
+
+@click.command()
+@click.argument("config_file", metavar="CONFIG")
+@click.option("--plan", "plan_file", metavar="FILE", help="Check this plan (JSON).")
+@click.option("--steps", type=click.IntRange(min=1), default=1, show_default=True)
+@set_option
+def verify(config_file: str, plan_file: str | None, steps: int, overrides: tuple[str, ...]) -> None:
+    """Run a plan beside the unsplit model, in this process; name the first value that differs.
+
+    The exit code is 1 where one does. The plan is the one that CONFIG would get, or --plan.
+    """
+    config = load_config(config_file, overrides)
+    from raypar._launch import verify_config
+
+    found = verify_config(config, plan_file, steps)
+    click.echo(found or f"no value differs in {steps} step{'s' * (steps > 1)}")
+    if found:
+        click.get_current_context().exit(1)

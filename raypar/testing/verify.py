@@ -30,6 +30,7 @@ from raypar.sharding.spec import ShardingSpec
 from raypar.stages.compile import compile_plan, loss_scale
 from raypar.stages.holdings import Workshop
 from raypar.stages.local import LocalRun
+from raypar.stages.optimizers import call_optimizer
 from raypar.stages.run import StepResult
 from raypar.stages.spec import OptimizerFn
 from raypar.testing._parts import Part, PartwiseModel, Reference
@@ -155,7 +156,7 @@ class _Verification:
 
     def run(self, steps: int) -> Difference | None:
         model = self._model()
-        made = self._optimizer(model.parameters())
+        made = call_optimizer(self._optimizer, model.named_parameters())
         unsplit = PartwiseModel(self._graph, self._plan, self._seed)
         specs = compile_plan(
             self._graph,

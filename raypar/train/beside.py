@@ -51,6 +51,12 @@ class Beside:
         self.display.show(line)
         self.callbacks.on_step(line)
 
+    def settled(self) -> None:
+        """See `raypar.train.loop.Hooks`."""
+        checkpoints = self.settings.run.checkpoint_config
+        if self.store is not None and (checkpoints.every_steps or checkpoints.every_s):
+            self.store.make_ready(self.run)
+
     def evaluate(self, step: int) -> dict[str, Any]:
         """See `raypar.train.loop.Hooks`."""
         assert self.evaluator is not None and self.settings.eval_data is not None

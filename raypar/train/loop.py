@@ -100,6 +100,9 @@ class Hooks(Protocol):
     def reported(self, result: StepResult) -> None:
         """A step was finished."""
 
+    def settled(self) -> None:
+        """The first step of the attempt is done: ranks hold all that they ever will."""
+
     def evaluate(self, step: int) -> dict[str, Any]:
         """Evaluates between two steps; metrics as plain numbers."""
 
@@ -138,10 +141,11 @@ class TrainLoop:
         self._hooks = hooks
         self._samples = samples
         self._on_first = on_first
-        self._saved_at = -1
+        self._saved_at = state.step if state.step else -1  # what is resumed from is saved
         self._saved_when = time.monotonic()
         self.stopped = ""  # why it ended before its last step
         self._ended = False  # the data did
+        self._settled = False
         self._signal: BaseException | None = None
         self._watch = _Watch(run)
 
@@ -174,11 +178,15 @@ class TrainLoop:
         if limits.checkpoint_s:
             deadlines.append(self._saved_when + limits.checkpoint_s)
         first = self.state.step
+        border = limits.border(first) if self._settled else first + 1
         with self._watch.until(min(deadlines, default=None)):
             reached = self._run.train(
-                first, limits.border(first) - first, self._reported, horizon=limits.steps
+                first, border - first, self._reported, horizon=limits.steps
             )
-        self._ended = reached < limits.border(first) and not self._watch.asked
+        self._ended = reached < border and not self._watch.asked
+        if not self._settled and reached > first:
+            self._settled = True
+            self._hooks.settled()
         self.state = replace(
             self.state,
             step=reached,

@@ -1,5 +1,6 @@
 """The command line as a user meets it; planning runs for real, training is told to tests/train."""
 
+import json
 import re
 import subprocess
 import sys
@@ -240,3 +241,61 @@ def test_configured_data_lose_no_batch_to_the_look_at_the_first(once: bool) -> N
     assert opened.one_shot == once
     assert [float(batch[0]) for batch in opened.batches] == [0.0, 1.0, 2.0]
     assert opened.example.dtype == torch.float64
+
+
+def test_verify_runs_the_plan_beside_the_unsplit_model(config_file: Path) -> None:
+    done = run("verify", config_file, "--set", "search.stages=2", "--set", "search.planner=uniform")
+    assert done.exit_code == 0, done.output
+    assert "no value differs in 1 step" in done.stdout
+
+
+def test_a_config_is_shown_checked_and_described(config_file: Path, tmp_path: Path) -> None:
+    shown = run("config", "show", config_file)
+    assert shown.exit_code == 0
+    assert "clip_norm: null" in shown.stdout
+    assert run("config", "check", config_file).exit_code == 0
+    wrong = run("config", "check", config_file, "--set", "model.target=examples.models:gtp")
+    assert wrong.exit_code == 2
+    assert "Did you mean 'gpt'" in wrong.stderr
+    schema = tmp_path / "schema.json"
+    assert run("config", "schema", "-o", schema).exit_code == 0
+    found = json.loads(schema.read_text())
+    assert set(found["required"]) == {"model", "data"}
+    assert found["$defs"]["TrainSection"]["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_are_printed(shell: str) -> None:
+    done = run("completion", shell)
+    assert done.exit_code == 0
+    assert "_RAYPAR_COMPLETE" in done.stdout
+
+
+def test_a_run_is_resumed_inspected_and_reported(config_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "small"
+    steps = ("--num-workers", 0, "--set", "train.steps")
+    assert run("train", config_file, *steps[:2], "--set", "train.steps=2").exit_code == 0
+    resumed = run("resume", folder, "--set", "train.steps=4", "--json", tmp_path / "out.json")
+    assert resumed.exit_code == 0, resumed.output
+    assert json.loads((tmp_path / "out.json").read_text())["total_steps"] == 4
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
+    again = run("resume", folder)
+    assert again.exit_code == 0, again.output
+    inspected = run("checkpoint", "inspect", folder)
+    assert inspected.exit_code == 0
+    assert "-step-4" in inspected.stdout
+    assert len(list((folder / "checkpoints").iterdir())) == 2
+    assert run("checkpoint", "verify", folder).exit_code == 0
+    assert run("report", folder).exit_code == 0
+    assert (folder / "report.html").stat().st_size > 10_000
+    nothing = run("resume", tmp_path)
+    assert nothing.exit_code == 2
+    assert "holds no run that was started from a config" in nothing.stderr
+
+
+def test_bench_tells_measured_and_predicted(config_file: Path, tmp_path: Path) -> None:
+    done = run("bench", config_file, "--set", "mesh.num_workers=0", "--steps", 4)
+    assert done.exit_code == 0, done.output
+    assert "measured ÷ predicted" in done.stdout
+    assert not (tmp_path / "runs").exists()

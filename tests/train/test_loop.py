@@ -66,6 +66,9 @@ class Told:
     def reported(self, result: StepResult) -> None:
         self.events.append(("step", result.step))
 
+    def settled(self) -> None:
+        self.events.append(("settled", 0))
+
     def evaluate(self, step: int) -> dict[str, Any]:
         self.events.append(("evaluate", step))
         return {"eval_loss": self.losses.pop(0) if self.losses else 1.0}
@@ -78,7 +81,7 @@ class Told:
         return {"at": step}
 
     def other(self) -> list[tuple[str, int]]:
-        return [event for event in self.events if event[0] != "step"]
+        return [event for event in self.events if event[0] not in ("step", "settled")]
 
 
 def loop_of(run: FakeRun, told: Told, first: TrainState | None = None, **limits: Any) -> TrainLoop:
@@ -103,7 +106,8 @@ def test_what_is_due_comes_at_its_step_and_evaluation_before_checkpoint() -> Non
 def test_a_resume_keeps_the_rhythm() -> None:
     run, told = FakeRun(), Told()
     loop_of(run, told, TrainState(step=6, samples=24), steps=9, checkpoint_steps=4).go()
-    assert run.segments == [(6, 2, 9), (8, 1, 9)]
+    assert run.segments == [(6, 1, 9), (7, 1, 9), (8, 1, 9)]
+    assert told.events[:2] == [("step", 6), ("settled", 0)]
     assert told.other() == [("checkpoint", 8), ("checkpoint", 9)]
     assert told.saved[-1].samples == 36
 
