@@ -77,6 +77,7 @@ class Beside:
         state = replace(state, metrics={**state.metrics, **self._last})
         begun = self.store.begin(self.run, state, self.plan, dict(self.settings.facts))
         if begun is not None:
+            self.display.checkpoint(begun.path, begun.step)
             self.callbacks.on_checkpoint(begun.path, begun.step)
             self.stall_s += begun.stall_s
 
