@@ -15,6 +15,7 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -158,6 +159,29 @@ class PlanCache:
         with contextlib.suppress(OSError):
             os.utime(path)
         return found, ""
+
+    @contextlib.contextmanager
+    def only_one(self, question: Question) -> Iterator[None]:
+        """Inside, no other process that shares the folder is here for the same question.
+
+        So of several that start together one searches, and the others find what it found. The lock
+        is the kernel's: it is gone when its process is. Where there are no such locks, or nothing
+        can be written, everyone may be here.
+        """
+        locks = self.folder.with_name(f"{self.folder.name}.locks")
+        try:
+            import fcntl
+
+            locks.mkdir(parents=True, exist_ok=True)
+            # One of a few files, and not one for each question: they are never deleted.
+            file = (locks / self._path(question).stem[:2]).open("a")
+        except (ImportError, OSError):
+            yield
+            return
+        with file:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def put(self, question: Question, plan: Plan, record: SearchRecord) -> str:
         """Keeps a plan.

@@ -44,7 +44,8 @@ class SearchConfig:
         measure: Plans that may really be run, where the search is given someone who runs them.
         storage: Path of the study's journal, which is resumed if it is there.
         cache: Whether a plan that was found before for the same question is taken again. Off here,
-            so that a call from Python does what it says; on in config files.
+            so that a call from Python does what it says; on in config files. A path is the folder
+            to keep plans in, where it is not to be this machine's.
         manual: For ``manual``: path of a plan file, or a dict of plan fields that override what
             ``uniform`` makes of the other options.
 
@@ -72,7 +73,7 @@ class SearchConfig:
     cost_model: str = "auto"
     measure: int | Auto = "auto"
     storage: str | None = None
-    cache: bool = False
+    cache: bool | str = False
     manual: str | dict[str, Any] | None = None
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
-from raypar.search.cache import PlanCache, question_of
+from raypar.search.cache import PlanCache, Question, question_of
 from raypar.search.config import SearchConfig
 from raypar.search.measure import Measurer
 from raypar.search.planners.base import get_planner
@@ -100,22 +100,24 @@ def search(
             get_planner(name)
     if not config.cache or config.chosen_planner in _DIRECT:
         return run()
-    return _remembered(graph, cluster, config, measurer is not None, run)
+    cache = PlanCache(config.cache if isinstance(config.cache, str) else None)
+    question = question_of(graph, cluster, config, measured=measurer is not None)
+    with cache.only_one(question):
+        return _remembered(graph, cluster, config, cache, question, run)
 
 
 def _remembered(
     graph: OpGraph,
     cluster: Cluster,
     config: SearchConfig,
-    measured: bool,
+    cache: PlanCache,
+    question: Question,
     run: Callable[[], Found],
 ) -> Found:
     """What the plan cache holds, else what is found, which goes into it.
 
     A search with a journal always runs, since it goes on from there.
     """
-    cache = PlanCache()
-    question = question_of(graph, cluster, config, measured=measured)
     note = ""
     if config.storage is None:
         known, note = cache.get(question, graph, cluster)

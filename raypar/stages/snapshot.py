@@ -210,6 +210,10 @@ class RankState:
         except ValueError as error:
             raise CheckpointError(f"rank {self.spec.rank}: {error}") from None
 
+    def renew_options(self) -> None:
+        """After `restored`: the optimizer's options are this run's, not the saved one's."""
+        self._update.renew_options()
+
     # -- helpers ----------------------------------------------------------------------------
 
     def _averages(self) -> dict[str, torch.Tensor]:

@@ -18,6 +18,8 @@ from raypar.stages.spec import RankSpec
 
 # How an optimizer computes, not what: the code that resumes decides (`fused` on a GPU, say).
 _OF_THE_MACHINE = frozenset({"params", "param_names", "foreach", "fused", "capturable"})
+# What a scheduler may move, and what it moves around: all of it follows the first learning rate.
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 
 
 class Update:
@@ -44,10 +46,12 @@ class Update:
         made = build_optimizer(spec.optimizer, spec.forms, holdings.stored, holdings.device)
         check_cut(made, spec.params, spec.axes)
         self.optimizer = made
+        self._asked = [dict(group) for group in made.param_groups]  # before a scheduler moves them
         self.scaler = LossScaler(recipe.loss_scale)
         self._scheduler = None
         if recipe.scheduler is not None:
             self._scheduler = build_scheduler(recipe.scheduler, made)
+        self._first_rates = [float(g.get("initial_lr", 0.0)) for g in made.param_groups]
         self.average = None
         if recipe.ema_decay is not None:
             self.average = WeightAverage(holdings, recipe.ema_decay)
@@ -133,6 +137,38 @@ class Update:
                 "start a new training from its weights (init_from)"
             ) from error
 
+    def renew_options(self) -> None:
+        """After `load`: the options of the optimizer are those of this run again.
+
+        What was loaded is kept but for them: the optimizer's tensors, and where a scheduler is on
+        its way. Where there is a scheduler, its learning rates keep their course and are scaled to
+        the first rate of this run; else the rates are those of this run. Momenta that a scheduler
+        moves stay as loaded.
+        """
+        for index, (group, asked) in enumerate(
+            zip(self.optimizer.param_groups, self._asked, strict=True)
+        ):
+            moved = {"betas", "momentum"} if "max_momentum" in group else set()
+            for name, value in asked.items():
+                if name not in _OF_THE_MACHINE and name not in _RATES and name not in moved:
+                    group[name] = value
+            if "lr" in asked:
+                self._renew_rates(index, group, float(asked["lr"]))
+
+    def _renew_rates(self, index: int, group: dict[str, Any], wanted: float) -> None:
+        if self._scheduler is None or not group.get("initial_lr"):
+            _put_rate(group, "lr", wanted)
+            return
+        first = self._first_rates[index] or wanted
+        factor = first / float(group["initial_lr"])
+        for name in _RATES:
+            if name in group:
+                _put_rate(group, name, float(group[name]) * factor)
+        for scheduler in _nested(self._scheduler):
+            bases = getattr(scheduler, "base_lrs", None)
+            if bases is not None:
+                bases[index] = float(bases[index]) * factor
+
     def _check_same(self, state: dict[str, Any]) -> None:
         groups = self.optimizer.param_groups
         scheduler = None if self._scheduler is None else type(self._scheduler).__name__
@@ -203,6 +239,20 @@ def build_scheduler(
             f"the one it was given; {example}"
         )
     return made
+
+
+def _nested(scheduler: Any) -> list[Any]:
+    """A scheduler and all that it is made of (`SequentialLR`, `ChainedScheduler`)."""
+    inner = getattr(scheduler, "_schedulers", ())
+    return [scheduler, *(s for part in inner for s in _nested(part))]
+
+
+def _put_rate(group: dict[str, Any], name: str, value: float) -> None:
+    known = group.get(name)
+    if isinstance(known, torch.Tensor):  # a learning rate that a graph reads
+        known.fill_(value)
+    else:
+        group[name] = value
 
 
 def step_scheduler(scheduler: LRScheduler | ReduceLROnPlateau, loss: float) -> None:

@@ -27,6 +27,7 @@ class RunFacts:
         first_step: Number of the first step of this attempt.
         steps: Optimizer steps in all; None where only the end of the data tells.
         config: The configuration as plain values, where the run was started from one.
+        startup: Seconds of each part of the start, ``plan`` among them where one was searched.
     """
 
     name: str
@@ -38,6 +39,7 @@ class RunFacts:
     first_step: int = 0
     steps: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    startup: dict[str, float] = field(default_factory=dict)
 
 
 class Callback:
