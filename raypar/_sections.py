@@ -35,6 +35,11 @@ class ModelConfig(Section):
         description="fp32, fp64: dtype of parameters and floating-point inputs; bf16, fp16: "
         "autocast over fp32 parameters (fp16 with loss scaling)",
     )
+    init_from: Text | None = Field(
+        default=None,
+        description="weights to begin with: a Hugging Face folder, a safetensors file, a "
+        "checkpoint or a run's folder; null: the seed makes them",
+    )
 
 
 class DataConfig(Section):

@@ -17,6 +17,7 @@ from raypar.lowered import LoweredPlan, lower_plan
 from raypar.plan import Plan
 from raypar.programs.slicing import StageGraph
 from raypar.programs.wire import pack
+from raypar.stages.initial import InitialWeights
 from raypar.stages.recipe import Recipe
 from raypar.stages.spec import OptimizerFn, RankSpec, StageSpec
 from raypar.stages.transfers import posting_plan
@@ -32,6 +33,7 @@ def compile_plan(
     keep_gradients: bool = False,
     threads: int | None = None,
     accelerator: bool = False,
+    initial: InitialWeights | None = None,
 ) -> list[RankSpec]:
     """Compiles a plan into one spec per rank, in rank order.
 
@@ -44,6 +46,7 @@ def compile_plan(
         keep_gradients: Keep a copy of every step's gradients on the ranks.
         threads: torch threads per rank, or None to leave them alone.
         accelerator: Whether ranks run on GPUs.
+        initial: What the model begins with in place of what the seed makes.
 
     Raises:
         PlanError: The plan does not fit the graph.
@@ -101,6 +104,7 @@ def compile_plan(
             recipe=recipe or Recipe(),
             forms=graph.params,
             seed=seed,
+            initial=initial,
             default_dtype=str(torch.get_default_dtype()).removeprefix("torch."),
             threads=threads,
             keep_gradients=keep_gradients,

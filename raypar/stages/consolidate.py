@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from raypar.errors import TrainingError
+from raypar.sharding.pieces import piece_of
 from raypar.stages.layouts import stored_piece
+from raypar.stages.materialise import state_names
 from raypar.stages.spec import RankSpec
 
 
@@ -59,8 +61,8 @@ def consolidate(
 ) -> dict[str, torch.Tensor]:
     """Builds the model's ``state_dict()`` from what the ranks own.
 
-    Tensors that no rank holds (unused parameters and buffers) have the value that the seed gives
-    them, which needs one build of the model on the CPU.
+    Tensors that no rank holds (unused parameters and buffers) have the value that they began with,
+    which needs one build of the model on the CPU.
 
     Args:
         specs: Every rank's spec, by rank.
@@ -85,8 +87,20 @@ def consolidate(
             found[name] = held[owner]
     if len(found) < len(keys):
         fresh = _build(spec, meta=False).state_dict()
-        found = {name: found.get(name, fresh[name]) for name in keys}
+        canonical = state_names(model)
+        for name in keys:
+            if name not in found:
+                found[name] = _began(spec, canonical.get(name, name), fresh[name])
+        found = {name: found[name] for name in keys}
     return found
+
+
+def _began(spec: RankSpec, name: str, seeded: torch.Tensor) -> torch.Tensor:
+    if spec.initial is None or not spec.initial.has(name):
+        return seeded
+    value = torch.empty(seeded.shape, dtype=seeded.dtype)
+    spec.initial.fill(name, piece_of(tuple(((0, n),) for n in seeded.shape)), value)
+    return value
 
 
 def _build(spec: RankSpec, *, meta: bool) -> torch.nn.Module:

@@ -103,6 +103,7 @@ class Holdings:
             buffers,
             spec.constants,
             device,
+            spec.initial,
         )
         self.params, self.buffers, self.constants = made.params, made.buffers, made.constants
         self.names, self.note = made.names, made.note

@@ -4,7 +4,8 @@ The model is built once on the meta device, where it takes no memory, while ever
 written down (`_recorder.py`). Then the calls that the rank's part needs run for real, each tensor
 is cut as soon as it is finished, and the numbers that the other random calls would have drawn are
 drawn into a few kilobytes (`_replay.py`). So a rank holds its own part and, at any time, little
-more than the tensor that is being made.
+more than the tensor that is being made. What the model begins with may also come from elsewhere, a
+file say (`InitialWeights`): then the calls that would have made it do not run.
 
 What cannot be put off (Python that looks at random values, numpy views of parameters, foreign
 operators) is built whole, once and for real, and cut then; `Materialised.note` says why.
@@ -33,6 +34,7 @@ from raypar.stages._memory import Take, cut
 from raypar.stages._recorder import Recorder
 from raypar.stages._replay import Replay
 from raypar.stages._tape import NotDeferrable
+from raypar.stages.initial import InitialWeights
 
 Part = tuple[Ranges, ...] | None
 """For every dim the ``[start, stop)`` ranges to keep, or None for the whole tensor."""
@@ -65,6 +67,7 @@ def materialise(
     buffers: Collection[str] = (),
     constants: Mapping[str, torch.Tensor | Path] | None = None,
     device: torch.device | None = None,
+    initial: InitialWeights | None = None,
 ) -> Materialised:
     """Makes the wanted parts of a model's tensors.
 
@@ -78,12 +81,14 @@ def materialise(
         buffers: Names of the buffers to keep.
         constants: Constants of a graph: the value, or its place in the model.
         device: Where the parts end up, each as soon as it is made; default: the CPU.
+        initial: What tensors begin with that it has; the others are as the seed makes them, as
+            after ``load_state_dict`` on the seeded model.
 
     Raises:
         PlanError: The model has no parameter of a wanted name, or a smaller one.
         CaptureError: `model_fn` fails, or makes no module.
     """
-    order = _Order(wanted, buffers, constants or {}, device or torch.device("cpu"))
+    order = _Order(wanted, buffers, constants or {}, device or torch.device("cpu"), initial)
     if isinstance(model_fn, nn.Module):
         return order.from_real(model_fn)
     with _seeded(seed), _python_randomness() as bring_back:
@@ -109,9 +114,11 @@ def _in_parts(model_fn: Callable[[], nn.Module], recorder: Recorder, order: _Ord
     if recorder.failed is not None:
         raise NotDeferrable(recorder.failed)
     made, takes = Materialised(), []
-    for tensor, part, deliver in order.items(model, made):
+    for name, tensor, part, deliver in order.items(model, made):
         region = recorder.region(tensor)
-        if region is None:
+        if order.loads(name):
+            deliver(order.loaded(name, tensor, part))
+        elif region is None:
             deliver(cut(tensor, part))
         else:
             takes.append(Take(region, deliver, part, order.room(tensor, part)))
@@ -131,11 +138,15 @@ class _Order:
     buffers: Collection[str]
     constants: Mapping[str, torch.Tensor | Path]
     device: torch.device
+    initial: InitialWeights | None
 
     def items(
         self, model: nn.Module, made: Materialised
-    ) -> Iterator[tuple[torch.Tensor, Part, Callable[[torch.Tensor], None]]]:
-        """(tensor of the model, part of it, where to deliver that) of everything."""
+    ) -> Iterator[tuple[str, torch.Tensor, Part, Callable[[torch.Tensor], None]]]:
+        """(name, tensor of the model, part of it, where to deliver that) of everything.
+
+        A constant has no name of its own.
+        """
         params = dict(model.named_parameters())
         missing = sorted(set(self.params) - set(params))
         if missing:
@@ -152,13 +163,26 @@ class _Order:
                 )
             if part == tuple(((0, n),) for n in shape):
                 part = None
-            yield params[name], part, self._param(made.params, name, params[name].requires_grad)
+            deliver = self._param(made.params, name, params[name].requires_grad)
+            yield name, params[name], part, deliver
         for name, buffer in model.named_buffers():
             if name in self.buffers:
-                yield buffer, None, self._plain(made.buffers, name)
+                yield name, buffer, None, self._plain(made.buffers, name)
         for key, found in self.constants.items():
             tensor = found if isinstance(found, torch.Tensor) else fetch_tensor(model, found)
-            yield tensor, None, self._plain(made.constants, key)
+            yield "", tensor, None, self._plain(made.constants, key)
+
+    def loads(self, name: str) -> bool:
+        """Whether a tensor's values come from elsewhere."""
+        return self.initial is not None and self.initial.has(name)
+
+    def loaded(self, name: str, tensor: torch.Tensor, part: Part) -> torch.Tensor:
+        """A part of a tensor, read from elsewhere."""
+        assert self.initial is not None
+        piece = piece_of(part or tuple(((0, n),) for n in tensor.shape))
+        room = torch.empty(piece.shape, dtype=tensor.dtype)
+        self.initial.fill(name, piece, room)
+        return room
 
     def room(self, tensor: torch.Tensor, part: Part) -> torch.Tensor | None:
         """Memory for a part that stays on this host."""
@@ -169,8 +193,9 @@ class _Order:
     def from_real(self, model: nn.Module) -> Materialised:
         """Cuts a model that is there."""
         made = Materialised()
-        for tensor, part, deliver in self.items(model, made):
-            deliver(cut(tensor, part))
+        for name, tensor, part, deliver in self.items(model, made):
+            loads = self.loads(name)
+            deliver(self.loaded(name, tensor, part) if loads else cut(tensor, part))
         self.sort(model, made)
         return made
 
@@ -180,7 +205,7 @@ class _Order:
         made.params = {n: made.params[n] for n in names}
         names = [n for n, _ in model.named_buffers() if n in made.buffers]
         made.buffers = {n: made.buffers[n] for n in names}
-        made.names = _state_names(model)
+        made.names = state_names(model)
 
     def _param(
         self, into: dict[str, nn.Parameter], name: str, requires_grad: bool
@@ -197,7 +222,8 @@ class _Order:
         return deliver
 
 
-def _state_names(model: nn.Module) -> dict[str, str]:
+def state_names(model: nn.Module) -> dict[str, str]:
+    """Key of a model's ``state_dict()`` → canonical name of its tensor (`Materialised.names`)."""
     first: dict[int, str] = {}
     named = [
         *model.named_parameters(remove_duplicate=False),

@@ -15,6 +15,7 @@ from raypar.schedules.instructions import Instruction
 from raypar.schedules.io import Edge
 from raypar.sharding.layout import Axes, ParamLayout
 from raypar.sharding.spec import ShardingSpec
+from raypar.stages.initial import InitialWeights
 from raypar.stages.recipe import Recipe
 
 OptimizerFn = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -105,6 +106,7 @@ class RankSpec:
         recipe: What else decides the numbers: clipping, schedule, loss scale, average.
         forms: Every parameter of the model in its order, also those of other ranks.
         seed: Seed of initialisation and of dropout.
+        initial: What the model begins with in place of what the seed makes, or None.
         default_dtype: `torch.get_default_dtype()` where the plan was compiled, as text.
         threads: torch threads for this rank, or None to leave them alone.
         keep_gradients: Keep a copy of every step's gradients (equivalence tests).
@@ -144,6 +146,7 @@ class RankSpec:
     recipe: Recipe = field(default_factory=Recipe)
     forms: ParamForms = field(default_factory=dict)
     seed: int = 0
+    initial: InitialWeights | None = None
     default_dtype: str = "float32"
     threads: int | None = None
     keep_gradients: bool = False

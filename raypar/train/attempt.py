@@ -16,6 +16,7 @@ from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.stages.compile import compile_plan
+from raypar.stages.initial import InitialWeights
 from raypar.stages.run import Run
 from raypar.stages.spec import RankSpec
 from raypar.train.beside import Beside
@@ -70,6 +71,8 @@ class Prepared:
         resume: What the next attempt goes on from, or None.
         state: Where training stands.
     """
+        initial: What the model begins with in place of what the seed makes, or None.
+        notes: What users should know before the first step.
 
     folder: Path
     opened: Opened
@@ -83,6 +86,8 @@ class Prepared:
     resume: Checkpoint | None = None
     state: TrainState = field(default_factory=TrainState)
 
+    initial: InitialWeights | None = None
+    notes: tuple[str, ...] = ()
 
 class Attempt:
     """Brings the ranks of a plan up and trains.
@@ -153,6 +158,7 @@ class Attempt:
         )
 
     def _make_run(self, stack: ExitStack, specs: list[RankSpec]) -> Run:
+            initial=self._prepared.initial if self._prepared.resume is None else None,
         settings, made = self._settings, self._prepared
         start = DataPosition.from_json(made.state.data)
         epochs = settings.epochs
@@ -190,7 +196,7 @@ class Attempt:
         log = self._log(run, specs)
         stack.callback(log.close)
         display = stack.enter_context(Display(made.steps, settings.run.log_every))
-        for note in run.notes:
+        for note in (*made.notes, *run.notes):
             display.say(note)
         made.callbacks.on_start(self._facts(run))
         beside = Beside(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from raypar.errors import CheckpointError
+from raypar.errors import CheckpointError, ConfigError
 from raypar.train.checkpoint import Checkpoint, CheckpointStore
 from raypar.train.settings import Settings
 
@@ -38,6 +38,34 @@ def checkpoint_at(where: Checkpoint | str | Path | None, own: Path) -> Checkpoin
             "anew, with checkpoint_config=CheckpointConfig(every_steps=100)"
         )
     return found
+
+
+def beginning(
+    settings: Settings, own: Path
+) -> tuple[Checkpoint | None, Checkpoint | str | Path | None]:
+    """What a run resumes, and else what its weights begin from.
+
+    A checkpoint that holds weights alone cannot be resumed: the run begins from it.
+
+    Args:
+        settings: What the trainer was asked for.
+        own: The run's own folder.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it is damaged.
+        ConfigError: Weights to begin from are given twice.
+    """
+    resume = checkpoint_at(settings.resume_from, own)
+    if resume is None:
+        return None, settings.init_from
+    if not resume.weights_only:
+        return resume, None
+    if settings.init_from is not None:
+        raise ConfigError(
+            f"resume_from={resume.path!r} holds weights alone, and init_from="
+            f"{str(settings.init_from)!r} gives weights too: remove one of them"
+        )
+    return None, resume
 
 
 def store_of(settings: Settings, path: Path, stack: ExitStack) -> CheckpointStore | None:

@@ -62,6 +62,7 @@ class Settings:
     network: NetworkSettings | None = None
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    init_from: str | Path | Checkpoint | None = None
     search: Any = None
     batch_dims: Any = None
     on_plan: Callable[[Plan, OpGraph, Cluster], None] | None = None

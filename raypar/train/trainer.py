@@ -33,10 +33,11 @@ from raypar.train.loop import EarlyStop
 from raypar.train.optimizer import check_recipe
 from raypar.train.planning import random_state_kept
 from raypar.train.result import Result
+from raypar.train.resuming import beginning, store_of
 from raypar.train.resuming import checkpoint_at as checkpoint_at
-from raypar.train.resuming import store_of
 from raypar.train.settings import Settings
 from raypar.train.signals import terminating
+from raypar.train.weights import initial_weights
 
 
 class Trainer:
@@ -71,6 +72,9 @@ class Trainer:
         early_stop: Ends the run when evaluations no longer get better.
         resume_from: A checkpoint, its path, the folder of a run, or ``"auto"``: the newest
             checkpoint of this very run, where there is one.
+        init_from: Weights that the model begins with in place of what the seed makes: a Hugging
+            Face folder, a safetensors file, a checkpoint or the folder of a run; each rank reads
+            its own parts. A run that is resumed goes on from its checkpoint instead.
         scaling_config: How much of the cluster to use.
         run_config: Where the files go, checkpoints, what happens after failures.
         search_config: How a plan is searched (`raypar.SearchConfig`), for ``plan="auto"``.
@@ -107,6 +111,7 @@ class Trainer:
         eval_weights: Literal["live", "ema"] = "live",
         early_stop: EarlyStop | None = None,
         resume_from: Checkpoint | str | Path | None = None,
+        init_from: Checkpoint | str | Path | None = None,
         scaling_config: ScalingConfig | None = None,
         run_config: RunConfig | None = None,
         search_config: Any = None,
@@ -137,6 +142,7 @@ class Trainer:
             eval_weights=eval_weights,
             early_stop=early_stop,
             resume_from=resume_from,
+            init_from=init_from,
             scaling=scaling_config or ScalingConfig(),
             run=run_config or RunConfig(),
             search=search_config,
@@ -183,6 +189,8 @@ class Trainer:
         Raises:
             DataError: The data raised, ended early, or changed form.
             CaptureError: The model cannot be captured.
+            CheckpointError: What to resume or to begin from is missing, damaged, or of another
+                model.
             PlanError: The plan does not fit the model, the cluster or `scaling_config`.
             ClusterError: The cluster is not reachable, or lacks the devices.
             OptimizerError: The optimizer cannot be used, or raised.
@@ -205,7 +213,7 @@ class Trainer:
     def _fit(self, path: Path) -> Result:
         settings, clock = self._settings, Clock()
         plan = _load(settings.plan)
-        resume = checkpoint_at(settings.resume_from, path)
+        resume, begin = beginning(settings, path)
         opened = peek(
             settings.data,
             settings.seed,
@@ -221,6 +229,7 @@ class Trainer:
             # What is wrong with model or optimizer is told before any Ray is started.
             graph = capture(*_captured(settings, opened.example), settings.batch_dims)
             check_recipe(settings.optimizer, settings.recipe, graph.params)
+            initial, notes = (None, ()) if begin is None else initial_weights(begin, graph.model)
             clock.mark("capture")
             made = Prepared(
                 folder=path,
@@ -232,6 +241,8 @@ class Trainer:
                 callbacks=Callbacks([EventLog(), PredictionWriter(), *settings.run.callbacks]),
                 clock=clock,
                 store=store_of(settings, path, stack),
+                initial=initial,
+                notes=notes,
             )
             if resume is not None:
                 made.resume, made.state = resume, resume.state

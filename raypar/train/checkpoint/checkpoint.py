@@ -86,6 +86,21 @@ class Checkpoint:
         return self._folder
 
     @property
+    def storage(self) -> Storage:
+        """Where that folder is."""
+        return self._storage
+
+    @property
+    def index(self) -> Index:
+        """What is in it, and where."""
+        return self._index
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether it holds a model alone, without what trained it: see `Index.weights_only`."""
+        return self._index.weights_only
+
+    @property
     def step(self) -> int:
         """Optimizer steps done."""
         return self._index.step
@@ -109,6 +124,8 @@ class Checkpoint:
         Raises:
             CheckpointError: It holds no plan.
         """
+        if self.weights_only:
+            raise CheckpointError(f"{self.path} holds weights alone: it was saved under no plan")
         try:
             return Plan.from_json(json.dumps(self._index.plan))
         except PlanError as error:
@@ -146,10 +163,15 @@ class Checkpoint:
             The training state that was saved.
 
         Raises:
-            CheckpointError: It is of another model, or damaged; in that case the text names the
-                newest older checkpoint that is good.
+            CheckpointError: It holds weights alone, or is of another model, or damaged; in that
+                case the text names the newest older checkpoint that is good.
             OptimizerError: It was saved with another optimizer, scheduler or recipe.
         """
+        if self.weights_only:
+            raise CheckpointError(
+                f"{self.path} holds weights alone, and a run is not brought to a state that was "
+                "never saved: begin a run with them, Trainer(init_from=...) or model.init_from"
+            )
         state = self.state
         self._check_model(run)
         try:
@@ -216,7 +238,7 @@ class Checkpoint:
                 self._check_header(checked, number)
             except CheckpointError as error:
                 problems.append(str(error))
-        for what in ("state", "plan"):
+        for what in ("state",) if self.weights_only else ("state", "plan"):
             try:
                 getattr(self, what)
             except CheckpointError as error:
@@ -236,7 +258,8 @@ class Checkpoint:
 
     def describe(self) -> str:
         """What it is, in some lines."""
-        return description(self._index, self.path, self.plan, self.state)
+        plan = None if self.weights_only else self.plan
+        return description(self._index, self.path, plan, self.state)
 
     # -- as a whole -------------------------------------------------------------------------
 
@@ -252,8 +275,8 @@ class Checkpoint:
         known: dict[str, torch.Tensor] = {}
         found = {}
         reader = Reader(self._storage, self._folder, self._index)
-        self._check_sizes()
-        for name, tensor in self._model(average).items():
+        self.check_sizes()
+        for name, tensor in self.model_tensors(average=average).items():
             of = self._index.names[name]
             if of not in known:
                 known[of] = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -273,9 +296,9 @@ class Checkpoint:
         Raises:
             CheckpointError: It is damaged, has no average, or the file cannot be written.
         """
-        self._check_sizes()
+        self.check_sizes()
         reader = Reader(self._storage, self._folder, self._index)
-        saved = self._model(average)
+        saved = self.model_tensors(average=average)
 
         def fill(name: str, room: torch.Tensor) -> None:
             reader.fill(saved[name].key, piece_of(_ranges(saved[name].shape)), room)
@@ -290,7 +313,12 @@ class Checkpoint:
         finally:
             part.unlink(missing_ok=True)
 
-    def _model(self, average: bool) -> dict[str, SavedTensor]:
+    def model_tensors(self, *, average: bool = False) -> dict[str, SavedTensor]:
+        """Where every tensor of the model is, in the model's own names; tied ones share one.
+
+        Raises:
+            CheckpointError: It is damaged, or has no average.
+        """
         tensors: Mapping[Key, SavedTensor] = self._index.tensors
         averaged = {key.name for key in tensors if key.kind == AVERAGE}
         if average and not averaged:
@@ -308,8 +336,12 @@ class Checkpoint:
             found[name] = saved
         return found
 
-    def _check_sizes(self) -> None:
-        """What the index says of shapes is believed only as far as there are bytes for it."""
+    def check_sizes(self) -> None:
+        """What the index says of shapes is believed only as far as there are bytes for it.
+
+        Raises:
+            CheckpointError: A file is missing, or shorter or longer than the index says.
+        """
         for file in self._index.files:
             name = f"{self._folder}/{file.name}"
             try:

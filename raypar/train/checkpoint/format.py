@@ -106,7 +106,7 @@ class Index:
         names: Key of the model's ``state_dict()`` → canonical name.
         values: What is saved beside tensors (`raypar.stages.snapshot.RankState.values`).
         state: The training state, as JSON.
-        plan: The plan, as JSON.
+        plan: The plan, as JSON; empty where `values` has no ``update``: there are weights alone.
         facts: Whatever else the run told of itself: its config, say.
         versions: Of raypar and torch.
         created: Seconds since the epoch.
@@ -123,6 +123,14 @@ class Index:
     facts: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     created: float = 0.0
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether there is just a model, which no run of raypar trained.
+
+        Its tensors are all of kind ``parameter``: a file of weights does not tell buffers.
+        """
+        return not self.plan and not self.values["update"]
 
     def slots(self, kind: str, name: str) -> dict[str, SavedForm]:
         """See `raypar.stages.snapshot.Saved`."""

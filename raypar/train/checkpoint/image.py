@@ -27,6 +27,9 @@ _NAMES = {
     torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
     torch.complex64: "C64",
 }  # fmt: skip
+DTYPES_BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
+"""The format's names of dtypes."""
+
 _ALIGNMENT = 64
 
 

@@ -19,7 +19,7 @@ from raypar.errors import CheckpointError
 from raypar.sharding.pieces import Box, Piece
 from raypar.stages.saved import Key, Want
 from raypar.stages.snapshot import RankState
-from raypar.train.checkpoint.format import BLOCK, INDEX, Index, SavedFile, SavedPiece
+from raypar.train.checkpoint.format import BLOCK, INDEX, Index, SavedFile
 from raypar.train.checkpoint.image import memory_of
 from raypar.train.checkpoint.storage import Storage, storage_at
 
