@@ -42,6 +42,9 @@ class Kind(StrEnum):
     NORM = "NORM"
     OPTIMIZER = "OPTIMIZER"
 
+    # Lists are walked by the hundred thousand; an enum's own hash is a Python function.
+    __hash__ = str.__hash__
+
 
 COMPUTE = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT})
 RECV = frozenset({Kind.RECV_FORWARD, Kind.RECV_BACKWARD})
@@ -90,7 +93,7 @@ class Instruction:
         if stage is None or mb is None or value is None or peer is None:
             return None
         ends = (peer, stage) if self.kind in RECV else (stage, peer)
-        return (self.kind.value[1], value, mb, *ends)
+        return (self.kind[1], value, mb, *ends)
 
     @classmethod
     def parse(cls, text: str) -> Instruction:

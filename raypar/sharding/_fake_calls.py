@@ -55,6 +55,14 @@ class RememberingEmitter(Emitter):
         return node
 
 
+def fake_like(value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """A new tensor of `shape`, fake where `value` is: what its ``new_empty`` gives."""
+    if not isinstance(value, FakeTensor) or any(type(n) is not int for n in shape):
+        return value.new_empty(tuple(shape))
+    meta = torch.empty(tuple(shape), dtype=value.dtype, device="meta")
+    return fake_around(value.fake_mode, meta, value.device)
+
+
 def _key_of(target: OpOverload, arguments: Any, tensors: list[FakeTensor]) -> object:
     """What the call depends on, and its tensors; None where one of them is unusual."""
     try:

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from raypar.compat import pytree
-from raypar.sharding._fake_calls import RememberingEmitter
+from raypar.sharding._fake_calls import RememberingEmitter, fake_like
 from raypar.sharding.convert import NONE, Step, conversion
 from raypar.sharding.local_call import write_local
 from raypar.sharding.rules.base import OpView, Strategy, is_tensor
@@ -228,7 +228,7 @@ class _Lowering:
         with self.out.inserting_before(self.anchor):
             holder = self.out.placeholder(node.name)
         value = node.meta["val"]
-        holder.meta = {**node.meta, "val": value if local == shape else value.new_empty(local)}
+        holder.meta = {**node.meta, "val": value if local == shape else fake_like(value, local)}
         self.local[node], self.specs[node] = holder, spec
 
     def _at(self, node: fx.Node) -> None:
