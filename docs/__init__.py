@@ -1,0 +1,1 @@
+"""Tutorials, and the scripts that make the reference and the picture."""
