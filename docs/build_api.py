@@ -2,8 +2,9 @@
 
     python -m docs.build_api api.md
 
-A public name is one that ``__all__`` of a module in `MODULES` holds, or what is defined in one that has
-no ``__all__`` and does not begin with an underscore; and every public method of a public class.
+A public name is one that ``__all__`` of a module in `MODULES` holds, or, in one that has no
+``__all__``, what is defined there under a name without an underscore in front; and every public
+method of a public class.
 """
 
 from __future__ import annotations

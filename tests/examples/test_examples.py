@@ -78,8 +78,8 @@ def test_every_example_config_loads(path: Path) -> None:
     load_config(path)
 
 
-@pytest.mark.parametrize("path", sorted((FOLDER / "clusters").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_described_cluster_can_be_read(path: Path) -> None:
+def test_a_described_cluster_can_be_read() -> None:
+    path = FOLDER / "clusters" / "two_nodes.yaml"
     cluster = Cluster.load(path)
     assert cluster.n_devices > 1
     assert f"--cluster examples/clusters/{path.name}" in path.read_text()

@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import textwrap
 import threading
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,49 +18,6 @@ from raypar.jobs.submit import Submission, submit
 pytest.importorskip("aiohttp", reason="the dashboard needs ray[default]")
 
 ROOT = Path(__file__).resolve().parents[2]
-_HEAD = """
-import ray, sys
-ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=int(sys.argv[2]),
-    log_to_driver=False, object_store_memory=100 * 2**20, _temp_dir=sys.argv[1])
-print("up", flush=True)
-sys.stdin.read()
-"""
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[str]:
-    """A Ray head of its own, with a job server; yields the server's address."""
-    folder, port = tempfile.mkdtemp(prefix="rpj-", dir="/tmp"), _free_port()
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", _HEAD, folder, str(port)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True, start_new_session=True,
-    )  # fmt: skip
-    address = f"http://127.0.0.1:{port}"
-    try:
-        assert process.stdout is not None and process.stdin is not None
-        assert process.stdout.readline().strip() == "up"
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"{address}/api/version", timeout=2).read()
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield address
-    finally:
-        if process.stdin is not None:
-            process.stdin.close()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        subprocess.run(["rm", "-rf", folder], check=False)
 
 
 @pytest.fixture
@@ -140,7 +89,8 @@ def test_a_job_streams_its_output_ends_with_its_code_and_goes_on_after_a_stop(
     metrics = project / "runs" / "job" / "metrics.jsonl"
     end = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") > 2):
-        assert thread.is_alive() and time.monotonic() < end, heard
+        assert thread.is_alive(), heard
+        assert time.monotonic() < end, heard
         time.sleep(0.2)
     from ray.job_submission import JobSubmissionClient
 
@@ -182,5 +132,5 @@ def test_a_config_outside_of_the_working_directory_is_refused(project: Path) -> 
 def test_an_address_without_a_job_server_is_told(project: Path) -> None:
     assert ray  # the client comes with it
     job = Submission(config_file=str(project / "run.yaml"), working_dir=project)
-    with pytest.raises(ClusterError, match="no Ray job server at http://127.0.0.1:1"):
+    with pytest.raises(ClusterError, match=r"no Ray job server at http://127\.0\.0\.1:1"):
         submit(job, "http://127.0.0.1:1")

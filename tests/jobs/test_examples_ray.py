@@ -1,0 +1,87 @@
+"""What the documentation says about jobs, run against a head: RayJob and tutorial."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from raypar.cli import main
+from tests.docs._pages import blocks_of, commands_of
+
+pytest.importorskip("aiohttp", reason="the dashboard needs ray[default]")
+
+ROOT = Path(__file__).resolve().parents[2]
+_SMALL = (
+    "model.kwargs={layers: 2, width: 32, heads: 2, seq_len: 16}",
+    "data={target: 'examples.data:stdlib_bytes', global_batch: 8, kwargs: {seq_len: 16}}",
+    "search={stages: 2, replicas: 2}",
+    "checkpoint.every_steps=2",
+)
+
+
+def smaller(command: str, steps: int) -> str:
+    """A command with its own words, and settings that make the run a short one."""
+    words = [command]
+    for setting in (*_SMALL, f"train.steps={steps}"):
+        words += ["--set", shlex.quote(setting)]
+    return " ".join(words)
+
+
+def results(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_entrypoint_of_the_rayjob_trains_on_a_head(head: str, tmp_path: Path) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    spec = yaml.safe_load((ROOT / "examples/clusters/kuberay.yaml").read_text())["spec"]
+    # The folders of the image and of the volume are elsewhere here.
+    entrypoint = spec["entrypoint"].replace("/opt/raypar", str(ROOT))
+    entrypoint = entrypoint.replace("/mnt/runs", str(tmp_path))
+    client = JobSubmissionClient(head)
+    name = client.submit_job(
+        entrypoint=smaller(entrypoint, 4),
+        runtime_env=yaml.safe_load(spec["runtimeEnvYAML"]),
+        metadata={"job": "rayjob"},
+    )
+    end = time.monotonic() + 240
+    while not client.get_job_status(name).is_terminal() and time.monotonic() < end:
+        time.sleep(0.5)
+    assert str(client.get_job_status(name).value) == "SUCCEEDED", client.get_job_logs(name)
+    assert results(tmp_path / "gpt")["steps"] == 4
+    assert len(list((tmp_path / "gpt" / "checkpoints").glob("*step-*"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_line_of_the_tutorial_submits_a_run(
+    head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [line] = [
+        command
+        for block in blocks_of(ROOT / "docs" / "cluster_job.md")
+        if block.kind == "bash" and not block.note
+        for command in commands_of(block)
+    ]
+    (tmp_path / "examples").mkdir()
+    for file in (ROOT / "examples").glob("*.*"):
+        (tmp_path / "examples" / file.name).write_bytes(file.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head)
+    _, *words = shlex.split(os.path.expandvars(line))
+    done = CliRunner().invoke(main, [*words, "--set", "train.steps=3"])
+    assert done.exit_code == 0, done.output
+    assert "step 3/3" in done.output
+    assert results(tmp_path / "raypar-runs" / "demo")["steps"] == 3
