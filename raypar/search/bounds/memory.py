@@ -86,8 +86,11 @@ def again_s(kernels: Sequence[Kernel], priced: Floats, room: Room) -> float:
         priced: Per kernel the price of all of its runs in a step.
         room: What does not fit.
     """
-    kept = [(p / k.times / k.most_kept, k.kept) for k, p in zip(kernels, priced, strict=True)
-            if k.kept > 0]  # fmt: skip
+    kept = [
+        (float(price) / kernel.times / kernel.most_kept, kernel.kept)
+        for kernel, price in zip(kernels, priced, strict=True)
+        if kernel.kept > 0
+    ]
     left, total = room.over, 0.0
     for per_byte, nbytes in sorted(kept):
         freed = min(left, nbytes)
