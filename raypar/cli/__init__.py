@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 import raypar
-from raypar.cli import clusters, files, planning, training
+from raypar.cli import checkpoints, clusters, files, planning, training
 from raypar.cli._shared import Commands
 
 
@@ -27,7 +27,7 @@ for _command in (
     training.submit,
     training.bench,
     files.report,
-    files.checkpoint,
+    checkpoints.checkpoint,
     files.config,
     files.dashboard,
     files.completion,

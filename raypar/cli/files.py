@@ -1,18 +1,14 @@
-"""Commands about files: configs, a run's folder, checkpoints."""
+"""Commands about files: configs, a run's folder, dashboards."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from raypar.cli._shared import set_option, write_text
 from raypar.config import default_yaml, json_schema, load_config
-
-if TYPE_CHECKING:
-    from raypar.train.checkpoint import Checkpoint
 
 
 @click.group(invoke_without_command=True)
@@ -82,50 +78,6 @@ def dashboard(output: str | None) -> None:
         click.echo(text, nl=False)
         return
     write_text(output, text, "--output")
-    click.echo(f"wrote {output}")
-
-
-@click.group()
-def checkpoint() -> None:
-    """Look into checkpoints, check them, and take models out of them."""
-
-
-def _checkpoint_at(where: str) -> Checkpoint:
-    from raypar.train.trainer import checkpoint_at
-
-    found = checkpoint_at(where, Path(where))
-    assert found is not None
-    return found
-
-
-@checkpoint.command("inspect")
-@click.argument("where", metavar="CHECKPOINT|RUN")
-def checkpoint_inspect(where: str) -> None:
-    """Tell what a checkpoint, or the newest of a run, holds."""
-    click.echo(_checkpoint_at(where).describe())
-
-
-@checkpoint.command("verify")
-@click.argument("where", metavar="CHECKPOINT|RUN")
-def checkpoint_verify(where: str) -> None:
-    """Read all of a checkpoint, or of the newest of a run, and compare checksums."""
-    found = _checkpoint_at(where)
-    problems = found.verify()
-    for problem in problems:
-        click.echo(problem, err=True)
-    if problems:
-        click.get_current_context().exit(1)
-    click.echo(f"{found.path}: good, {found.bytes:,} bytes, step {found.step}")
-
-
-@checkpoint.command("export")
-@click.argument("where", metavar="CHECKPOINT|RUN")
-@click.argument("output", metavar="FILE.safetensors")
-@click.option("--ema", is_flag=True, help="The averaged weights.")
-def checkpoint_export(where: str, output: str, ema: bool) -> None:
-    """Write the model of a checkpoint as one safetensors file, under the model's own names."""
-    found = _checkpoint_at(where)
-    found.save_safetensors(output, average=ema)
     click.echo(f"wrote {output}")
 
 

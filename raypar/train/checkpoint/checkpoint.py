@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -303,15 +301,7 @@ class Checkpoint:
         def fill(name: str, room: torch.Tensor) -> None:
             reader.fill(saved[name].key, piece_of(_ranges(saved[name].shape)), room)
 
-        target = Path(path)
-        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        try:
-            write_tensors(part, {n: (t.shape, t.dtype) for n, t in saved.items()}, fill)
-            os.replace(part, target)
-        except OSError as error:
-            raise CheckpointError(f"cannot write {str(target)!r}: {error}") from None
-        finally:
-            part.unlink(missing_ok=True)
+        write_tensors(Path(path), {n: (t.shape, t.dtype) for n, t in saved.items()}, fill)
 
     def model_tensors(self, *, average: bool = False) -> dict[str, SavedTensor]:
         """Where every tensor of the model is, in the model's own names; tied ones share one.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,28 +168,34 @@ def header_of(read: Callable[[int, int], torch.Tensor], size: int) -> tuple[dict
 
 
 def write_tensors(path: Path, forms: Forms, tensor_of: Callable[[str, torch.Tensor], None]) -> None:
-    """Writes a file, one tensor at a time.
+    """Writes a file, one tensor at a time; it is there as a whole or not at all.
 
     Args:
-        path: The file.
+        path: The file; one that is there already is replaced.
         forms: Shape and dtype of every tensor.
         tensor_of: Fills memory with the tensor of a name.
 
     Raises:
-        CheckpointError: A tensor has a dtype that cannot be saved.
-        OSError: The file cannot be written.
+        CheckpointError: A tensor has a dtype that cannot be saved, or the file cannot be written.
     """
     header, offsets, _ = lay_out(forms)
-    with open(path, "wb") as file:
-        file.write(header)
-        for name in sorted(offsets, key=lambda n: offsets[n]):
-            shape, dtype = forms[name]
-            tensor = torch.empty(shape, dtype=dtype)
-            tensor_of(name, tensor)
-            if tensor.numel():
-                file.write(memory_of(tensor.reshape(-1).view(torch.uint8)))
-        file.flush()
-        os.fsync(file.fileno())
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(part, "wb") as file:
+            file.write(header)
+            for name in sorted(offsets, key=lambda n: offsets[n]):
+                shape, dtype = forms[name]
+                tensor = torch.empty(shape, dtype=dtype)
+                tensor_of(name, tensor)
+                if tensor.numel():
+                    file.write(memory_of(tensor.reshape(-1).view(torch.uint8)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {str(path)!r}: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

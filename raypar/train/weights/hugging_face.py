@@ -21,16 +21,15 @@ from pathlib import Path
 import torch
 
 from raypar.errors import CheckpointError, ConfigError, did_you_mean
-from raypar.train.checkpoint.image import write_tensors
 from raypar.train.checkpoint.storage import storage_at
-from raypar.train.weights.safetensors import INDEX, SINGLE, folder_weights
-from raypar.train.weights.weights import Weights, refuse_existing, whole_of
+from raypar.train.weights.safetensors import INDEX, SINGLE, folder_weights, save_safetensors
+from raypar.train.weights.weights import Weights, refuse_existing
 
 SHARD_BYTES = 5_000_000_000
 CONFIG = "config.json"
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _SHOWN = 4
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def save_hugging_face(
@@ -85,10 +84,8 @@ def bytes_of(size: str) -> int:
     Raises:
         ConfigError: It is none.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?B?)", size.strip())
-    count = 0
-    if found and found[2].upper() in _UNITS:
-        count = math.floor(float(found[1]) * _UNITS[found[2].upper()])
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", size.strip().upper())
+    count = math.floor(float(found[1]) * _UNITS[found[2]]) if found else 0
     if count < 1:
         raise ConfigError(f"{size!r} is no size; give bytes with a unit, for example 5GB or 500MB")
     return count
@@ -166,16 +163,12 @@ def _copy_small(base: Path, target: Path) -> None:
 
 def _write(weights: Weights, names: Sequence[str], target: Path, shard_bytes: int) -> None:
     shards = _shards(weights, names, shard_bytes)
-
-    def fill(name: str, room: torch.Tensor) -> None:
-        weights.fill(name, whole_of(tuple(room.shape)), room)
-
     where: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(target / file, {n: weights.forms[weights.names[n]] for n in shard}, fill)
+        save_safetensors(weights, target / file, shard)
         where |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         total = sum(_bytes(weights, name) for name in names)

@@ -10,18 +10,19 @@ from __future__ import annotations
 import json
 import math
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from raypar.errors import CheckpointError
 from raypar.sharding.pieces import Piece
-from raypar.train.checkpoint.image import DTYPES_BY_NAME, memory_of
+from raypar.train.checkpoint.image import DTYPES_BY_NAME, memory_of, write_tensors
 from raypar.train.checkpoint.reading import read_box
 from raypar.train.checkpoint.storage import Storage, storage_at
-from raypar.train.weights.weights import Form, Weights
+from raypar.train.weights.weights import Form, Weights, whole_of
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -89,6 +90,25 @@ class SafetensorsWeights(Weights):
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_storage": None}  # a connection does not travel
+
+
+def save_safetensors(weights: Weights, path: str | Path, names: Iterable[str] = ()) -> None:
+    """Writes weights as one file; one tensor at a time is in memory.
+
+    Args:
+        weights: Any.
+        path: The file; it is there as a whole or not at all.
+        names: Which names to write; default: all, tied tensors once for each.
+
+    Raises:
+        CheckpointError: The weights are damaged, or the file cannot be written.
+    """
+
+    def fill(name: str, room: torch.Tensor) -> None:
+        weights.fill(name, whole_of(tuple(room.shape)), room)
+
+    wanted = list(names) or list(weights.names)
+    write_tensors(Path(path), {n: weights.forms[weights.names[n]] for n in wanted}, fill)
 
 
 def folder_weights(storage: Storage, where: str) -> SafetensorsWeights | None:

@@ -65,13 +65,16 @@ class CheckpointWeights(Weights):
         checkpoint: The checkpoint.
         average: The moving average in place of the weights.
 
+    Attributes:
+        checkpoint: The checkpoint.
+
     Raises:
         CheckpointError: It is damaged, or has no average.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, average: bool = False) -> None:
         checkpoint.check_sizes()
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
         self._reader: Reader | None = None
         tensors = checkpoint.model_tensors(average=average)
         self.where = checkpoint.path
@@ -84,7 +87,7 @@ class CheckpointWeights(Weights):
     def fill(self, name: str, piece: Piece, out: torch.Tensor) -> None:
         """See `Weights.fill`; every byte is checked."""
         if self._reader is None:
-            made = self._checkpoint
+            made = self.checkpoint
             self._reader = Reader(made.storage, made.name, made.index)
         self._reader.fill(self._keys[self.names[name]], piece, out, converts=True)
 
