@@ -63,6 +63,15 @@ class EarlyStop:
             return {"best": value, "passed": 0}
         return {"best": best, "passed": int(known["passed"]) + 1}
 
+    def reason(self, known: dict[str, Any]) -> str:
+        """Why a run of which `after` told `known` is over; empty where it goes on."""
+        if known.get("passed", 0) < self.patience:
+            return ""
+        return (
+            f"{self.metric} has not got better than {known['best']:g} in "
+            f"{known['passed']} evaluations"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -160,6 +169,7 @@ class TrainLoop:
         Raises:
             BaseException: What `interrupt` was given.
         """
+        self.stopped = self._over_already()
         with self._watch:
             while not self._ended and not self.stopped and self.state.step < self._limits.steps:
                 self._segment()
@@ -169,6 +179,18 @@ class TrainLoop:
         if self._signal is not None:
             raise self._signal
         return self.state
+
+    def _over_already(self) -> str:
+        """Why the run that is resumed was over before its last step; empty where it was not."""
+        limits = self._limits
+        if limits.early_stop is not None:
+            return limits.early_stop.reason(self.state.extra.get("early_stop", {})) or self._late()
+        return self._late()
+
+    def _late(self) -> str:
+        limit = self._limits.time_limit_s
+        over = limit is not None and self.state.seconds >= limit
+        return f"time limit of {limit:g} s" if over else ""
 
     def _segment(self) -> None:
         began, limits = time.monotonic(), self._limits
@@ -202,12 +224,9 @@ class TrainLoop:
 
     def _at_border(self) -> None:
         limits, step = self._limits, self.state.step
-        over = limits.time_limit_s is not None and self.state.seconds >= limits.time_limit_s
-        if self._signal is not None:
-            self.stopped = "interrupted"
-        elif over:
-            self.stopped = f"time limit of {limits.time_limit_s:g} s"
-        last = step >= limits.steps or self._ended or over
+        late = self._late()
+        self.stopped = "interrupted" if self._signal is not None else late
+        last = step >= limits.steps or self._ended or bool(late)
         if self._due(limits.evaluate_steps) or (limits.evaluate and last):
             self._evaluate()
         by_time = limits.checkpoint_s is not None and (
@@ -229,11 +248,7 @@ class TrainLoop:
             return
         known = rule.after(self.state.extra.get("early_stop", {}), metrics)
         self.state = replace(self.state, extra={**self.state.extra, "early_stop": known})
-        if known["passed"] >= rule.patience:
-            self.stopped = (
-                f"{rule.metric} has not got better than {known['best']:g} in "
-                f"{known['passed']} evaluations"
-            )
+        self.stopped = rule.reason(known) or self.stopped
 
     def _save(self) -> None:
         self.state = replace(self.state, data=self._hooks.position(self.state.step))

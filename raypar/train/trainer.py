@@ -21,6 +21,7 @@ from raypar.plan import Plan
 from raypar.report.run.writer import PredictionWriter
 from raypar.stages.recipe import LossScale, SchedulerFn
 from raypar.stages.spec import OptimizerFn
+from raypar.train._run_lock import locked
 from raypar.train.attempt import Clock, Prepared
 from raypar.train.attempts import Attempts, Teller, check_restartable
 from raypar.train.callbacks import Callbacks
@@ -187,6 +188,7 @@ class Trainer:
             Metrics, folder, plan, and the newest checkpoint.
 
         Raises:
+            ConfigError: The folder cannot be written, or another run trains in it.
             DataError: The data raised, ended early, or changed form.
             CaptureError: The model cannot be captured.
             CheckpointError: What to resume or to begin from is missing, damaged, or of another
@@ -200,15 +202,15 @@ class Trainer:
             TrainingError: A rank failed in another way.
         """
         path = self._settings.run.folder()
-        (path / "result.json").unlink(missing_ok=True)
-        try:
-            return self._fit(path)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                _write_json(
-                    path / "result.json", {"error": f"{type(error).__name__}: {error}".strip()}
-                )
-            raise
+        with locked(path):
+            (path / "result.json").unlink(missing_ok=True)
+            try:
+                return self._fit(path)
+            except BaseException as error:
+                text = f"{type(error).__name__}: {error}".strip()
+                with contextlib.suppress(OSError):
+                    _write_json(path / "result.json", {"error": text})
+                raise
 
     def _fit(self, path: Path) -> Result:
         settings, clock = self._settings, Clock()
@@ -257,10 +259,13 @@ class Trainer:
             except BaseException as error:
                 made.callbacks.on_end({"error": f"{type(error).__name__}: {error}"})
                 raise
+        if not summary["steps"]:  # a resume of what was done already: its last step's figures
+            kept = {k: v for k, v in made.state.metrics.items() if k in ("loss", "grad_norm")}
+            summary = {**kept, **summary}
         summary["startup"] = clock.summary()
         _write_json(path / "result.json", summary)
         made.callbacks.on_end(summary)
-        newest = None if made.store is None else made.store.latest()
+        newest = (made.store.latest() if made.store is not None else None) or made.resume
         return Result(summary, path, plan, checkpoint=newest)
 
 

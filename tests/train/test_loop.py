@@ -135,6 +135,21 @@ def test_a_time_limit_ends_the_run_with_a_checkpoint() -> None:
     assert told.other() == [("checkpoint", state.step)]
 
 
+def test_a_run_that_was_over_early_trains_no_more_when_it_is_resumed() -> None:
+    over = TrainState(step=4, seconds=3.0, extra={"early_stop": {"best": 0.5, "passed": 2}})
+    rule = EarlyStop(patience=2)
+    for limits in ({"early_stop": rule, "evaluate_steps": 2}, {"time_limit_s": 2.0}):
+        run = FakeRun()
+        loop = loop_of(run, Told(), over, steps=9, **limits)
+        assert loop.go().step == 4
+        assert loop.stopped
+        assert not run.segments
+    run = FakeRun()
+    more = {"early_stop": EarlyStop(patience=3), "time_limit_s": 60.0}
+    loop_of(run, Told([0.1] * 9), over, steps=6, evaluate_steps=2, **more).go()
+    assert run.segments
+
+
 def test_checkpoints_come_by_time_and_training_goes_on() -> None:
     run, told = FakeRun(0.02), Told()
     loop_of(run, told, steps=100, checkpoint_s=0.6).go()

@@ -233,3 +233,17 @@ def test_a_run_in_a_thread_is_stopped_by_its_limits_alone(
     thread.start()
     thread.join(60)
     assert found[0].metrics["total_steps"] == STEPS
+
+
+def test_a_run_that_is_done_keeps_its_figures_when_it_is_resumed(
+    trainer: Callable[..., rp.Trainer],
+) -> None:
+    first = trainer(steps=2).fit()
+    again = trainer(steps=2, resume_from="auto").fit()
+    assert again.metrics["steps"] == 0
+    assert again.metrics["loss"] == first.metrics["loss"]
+    kept = json.loads((again.path / "result.json").read_text())
+    assert kept["loss"] == first.metrics["loss"]
+    elsewhere = trainer("other", steps=2, resume_from=first.path).fit()
+    assert elsewhere.checkpoint is not None
+    assert elsewhere.checkpoint.step == 2

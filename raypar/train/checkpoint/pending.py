@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
+from raypar.errors import CheckpointError
 from raypar.stages.run import Run
 from raypar.train.checkpoint.checkpoint import Checkpoint
 from raypar.train.checkpoint.committing import index_of, read_note
@@ -47,11 +48,14 @@ class Pending:
             None while notes are missing.
 
         Raises:
-            CheckpointError: A rank has failed.
+            CheckpointError: A rank has failed, or the folder was removed.
         """
         folder = self.folder
         notes = [note_name(rank) for rank in range(self.world)]
-        if not set(notes) <= set(storage.names(folder)):
+        there = set(storage.names(folder))
+        if MARK not in there:
+            return self._counted(storage)
+        if not set(notes) <= there:
             return None
         read = [
             read_note(storage.read(f"{folder}/{name}"), storage.path(f"{folder}/{name}"))
@@ -65,3 +69,12 @@ class Pending:
             with contextlib.suppress(Exception):
                 storage.remove(f"{self.name}/{name}")
         return Checkpoint.of(storage, self.name, index)
+
+    def _counted(self, storage: Storage) -> Checkpoint:
+        """The checkpoint whose folder is not there any more, if it got its name already."""
+        if INDEX in storage.names(self.name):  # an error came after the step that made it count
+            return Checkpoint(storage.path(self.name))
+        raise CheckpointError(
+            f"checkpoint {self.name!r} was removed from {storage.root!r} while it was written; "
+            "something deleted it: the disk's owner, or another run that writes to the same folder"
+        )

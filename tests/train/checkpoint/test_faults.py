@@ -18,7 +18,9 @@ from raypar.errors import CheckpointError, RayparError
 from raypar.stages.run import Run
 from raypar.train.checkpoint import Checkpoint, CheckpointStore
 from raypar.train.checkpoint.format import Index
-from raypar.train.checkpoint.storage import LocalStorage, UrlStorage
+from raypar.train.checkpoint.pending import Pending
+from raypar.train.checkpoint.storage import LocalStorage, Storage, UrlStorage
+from raypar.train.checkpoint.writing import note_name
 from raypar.train.config import CheckpointConfig
 from raypar.train.state import TrainState
 from tests.train.checkpoint.runs import differences, losses, plan_of, save, start
@@ -171,6 +173,43 @@ def test_leftovers_are_swept_and_what_others_hold_is_not(tmp_path: Path, running
     second = save(store, running, PLAN, 2)
     store.close()
     assert sorted(os.listdir(tmp_path)) == [first.name, second.name, "notes.txt"]
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_written_is_told(
+    tmp_path: Path, running: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by another run in the same folder: nobody waits for its notes for ever."""
+    store = CheckpointStore(tmp_path)
+    real = Pending.finish
+
+    def finish(self: Pending, storage: Storage) -> Checkpoint | None:
+        if {note_name(rank) for rank in range(self.world)} <= set(storage.names(self.folder)):
+            shutil.rmtree(tmp_path)  # all is written, and nothing counts yet
+        return real(self, storage)
+
+    monkeypatch.setattr(Pending, "finish", finish)
+    store.begin(running, TrainState(step=1), PLAN)
+    with pytest.raises(CheckpointError, match=r"removed from .* while it was written"):
+        store.wait(30)
+    monkeypatch.undo()
+    assert save(store, running, PLAN, 2).step == 2
+    store.close()
+
+
+def test_an_error_after_a_checkpoint_counts_does_not_lose_it(
+    tmp_path: Path, running: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path)
+    real = LocalStorage.rename
+
+    def renamed(self: LocalStorage, old: str, new: str) -> None:
+        real(self, old, new)
+        monkeypatch.undo()
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(LocalStorage, "rename", renamed)
+    assert save(store, running, PLAN, 1).step == 1
+    store.close()
 
 
 def test_where_folders_cannot_be_renamed_the_index_comes_last(
