@@ -144,6 +144,40 @@ def explained(
     )
 
 
+def trainer_of(config: Config) -> Trainer:
+    """The trainer that a configuration stands for.
+
+    Raises:
+        ConfigError: Something that it names cannot be imported, or called as it says.
+    """
+    return Trainer(
+        model_of(config),
+        loss_fn=loss_of(config),
+        optimizer=optimizer_of(config),
+        data=data_of(config),
+        plan="auto",
+        steps=steps_of(config),
+        epochs=config.train.epochs,
+        time_limit_s=config.train.time_limit_s,
+        seed=config.train.seed,
+        clip_norm=config.train.clip_norm,
+        scheduler=scheduler_of(config),
+        precision=autocast_of(config),
+        accumulate=config.train.accumulate,
+        ema_decay=config.train.ema_decay,
+        eval_data=evaluation_of(config),
+        eval_every=config.evaluation.every_steps,
+        eval_weights=config.evaluation.weights,
+        early_stop=early_stop_of(config),
+        init_from=config.model.init_from,
+        scaling_config=scaling_of(config),
+        run_config=run_of(config),
+        search_config=search_of(config),
+        network=network_of(config),
+        config=config.model_dump(),
+    )
+
+
 def train_config(
     config: Config, *, resume: bool = False, checkpoint: str | Path | None = None
 ) -> Result:
@@ -173,32 +207,10 @@ def train_config(
         if config.run.log_every:
             print(explained(config, made, graph, cluster), flush=True)
 
-    trainer = Trainer(
-        model_of(config),
-        loss_fn=loss_of(config),
-        optimizer=optimizer_of(config),
-        data=data_of(config),
-        plan="auto",
-        steps=steps_of(config),
-        epochs=config.train.epochs,
-        time_limit_s=config.train.time_limit_s,
-        seed=config.train.seed,
-        clip_norm=config.train.clip_norm,
-        scheduler=scheduler_of(config),
-        precision=autocast_of(config),
-        accumulate=config.train.accumulate,
-        ema_decay=config.train.ema_decay,
-        eval_data=evaluation_of(config),
-        eval_every=config.evaluation.every_steps,
-        eval_weights=config.evaluation.weights,
-        early_stop=early_stop_of(config),
+    trainer = trainer_of(config).changed(
+        run=dataclasses.replace(wanted, name=folder.name),
         resume_from=checkpoint or ("auto" if resume else None),
-        scaling_config=scaling_of(config),
-        run_config=dataclasses.replace(wanted, name=folder.name),
-        search_config=search_of(config),
-        network=network_of(config),
         on_plan=on_plan,
-        config=config.model_dump(),
     )
     return trainer.fit()
 

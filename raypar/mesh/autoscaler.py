@@ -83,7 +83,7 @@ def await_devices(
     timeout_s: float,
     *,
     grows: Callable[[], tuple[bool, int]] = ray_autoscaler,
-    quiet_s: float = _QUIET_S,
+    quiet_s: float | None = None,
     now: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Waited:
@@ -98,10 +98,11 @@ def await_devices(
         least: How few will do.
         timeout_s: Seconds to wait at most.
         grows: Tells whether there is an autoscaler, and how many nodes it is bringing up.
-        quiet_s: Seconds without any sign of the autoscaler that mean it brings nothing.
+        quiet_s: Seconds without any sign of the autoscaler that mean it brings nothing (20).
         now: The clock.
         sleep: Waits.
     """
+    quiet_s = _QUIET_S if quiet_s is None else quiet_s
     began = quiet_since = now()
     before = -1
     while True:

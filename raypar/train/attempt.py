@@ -22,6 +22,7 @@ from raypar.stages.spec import RankSpec
 from raypar.train.beside import Beside
 from raypar.train.callbacks import Callbacks, RunFacts
 from raypar.train.checkpoint import Checkpoint, CheckpointStore
+from raypar.train.checkpoint.reading import RenewJob
 from raypar.train.data import BatchForm, DataPosition, Opened
 from raypar.train.display import Display
 from raypar.train.evaluate import Evaluator
@@ -70,9 +71,9 @@ class Prepared:
         store: The run's checkpoints, or None.
         resume: What the next attempt goes on from, or None.
         state: Where training stands.
-    """
         initial: What the model begins with in place of what the seed makes, or None.
         notes: What users should know before the first step.
+    """
 
     folder: Path
     opened: Opened
@@ -85,9 +86,9 @@ class Prepared:
     store: CheckpointStore | None = None
     resume: Checkpoint | None = None
     state: TrainState = field(default_factory=TrainState)
-
     initial: InitialWeights | None = None
     notes: tuple[str, ...] = ()
+
 
 class Attempt:
     """Brings the ranks of a plan up and trains.
@@ -138,6 +139,8 @@ class Attempt:
                 clock.seconds[f"start.{name}"] = seconds
             if made.resume is not None:
                 made.state = made.resume.restore(run)
+                if self._settings.renew_options:
+                    run.call("visit", RenewJob())
                 clock.mark("restore")
             first = made.state.step
             run.call("prefetch", first, first + 1 if made.steps is None else made.steps)
@@ -155,10 +158,10 @@ class Attempt:
             recipe=settings.recipe,
             threads=settings.scaling.threads(self._plan),
             accelerator=settings.scaling.use_gpu,
+            initial=self._prepared.initial if self._prepared.resume is None else None,
         )
 
     def _make_run(self, stack: ExitStack, specs: list[RankSpec]) -> Run:
-            initial=self._prepared.initial if self._prepared.resume is None else None,
         settings, made = self._settings, self._prepared
         start = DataPosition.from_json(made.state.data)
         epochs = settings.epochs
@@ -267,6 +270,7 @@ class Attempt:
             first_step=made.state.step,
             steps=made.steps,
             config=dict(self._settings.config),
+            startup=made.clock.summary(),
         )
 
     def _evaluator(self, specs: list[RankSpec]) -> Evaluator | None:

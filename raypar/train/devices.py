@@ -34,6 +34,7 @@ class Devices:
         self._scaling = settings.scaling
         self._tell = tell
         self._request: Any = None
+        self._waited = False
 
     @property
     def device(self) -> str:
@@ -81,9 +82,10 @@ class Devices:
             return settings.lent.cluster(self.device)[0]
         most, least = self._wanted(plan, lost)
         self._await(most, least)
+        there = self._there()
+        if 0 < there < least or (not there and self._waited):
+            raise self._too_few(least, there)
         cluster = Cluster.from_ray(device=self.device)
-        if cluster.n_devices < least:
-            raise _too_few(scaling, cluster, least)
         if scaling.most is None or (plan is not None and plan.cluster == cluster.shape):
             return cluster
         return first_devices(cluster, min(scaling.most, cluster.n_devices))
@@ -101,7 +103,7 @@ class Devices:
         if isinstance(count, int):
             return count, 1 if lost else count
         most = max(1, len(plan.devices) if plan else _least(self._settings))
-        return most, 1 if lost or self._settings.plan == "auto" else most
+        return most, 1  # what does not hold the plan is told with the plan
 
     def _await(self, most: int, least: int) -> None:
         from raypar.mesh.autoscaler import await_devices, has_autoscaler
@@ -112,26 +114,31 @@ class Devices:
         if self._scaling.use_gpu:
             bundle["GPU"] = 1.0
         self._request.ask(bundle, most)
+        self._waited = True
         limit = self._scaling.scale_up_timeout_s
         waiting = f"waiting up to {limit:g} s for {most} devices ({self.device}) of the autoscaler"
         self._tell("scale_up", waiting)
         waited = await_devices(self._there, most, least, limit)
         self._tell("scale_up", f"{waited.devices} devices after {waited.seconds:.1f} s")
 
+    def _too_few(self, least: int, there: int) -> ClusterError:
+        scaling = self._scaling
+        waited = (
+            f"Ray's autoscaler brought no more within scale_up_timeout_s="
+            f"{scaling.scale_up_timeout_s:g}"
+            if self._waited
+            else "no autoscaler runs that could bring more"
+        )
+        fewer = f"set num_workers={there} or less, or " if there else ""
+        return ClusterError(
+            f"ScalingConfig(num_workers={scaling.num_workers}) needs {least} devices: the cluster "
+            f"has {there} devices ({self.device}), and {waited}; {fewer}add nodes"
+        )
+
     def _there(self) -> int:
         from raypar.mesh.discover import devices_now
 
         return devices_now(self.device)
-
-
-def _too_few(scaling: ScalingConfig, cluster: Cluster, least: int) -> ClusterError:
-    there = cluster.n_devices
-    return ClusterError(
-        f"ScalingConfig(num_workers={scaling.num_workers}) needs {least} devices: cluster "
-        f"{cluster.name!r} has {there} devices ({cluster.kind}, per node {cluster.shape}), and no "
-        f"more came within scale_up_timeout_s={scaling.scale_up_timeout_s:g} (which waits only "
-        f"where Ray's autoscaler runs); set num_workers={there} or less, or add nodes"
-    )
 
 
 def _least(settings: Settings) -> int:

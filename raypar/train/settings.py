@@ -32,6 +32,9 @@ class Settings:
     """What `raypar.Trainer` was given; its arguments are explained there.
 
     Attributes:
+        renew_options: Whether a resume takes the optimizer's options (learning rate, weight decay,
+            ...) from this run and not from the checkpoint; see
+            `raypar.stages.update.Update.renew_options`.
         lent: Bundles of somebody else's placement group to run on, instead of groups of its own.
 
     Raises:
@@ -59,14 +62,15 @@ class Settings:
     eval_weights: Literal["live", "ema"] = "live"
     early_stop: EarlyStop | None = None
     resume_from: str | Path | Checkpoint | None = None
+    init_from: str | Path | Checkpoint | None = None
     network: NetworkSettings | None = None
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    init_from: str | Path | Checkpoint | None = None
     search: Any = None
     batch_dims: Any = None
     on_plan: Callable[[Plan, OpGraph, Cluster], None] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    renew_options: bool = False
     lent: BundleRange | None = None
 
     def __post_init__(self) -> None:

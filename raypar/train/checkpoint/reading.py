@@ -284,6 +284,15 @@ class FormsJob:
 
 
 @dataclass(frozen=True)
+class RenewJob:
+    """After a restore: has a rank's optimizer take the options of this run."""
+
+    def __call__(self, state: RankState) -> None:
+        """See `RankState.renew_options`."""
+        state.renew_options()
+
+
+@dataclass(frozen=True)
 class RestoreJob:
     """Has a rank take its part of a checkpoint.
 
