@@ -35,6 +35,9 @@ from raypar._sections import (
 from raypar._yaml import dump_yaml, parse_yaml
 from raypar.errors import ConfigError, did_you_mean
 
+CONFIG_FORMAT = 1
+"""Number of the form of configs that this raypar writes; it reads this one and older ones."""
+
 STUDY_KEYS = ("sampler", "trials", "budget_s", "seed", "seeds", "measure", "storage")
 """Keys of section ``search`` that planner optuna alone obeys."""
 
@@ -62,7 +65,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML text; `load_config` reads it back as an equal value."""
-        return dump_yaml(self.model_dump())
+        return dump_yaml({"format": CONFIG_FORMAT, **self.model_dump()})
 
     def resolved(self, **became: Any) -> Config:
         """A copy in which every ``auto`` (or null) named by a dotted key has its final value.
@@ -89,7 +92,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Raises:
         ConfigError: No such file, not YAML, an unknown or repeated key, a value of the wrong
-            type, or an override without ``=``.
+            type, an override without ``=``, or a newer format.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -110,6 +113,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
                 f"--set takes key=value with a dotted key, such as train.steps=20; got {override!r}"
             )
         _put(tree, key.split("."), parse_yaml(value, f"--set {key}"), key)
+    _check_format(tree.pop("format", CONFIG_FORMAT), str(path))
     return _validate(tree, str(path))
 
 
@@ -161,7 +165,7 @@ def resolve_target(target: str, key: str) -> Callable[..., Any]:
 
 def default_yaml() -> str:
     """Every key with its default and its meaning; needed keys hold an example's value."""
-    lines: list[str] = []
+    lines = [f"{f'format: {CONFIG_FORMAT}':<42}  # number of the form of this file"]
     for section_name, section in Config.model_fields.items():
         lines.append(f"{section_name}:  # {(section_of(section).__doc__ or '').strip()}")
         for name, info in section_of(section).model_fields.items():
@@ -177,17 +181,37 @@ def json_schema() -> dict[str, Any]:
     schema = Config.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "raypar config"
+    schema["properties"]["format"] = {
+        "type": "integer",
+        "minimum": 1,
+        "maximum": CONFIG_FORMAT,
+        "default": CONFIG_FORMAT,
+        "description": "number of the form of this file",
+    }
     return schema
 
 
 def surface() -> list[str]:
     """One line for every key: its name, what it takes and its default."""
-    lines = []
+    lines = [f"format: a number from 1 to {CONFIG_FORMAT}; default {CONFIG_FORMAT}"]
     for section_name, section in Config.model_fields.items():
         for name, info in section_of(section).model_fields.items():
             default = "needed" if info.is_required() else f"default {inline(info.default)}"
             lines.append(f"{section_name}.{name}: {expected(info)}; {default}")
     return lines
+
+
+def _check_format(found: Any, where: str) -> None:
+    """Raises where a config is of a newer form, before its keys are looked at."""
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise ConfigError(
+            f"{where}: format is {show(found)}; this raypar writes {CONFIG_FORMAT}: set format: "
+            f"{CONFIG_FORMAT}, or leave it out"
+        )
+    if found > CONFIG_FORMAT:
+        raise ConfigError(
+            f"{where} has format {found}, this raypar reads up to {CONFIG_FORMAT}: upgrade raypar"
+        )
 
 
 def _put(tree: dict[str, Any], path: list[str], value: Any, key: str) -> None:

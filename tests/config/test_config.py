@@ -5,7 +5,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from raypar._sections import TrainSection
-from raypar.config import Config, default_yaml, load_config, resolve_target, surface
+from raypar.config import (
+    CONFIG_FORMAT,
+    Config,
+    default_yaml,
+    json_schema,
+    load_config,
+    resolve_target,
+    surface,
+)
 from raypar.errors import ConfigError
 
 MINIMAL = """
@@ -241,3 +249,26 @@ def test_resolve_target_tells_an_import_that_fails_inside(
         resolve_target("needs_other:x", "k")
     with pytest.raises(ConfigError, match="ZeroDivisionError"):
         resolve_target("raises_inside:x", "k")
+
+
+@pytest.mark.parametrize("number", range(1, CONFIG_FORMAT + 1))
+def test_configs_of_every_format_load(number: int) -> None:
+    """Written once by the raypar of that time."""
+    config = load_config(Path(__file__).parent / "golden" / f"format-{number}.yaml")
+    assert config.model.kwargs == {"layers": 2, "width": 32}
+    assert (config.mesh.num_workers, config.search.budget_s, config.train.seed) == (4, 20.5, 3)
+    assert config.optimizer.groups == [{"match": "*.bias", "weight_decay": 0.0}]
+    assert (config.evaluation.stop_metric, config.checkpoint.keep) == ("eval_loss", 3)
+
+
+def test_a_config_tells_its_format_and_a_newer_one_is_refused(
+    config_file: Path, tmp_path: Path
+) -> None:
+    assert load_config(config_file).to_yaml().startswith(f"format: {CONFIG_FORMAT}\n")
+    assert json_schema()["properties"]["format"]["maximum"] == CONFIG_FORMAT
+    newer = tmp_path / "newer.yaml"
+    newer.write_text(f"format: {CONFIG_FORMAT + 1}\nnew_section: {{a: 1}}\n{MINIMAL}")
+    assert f"reads up to {CONFIG_FORMAT}: upgrade raypar" in error_of(newer)
+    for wrong in ("0", "true", "'1'", "[]"):
+        newer.write_text(f"format: {wrong}\n{MINIMAL}")
+        assert f"set format: {CONFIG_FORMAT}, or leave it out" in error_of(newer)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 import raypar as rp
 from raypar.errors import PlanError
 from raypar.fit import check_plan
-from raypar.plan import MemoryPolicy, MeshSlice, Plan, ScheduleSpec, StagePlan
+from raypar.plan import PLAN_FORMAT, MemoryPolicy, MeshSlice, Plan, ScheduleSpec, StagePlan
 from raypar.testing import models, random_plan
 
 CLUSTER = rp.Cluster.local(4)
@@ -171,3 +172,16 @@ def test_a_file_that_is_no_plan_is_named(tmp_path, content):
         Plan.load(path)
     with pytest.raises(PlanError, match="cannot read"):
         Plan.load(tmp_path)
+
+
+@pytest.mark.parametrize("number", range(1, PLAN_FORMAT + 1))
+def test_plans_of_every_format_load(number):
+    """Saved once by the raypar of that time."""
+    plan = Plan.load(Path(__file__).parent / "golden" / f"format-{number}.json")
+    assert plan.devices == (0, 1, 2, 3)
+    assert plan.stages[0].mesh.devices == (3, 0, 2, 1)
+    assert plan.stages[0].mesh.named == (("data", 2), ("x", 2))
+    assert [s.memory.zero for s in plan.stages] == [3, 2]
+    assert plan.stages[1].sharding["2/linear#0"] == "S1 S1 P > P"
+    assert (plan.schedule.name, plan.microbatches, plan.global_batch) == ("1f1b", 4, 8)
+    assert Plan.from_json(plan.to_json()) == plan

@@ -69,6 +69,8 @@ class MeasurementStore:
         self._rows: dict[str, StoreRow] = {}
         self._writable = path is not None
         for sibling in self._siblings:
+            if _newer_format(sibling) is not None:
+                continue
             own = _read(sibling, self.notes)[0]
             self._borrowed.update((r.key, r) for r in own if isinstance(r, StageRow))
         self.reload()
@@ -126,6 +128,16 @@ class MeasurementStore:
     def reload(self) -> None:
         """Reads the file again: what other processes added is here then."""
         if self.path is None or not self._writable:
+            return
+        newer = _newer_format(self.path)
+        if newer is not None:
+            self._writable = False
+            self._rows = {}
+            self._note(
+                f"the measurements in {str(self.path)!r} have format {newer}, this raypar reads up "
+                f"to {STORE_FORMAT}: they are left alone, and what is measured is kept for this "
+                "run only; upgrade raypar"
+            )
             return
         try:
             with _locked(self.path):
@@ -253,6 +265,18 @@ def _read(path: Path, notes: list[str]) -> tuple[list[StoreRow], bool]:
     return rows, damaged
 
 
+def _newer_format(path: Path) -> int | None:
+    """The format of a file that a later raypar wrote; None for any other file."""
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.readline(_LONGEST_HEADER))["format"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    newer = isinstance(found, int) and not isinstance(found, bool) and found > STORE_FORMAT
+    return int(found) if newer else None
+
+
+_LONGEST_HEADER = 1 << 16
 _HEADER_BEGINS = b'{"format": '
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from raypar.search.cost.rows import (
     row_from_json,
     row_to_json,
 )
-from raypar.search.cost.store import MeasurementStore
+from raypar.search.cost.store import STORE_FORMAT, MeasurementStore
 from raypar.search.cost.work import Work
 
 seconds = st.floats(1e-6, 100.0)
@@ -171,3 +172,29 @@ def test_clusters_of_equal_devices_share_what_stages_take(
     assert len(four.stages) == 1
     assert not four.steps
     assert not len(four)
+
+
+@pytest.mark.parametrize("number", range(1, STORE_FORMAT + 1))
+def test_stores_of_every_format_load(tmp_path: Path, number: int) -> None:
+    """Written once by the raypar of that time."""
+    golden = Path(__file__).parent / "golden" / f"format-{number}.jsonl"
+    store = MeasurementStore(Path(shutil.copy(golden, tmp_path)))
+    assert store.notes == []
+    assert store.stages == [_stage(3.0, 2e-3, 5.0)]
+    assert store.collectives == [CollectiveRow("all_reduce", "inside", 2, 4096.0, 1e-4, at=6.0)]
+    assert store.steps == [StepRow({"compute": 0.5}, 0.02, 0.03, 3, 4, "p", "m", at=7.0)]
+
+
+def test_a_store_of_a_newer_format_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    newer = f'{{"format": {STORE_FORMAT + 1}, "torch": "9"}}\n{{"kind": "dream"}}\n'
+    path.write_text(newer)
+    store = MeasurementStore(path)
+    assert f"reads up to {STORE_FORMAT}" in store.notes[0]
+    store.add(_stage(1.0))
+    store.reload()
+    assert len(store) == 1
+    assert path.read_text() == newer
+    beside = MeasurementStore(tmp_path / "own.jsonl", siblings=[path])
+    assert beside.stages == []
+    assert beside.notes == []

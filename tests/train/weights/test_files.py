@@ -20,6 +20,7 @@ from torch import nn
 from raypar.errors import CheckpointError
 from raypar.sharding.pieces import Piece, piece_of
 from raypar.train.checkpoint import Checkpoint
+from raypar.train.checkpoint.sealed import FORMAT
 from raypar.train.weights import Weights, copy_checkpoint, save_as_checkpoint, weights_at
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.float16)
@@ -178,3 +179,15 @@ def test_damaged_headers_end_in_clear_errors(data: st.DataObject) -> None:
             weights = weights_at(file)
             for name in weights.names:
                 weights.read(name)
+
+
+@pytest.mark.parametrize("number", range(1, FORMAT + 1))
+def test_weights_alone_of_every_format_load(number: int) -> None:
+    """Converted once by the raypar of that time."""
+    saved = Checkpoint(Path(__file__).parent / "golden" / f"format-{number}")
+    assert saved.verify() == []
+    assert (saved.weights_only, saved.step) == (True, 0)
+    found = saved.state_dict()
+    assert found["a.weight"] is found["b.weight"]
+    assert found["a.weight"].tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    assert int(found["n"]) == 3
