@@ -33,6 +33,7 @@ MODULES = {
     "raypar.schedules.base": "Schedules, and how one is registered.",
     "raypar.comm.group": "What a communication backend offers.",
     "raypar.jobs.submit": "Runs as Ray jobs.",
+    "raypar.tune": "Sweeps over runs.",
     "raypar.testing": "Checks for your own models, planners, schedules and backends.",
 }
 """The modules that users and third parties import from, with a line on each."""

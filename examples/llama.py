@@ -51,7 +51,9 @@ def write_checkpoint(folder: str | Path) -> None:
 
 
 def llama(folder: str) -> torch.nn.Module:
-    """The model of a Hugging Face folder, with its weights.
+    """The model of a Hugging Face folder, without its weights: `model.init_from` reads those.
+
+    So no process has to hold the whole model: each rank reads just the slices that it trains.
 
     Raises:
         ConfigError: There is no such folder, or transformers is not installed.
@@ -62,7 +64,9 @@ def llama(folder: str) -> torch.nn.Module:
             f"one with `python -m examples.llama {folder}`"
         )
     tf = _transformers()
-    model: torch.nn.Module = tf.AutoModelForCausalLM.from_pretrained(folder, use_cache=False)
+    config = tf.AutoConfig.from_pretrained(folder)
+    config.use_cache = False
+    model: torch.nn.Module = tf.AutoModelForCausalLM.from_config(config)
     return model.train()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch.utils.data import TensorDataset
 
 import examples.digits
@@ -17,6 +18,7 @@ from examples.digits import accuracy, cnn, digits
 from examples.llama import llama, write_checkpoint
 from examples.recommender import clicks, recommender
 from raypar._launch import train_config
+from raypar.cli import main
 from raypar.config import load_config
 from raypar.errors import ConfigError
 from raypar.graph.capture import capture
@@ -99,20 +101,21 @@ def test_clicks_follow_categories_and_numbers() -> None:
 
 
 def test_llama_is_tuned_from_the_weights_of_its_checkpoint(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers")
     folder = str(tmp_path / "tiny")
     write_checkpoint(folder)
     few = ("train.steps=4", "data.global_batch=4", "data.kwargs={seq_len: 16}")
-    result, losses = trained(tmp_path, "llama", *few, f"model.kwargs.folder={folder}")
+    from_it = (f"model.kwargs.folder={folder}", f"model.init_from={folder}")
+    result, losses = trained(tmp_path, "llama", *few, *from_it)
     assert len(result.plan.stages) == 2
-    model = llama(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     batch = next(examples.llama.prompts(4, 16))
     assert losses[0] == pytest.approx(model(**batch).loss.item(), rel=1e-5)
-    assert result.checkpoint is not None
-    tuned = result.checkpoint.state_dict()
-    assert set(tuned) == set(model.state_dict())
-    norm = "model.norm.weight"
-    assert not torch.equal(tuned[norm], model.state_dict()[norm])
+    command = ["checkpoint", "export", str(result.path), str(tmp_path / "tuned"), "--hf", folder]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    tuned = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "tuned"))
+    assert not torch.equal(tuned.model.norm.weight, model.model.norm.weight)
 
 
 def test_a_missing_llama_checkpoint_is_told_with_the_way_to_make_one(tmp_path: Path) -> None:

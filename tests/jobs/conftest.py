@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,13 +17,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-_HEAD = """
-import ray, sys
-ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=int(sys.argv[2]),
-    log_to_driver=False, object_store_memory=100 * 2**20, _temp_dir=sys.argv[1])
-print("up", flush=True)
-sys.stdin.read()
-"""
 
 
 def _free_port() -> int:
@@ -33,32 +27,51 @@ def _free_port() -> int:
 
 @pytest.fixture(scope="package")
 def head() -> Iterator[str]:
-    """A Ray head of its own, with a job server; yields the server's address."""
+    """A Ray head of its own, with a job server; yields the server's address.
+
+    All its ports are free ones: a second Ray on a machine whose agent meets the default port in use
+    takes no jobs.
+    """
+    # AF_UNIX paths are limited to about 100 bytes: pytest's own folders are too long for Ray.
     folder, port = tempfile.mkdtemp(prefix="rpj-", dir="/tmp"), _free_port()
-    # The shell commands of jobs find raypar as those of a user do who has it installed.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "RAY_AUTH_MODE": "disabled"}
+    scripts = Path(sys.executable).parent
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        # The shell commands of jobs find raypar as those of a user do who has it installed.
+        "PATH": os.pathsep.join([str(scripts), os.environ["PATH"]]),
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_TMPDIR": folder,  # where `ray start` notes its address: nobody else may join it
+    }
     process = subprocess.Popen(
-        [sys.executable, "-c", _HEAD, folder, str(port)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True, start_new_session=True,
+        [
+            str(scripts / "ray"), "start", "--head", "--block", "--num-cpus=4",
+            f"--port={_free_port()}", "--include-dashboard=true", f"--dashboard-port={port}",
+            f"--dashboard-agent-listen-port={_free_port()}", f"--temp-dir={folder}",
+            f"--object-store-memory={100 * 2**20}", f"--ray-client-server-port={_free_port()}",
+        ],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, start_new_session=True,
     )  # fmt: skip
     address = f"http://127.0.0.1:{port}"
     try:
-        assert process.stdout is not None
-        assert process.stdin is not None
-        assert process.stdout.readline().strip() == "up"
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"{address}/api/version", timeout=2).read()
-                break
-            except OSError:
-                time.sleep(0.5)
+        _wait_for(f"{address}/api/version", process)
         yield address
     finally:
-        if process.stdin is not None:
-            process.stdin.close()
+        process.terminate()  # ends its daemons, too
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-        subprocess.run(["rm", "-rf", folder], check=False)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes], patience_s: float = 120.0) -> None:
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=2).read()
+            return
+        except OSError:
+            assert process.poll() is None, f"ray start ended with {process.returncode}"
+            assert time.monotonic() < end, f"no Ray head at {url}"
+            time.sleep(0.5)

@@ -35,6 +35,18 @@ def smaller(command: str, steps: int) -> str:
     return " ".join(words)
 
 
+def submitted(client: Any, entrypoint: str, env: dict[str, Any]) -> str:
+    """Submits once the head's agent is up, which takes a moment longer than its job server."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env=env))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+
 def results(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return found
@@ -50,11 +62,7 @@ def test_the_entrypoint_of_the_rayjob_trains_on_a_head(head: str, tmp_path: Path
     entrypoint = spec["entrypoint"].replace("/opt/raypar", str(ROOT))
     entrypoint = entrypoint.replace("/mnt/runs", str(tmp_path))
     client = JobSubmissionClient(head)
-    name = client.submit_job(
-        entrypoint=smaller(entrypoint, 4),
-        runtime_env=yaml.safe_load(spec["runtimeEnvYAML"]),
-        metadata={"job": "rayjob"},
-    )
+    name = submitted(client, smaller(entrypoint, 4), yaml.safe_load(spec["runtimeEnvYAML"]))
     end = time.monotonic() + 240
     while not client.get_job_status(name).is_terminal() and time.monotonic() < end:
         time.sleep(0.5)
