@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,25 +86,23 @@ def _check(
     unexpected: list[str],
 ) -> None:
     missing = [of for of in dict.fromkeys(names.values()) if of not in found]
-    told = []
-    if missing:
-        shown = [f"{n!r}{_near(n, weights.names, 'there')}" for n in missing[:_SHOWN]]
-        whole = len(set(names.values()))
-        told.append(f"{len(missing)} of its {whole} tensors are not there: {_list(shown)}")
-    if unexpected:
-        shown = [f"{n!r}{_near(n, names, 'here')}" for n in unexpected[:_SHOWN]]
-        told.append(
-            f"{len(unexpected)} of the {len(weights.names)} tensors there are not in it: "
-            + _list(shown)
-        )
-    told = [text + _more(n) for text, n in zip(told, (len(x) for x in (missing, unexpected) if x))]
     wrong = [
         f"{name!r} is {weights.forms[weights.names[there]]} there and {forms[name]} here"
         for name, there in found.items()
         if not _fits(weights.forms[weights.names[there]], forms[name])
     ]
+    told = []
+    if missing:
+        whole, near = len(set(names.values())), partial(_near, choices=weights.names, where="there")
+        told.append(f"{len(missing)} of its {whole} tensors are not there: {_some(missing, near)}")
+    if unexpected:
+        near = partial(_near, choices=names, where="here")
+        told.append(
+            f"{len(unexpected)} of the {len(weights.names)} tensors there are not in it: "
+            + _some(unexpected, near)
+        )
     if wrong:
-        told.append(f"{len(wrong)} have another form: {_list(wrong[:_SHOWN])}{_more(len(wrong))}")
+        told.append(f"{len(wrong)} have another form: {_some(wrong)}")
     if told:
         raise CheckpointError(
             f"init_from: the weights in {weights.where!r} do not fit the model: {'; '.join(told)}. "
@@ -168,8 +167,7 @@ def _notes(
     if left_out:
         notes.append(
             f"init_from: {len(left_out)} tensors in {weights.where} are buffers that the model "
-            f"does not save, and makes itself: {_list(sorted(left_out)[:_SHOWN])}"
-            + _more(len(left_out))
+            f"does not save, and makes itself: {_some(sorted(left_out))}"
         )
     return tuple(notes)
 
@@ -178,14 +176,12 @@ def _told(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _near(name: str, names: Collection[str], where: str) -> str:
-    near = did_you_mean(name, names).removeprefix(" Did you mean ").removesuffix("?")
-    return f" (nearest {where}: {near})" if near else ""
+def _near(name: str, choices: Collection[str], where: str) -> str:
+    near = did_you_mean(name, choices).removeprefix(" Did you mean ").removesuffix("?")
+    return f"{name!r} (nearest {where}: {near})" if near else repr(name)
 
 
-def _list(items: list[str]) -> str:
-    return ", ".join(items)
-
-
-def _more(count: int) -> str:
-    return f", and {count - _SHOWN} more" if count > _SHOWN else ""
+def _some(items: Sequence[str], told: Callable[[str], str] = str) -> str:
+    """The first few, and how many more there are."""
+    more = f", and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return ", ".join(told(item) for item in items[:_SHOWN]) + more
