@@ -129,7 +129,7 @@ def pbt(folder: Path) -> dict[str, Any]:
     scheduler = tune.schedulers.PopulationBasedTraining(
         time_attr="training_iteration", perturbation_interval=2, quantile_fraction=0.34,
         hyperparam_mutations={"lr": tune.loguniform(1e-3, 1e-2)}, resample_probability=0.5,
-        synch=True, seed=0,
+        synch=True,
     )  # fmt: skip
     members = [("pipeline", 3e-3), ("replicas", 1e-7), ("one", 1e-3)]
     found = sweep(

@@ -119,7 +119,7 @@ def test_population_based_training_moves_checkpoints_between_plans(
     population = tune.schedulers.PopulationBasedTraining(
         time_attr="training_iteration", perturbation_interval=1, quantile_fraction=0.5,
         resample_probability=0.0, hyperparam_mutations={"lr": tune.uniform(1e-12, 1.0)},
-        custom_explore_fn=lambda config: {**config, "lr": 0.003}, synch=True, seed=1,
+        custom_explore_fn=lambda config: {**config, "lr": 0.003}, synch=True,
     )  # fmt: skip
     results = tune.Tuner(
         made,
