@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from raypar.errors import CaptureError, PlanError
+from raypar.sharding.pieces import Piece
 from raypar.sharding.spec import ShardingSpec
 from raypar.stages._memory import cut
 from raypar.stages.materialise import Materialised, Part, materialise
@@ -446,3 +447,39 @@ def test_parts_are_those_of_a_sharding() -> None:
         pieces.append(torch.cat(row, 1))
     blocks = [p.chunk(2) for p in pieces]
     assert torch.equal(torch.cat([blocks[i][g] for g in range(2) for i in range(2)]), whole)
+
+
+class Given:
+    """Values for some tensors, as a file would have them."""
+
+    def __init__(self, values: dict[str, torch.Tensor]) -> None:
+        self.values = values
+
+    def has(self, name: str) -> bool:
+        return name in self.values
+
+    def fill(self, name: str, piece: Piece, out: torch.Tensor) -> None:
+        piece.copy_into(self.values[name], out)
+
+
+@pytest.mark.parametrize("draw", range(2))
+@pytest.mark.parametrize("model_fn", [every_init, Tower, swallows_errors, through_numpy])
+def test_values_from_elsewhere_replace_those_of_the_seed(model_fn: ModelFn, draw: int) -> None:
+    random_draw = random.Random(draw)
+    torch.manual_seed(3)
+    whole = model_fn()
+    tensors = dict([*whole.named_parameters(), *whole.named_buffers()])
+    given = {
+        name: (torch.randn(t.shape) * 3).to(t.dtype)
+        for name, t in tensors.items()
+        if random_draw.random() < 0.6
+    }
+    wanted = parts_of(whole, random_draw)
+    buffers = [n for n, _ in whole.named_buffers()]
+    state = torch.get_rng_state()
+    made = materialise(model_fn, 3, wanted, buffers, initial=Given(given))
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, got in (*made.params.items(), *made.buffers.items()):
+        expected = given.get(name, tensors[name])
+        assert torch.equal(got, cut(expected.detach(), wanted.get(name))), name
+        assert got.requires_grad == tensors[name].requires_grad
