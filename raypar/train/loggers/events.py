@@ -23,6 +23,7 @@ class EventLog(Callback):
         self._path: Path | None = None
         self._begun = False
         self._step = 0
+        self._early: list[str] = []  # what happened before the folder was known
 
     def on_start(self, run: RunFacts) -> None:
         """See `Callback.on_start`."""
@@ -66,8 +67,10 @@ class EventLog(Callback):
         self._add("end", self._step, str(error) if error else "finished")
 
     def _add(self, kind: str, step: int, text: str) -> None:
+        line = {"time": round(time.time(), 3), "kind": kind, "step": step, "text": text}
+        self._early.append(json.dumps(line) + "\n")
         if self._path is None:  # nothing has begun: there is no folder yet
             return
-        line = {"time": round(time.time(), 3), "kind": kind, "step": step, "text": text}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.writelines(self._early)
+        self._early.clear()

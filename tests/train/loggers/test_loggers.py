@@ -98,6 +98,16 @@ def test_events_are_appended_by_a_run_that_goes_on(
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 5, "a new run"
 
 
+def test_what_happens_before_the_ranks_are_up_is_an_event_too(
+    facts: Callable[..., RunFacts], tmp_path: Path
+) -> None:
+    log = EventLog()
+    log.on_event({"kind": "scale_up", "step": 0, "text": "waiting for 2 devices"})
+    log.on_start(facts(tmp_path))
+    lines = [json.loads(x) for x in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["scale_up", "start"]
+
+
 class Failing(Logger):
     def __init__(self) -> None:
         super().__init__("failing")
