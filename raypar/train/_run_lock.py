@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +24,17 @@ _PATIENCE_S = 5.0
 _PAUSE_S = 0.1
 _HELD = (errno.EACCES, errno.EAGAIN)
 
+# The system's locks are a process's: they tell its threads nothing, and end with any closed file.
+_OWN: dict[Path, int] = {}
+_TURN = threading.Lock()
+
 
 @contextmanager
 def locked(folder: Path, patience_s: float = _PATIENCE_S) -> Iterator[None]:
     """Inside, no other run trains in `folder`.
 
-    The system lets go of the lock when its holder ends, also by SIGKILL. File systems without
-    locks have none.
+    The system lets go of the lock when its holder ends, also by SIGKILL; processes that the holder
+    has forked (a DataLoader's) do not hold it. File systems without locks have none.
 
     Args:
         folder: The run's folder.
@@ -38,35 +43,57 @@ def locked(folder: Path, patience_s: float = _PATIENCE_S) -> Iterator[None]:
     Raises:
         ConfigError: Another run trains there; tells whose it is.
     """
+    place, end = folder.resolve(), time.monotonic() + patience_s
+    while not _reserved(place):
+        _wait(folder, f"this process ({os.getpid()})", end)
+    try:
+        with _locked_file(folder, end):
+            yield
+    finally:
+        with _TURN:
+            _OWN.pop(place, None)
+
+
+def _reserved(place: Path) -> bool:
+    """Takes a folder for this thread; False where another of this process has it."""
+    with _TURN:
+        if _OWN.get(place) == os.getpid():
+            return False
+        _OWN[place] = os.getpid()  # one that was forked has its parent's table, and none of its
+        return True
+
+
+@contextmanager
+def _locked_file(folder: Path, end: float) -> Iterator[None]:
     if fcntl is None:
         yield
         return
     file = os.open(folder / _FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        _take(file, folder, patience_s)
+        while not _taken(file):
+            holder = os.pread(file, 300, 0).decode(errors="replace")
+            _wait(folder, holder or "another process", end)
         yield
     finally:
         os.close(file)
 
 
-def _take(file: int, folder: Path, patience_s: float) -> None:
-    end = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _HELD:
-                return  # a file system without locks
-        else:
-            with contextlib.suppress(OSError):  # a full disk: the lock holds without it
-                os.ftruncate(file, 0)
-                os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-            return
-        if time.monotonic() >= end:
-            holder = os.pread(file, 300, 0).decode(errors="replace") or "another process"
-            raise ConfigError(
-                f"run {folder.name!r} in {str(folder.parent)!r} is under way: {holder} trains "
-                "there. Wait for its end or stop it, or set another run name, for example "
-                f"{folder.name + '-2'!r}"
-            )
+def _taken(file: int) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in _HELD  # else: a file system without locks
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without it
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return True
+
+
+def _wait(folder: Path, holder: str, end: float) -> None:
+    if time.monotonic() < end:
         time.sleep(_PAUSE_S)
+        return
+    raise ConfigError(
+        f"run {folder.name!r} in {str(folder.parent)!r} is under way: {holder} trains there. Wait "
+        f"for its end or stop it, or set another run name, for example {folder.name + '-2'!r}"
+    )
