@@ -71,7 +71,7 @@ CLUSTERS = {
         OWN.replace("INSIDE", "inside: {bandwidth: 0},"),
         ["device_kinds.Mine.inside.bandwidth", "greater than 0"],
     ),
-    "no yaml": ("nodes: {", ["no valid YAML"]),
+    "no yaml": ("nodes: {", ["not valid YAML"]),
 }
 
 
@@ -190,3 +190,16 @@ def test_a_plan_alone_has_no_lists(folder: Path, options: list[str]) -> None:
 def test_probe_is_told_where_to_measure_once() -> None:
     refused(run("probe", "--address", "a:1", "--local", 2), 2, "give --address or --local")
     refused(run("probe", "--local", 0), 2, "0 is not in the range")
+
+
+def test_what_is_told_cannot_be_written_is_said_before_the_work(folder: Path) -> None:
+    for place, told in ((folder, "is a folder"), (folder / "no" / "x.json", "which is no folder")):
+        done = run("train", folder / "run.yaml", "--json", place)
+        refused(done, 2, "--json", told)
+    (folder / "file").touch()
+    refused(run("bench", folder / "run.yaml", "--json", folder / "file" / "x"), 2, "file")
+
+
+def test_a_check_looks_at_the_name_of_the_run_too(folder: Path) -> None:
+    done = run("config", "check", folder / "run.yaml", "--set", "run.name=../x")
+    refused(done, 2, "RunConfig.name is '../x'; it names a folder")
