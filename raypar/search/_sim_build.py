@@ -170,8 +170,9 @@ class _Builder:
             return
         sizes = dict(mesh.named)
         sums: dict[str, tuple[float, float]] = {}  # tier → bytes and seconds of one device
+        tiers = self.fabric.axis_tiers(mesh, comm)
         for one in comm:
-            tier = self.fabric.axis_tier(mesh, one.axis)
+            tier = tiers[one.axis]
             sent, busy = sums.get(tier, (0.0, 0.0))
             more = collective_bytes(one, sizes[one.axis])
             sums[tier] = sent + more * times, busy + one.seconds * times

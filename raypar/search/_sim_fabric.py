@@ -134,14 +134,20 @@ class Fabric:
         for device in devices:
             self._busy(load, device, whole)
         by_tier: dict[str, float] = {}
+        tiers = self.axis_tiers(mesh, collectives)
         for one in collectives:
-            tier = self.axis_tier(mesh, one.axis)
+            tier = tiers[one.axis]
             by_tier[tier] = by_tier.get(tier, 0.0) + one.seconds
         for tier, seconds in by_tier.items():
             for device in devices:
                 _add(load, Resource(OUT, device, tier), seconds)
                 _add(load, Resource(IN, device, tier), seconds)
         return Need(actor, whole, load)
+
+    def axis_tiers(self, mesh: MeshSlice, collectives: Iterable[Collective]) -> dict[str, str]:
+        """Axis → its tier, for all axes of some collectives."""
+        # Each axis is asked for once: to look a mesh up takes as long as it has devices.
+        return {axis: self.axis_tier(mesh, axis) for axis in {one.axis for one in collectives}}
 
     def axis_tier(self, mesh: MeshSlice, axis: str) -> str:
         """Whether a mesh axis stays inside nodes."""

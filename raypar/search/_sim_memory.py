@@ -207,12 +207,12 @@ class _Walk:
     def timeline(self) -> MemoryTimeline:
         """All changes in order of time."""
         # Changes at one time keep the list's order: workspace is gone, results take its place.
-        order = sorted(range(len(self.changes)), key=lambda i: (self.changes[i][0], i))
-        times = np.array([0.0, *(self.changes[i][0] for i in order)])
+        when, which, sizes = zip(*self.changes, strict=True)
+        order = np.argsort(when, kind="stable")
+        times = np.concatenate([[0.0], np.array(when, dtype=np.float64)[order]])
         moving = np.zeros((len(MOVING), len(order) + 1), dtype=np.int64)
-        for place, i in enumerate(order):
-            _, which, size = self.changes[i]
-            moving[which, place + 1] = size
+        places = np.arange(1, len(order) + 1)
+        moving[np.array(which)[order], places] = np.array(sizes, dtype=np.int64)[order]
         moving = moving.cumsum(axis=1)
         resident = self._resident()
         held = moving.sum(axis=0)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from raypar.compat import pytree
 from raypar.sharding._fake_calls import RememberingEmitter, fake_like
 from raypar.sharding.convert import NONE, Step, conversion
 from raypar.sharding.local_call import write_local
@@ -250,15 +249,13 @@ class _Lowering:
         op = OpView(node)
         wanted = iter(strategy.inputs)
 
-        def local(leaf: Any) -> Any:
-            if not isinstance(leaf, fx.Node):
-                return leaf
+        def local(leaf: fx.Node) -> fx.Node:
             if is_tensor(leaf.meta.get("val")):
                 return self._read(leaf, next(wanted))
             return self.local[leaf]
 
-        leaves, form = pytree.tree_flatten((node.args, node.kwargs))
-        args, kwargs = pytree.tree_unflatten([local(leaf) for leaf in leaves], form)
+        args: Any = fx.map_arg(node.args, local)
+        kwargs: Any = fx.map_arg(node.kwargs, local)
         self._at(node)
         if _is_whole(strategy):
             assert callable(node.target)
