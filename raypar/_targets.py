@@ -132,6 +132,9 @@ def check_config(config: Config) -> None:
     scheduler_of(config)
     search_of(config)
     scaling_of(config)
+    run_of(config)
+    early_stop_of(config)
+    network_of(config)
 
 
 def search_of(config: Config) -> SearchConfig:

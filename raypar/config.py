@@ -105,6 +105,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             f"{path}: a config is a mapping of {', '.join(Config.model_fields)}; "
             f"found {show(tree)}. `raypar config` prints a complete one"
         )
+    said: dict[str, str] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         key = key.strip()
@@ -112,6 +113,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             raise ConfigError(
                 f"--set takes key=value with a dotted key, such as train.steps=20; got {override!r}"
             )
+        if key in said:
+            raise ConfigError(
+                f"{key} is overridden twice, by {said[key]!r} and by {override!r}: remove one"
+            )
+        said[key] = override
         _put(tree, key.split("."), parse_yaml(value, f"--set {key}"), key)
     _check_format(tree.pop("format", CONFIG_FORMAT), str(path))
     return _validate(tree, str(path))

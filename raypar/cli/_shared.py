@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,27 @@ set_option = click.option(
 cluster_option = click.option(
     "--cluster", "cluster_file", metavar="FILE", help="Plan for this cluster (YAML)."
 )
+
+
+def _writable(ctx: click.Context, option: click.Parameter, path: str | None) -> str | None:
+    """Tells that a file cannot be written before the work is done, not after."""
+    if path is None or path == "-":
+        return path
+    file = Path(path)
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        known = "is a folder" if file.is_dir() else "cannot be written"
+        if not file.exists() and not file.parent.is_dir():
+            known = f"is in {str(file.parent)!r}, which is no folder"
+        raise ConfigError(f"{option.opts[0]}: {path!r} {known}; name a file, such as out.json")
+    return path
+
+
 json_option = click.option(
-    "--json", "json_file", metavar="FILE", help="Also write what is told as JSON; - for stdout."
+    "--json",
+    "json_file",
+    metavar="FILE",
+    callback=_writable,
+    help="Also write what is told as JSON; - for stdout.",
 )
 
 

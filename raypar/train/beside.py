@@ -12,7 +12,7 @@ from raypar.train.checkpoint import CheckpointStore
 from raypar.train.display import Display
 from raypar.train.evaluate import Evaluator
 from raypar.train.metrics import MetricsLog
-from raypar.train.settings import Settings
+from raypar.train.settings import STEP_METRICS, Settings
 from raypar.train.state import TrainState
 
 
@@ -47,7 +47,7 @@ class Beside:
     def reported(self, result: StepResult) -> None:
         """See `raypar.train.loop.Hooks`."""
         line = self.log.add(result)
-        self._last = {k: line[k] for k in ("loss", "grad_norm", "step_s") if k in line}
+        self._last = {k: line[k] for k in STEP_METRICS if k in line}
         self.display.show(line)
         self.callbacks.on_step(line)
 

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 from raypar.errors import ConfigError
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, damaged: list[int] | None = None) -> list[dict[str, Any]]:
     """Every line as a dict.
 
     A last line that was cut off, as by a killed process, is left out.
+
+    Args:
+        path: The file.
+        damaged: Gets the numbers (from 1) of the lines that are no JSON object, which are then
+            left out; without it they are an error.
 
     Raises:
         ConfigError: The file cannot be read, or another line is no JSON object; names the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="strict" if damaged is None else "replace")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {str(path)!r}: {error}") from None
     lines = text.split("\n")
@@ -32,8 +38,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             if number == len(lines):  # no line feed behind it: the writer was stopped in it
                 break
+            if damaged is not None:
+                damaged.append(number)
+                continue
             raise ConfigError(f"{str(path)!r}, line {number} is damaged: {error}") from None
         if not isinstance(value, dict):
+            if damaged is not None:
+                damaged.append(number)
+                continue
             raise ConfigError(f"{str(path)!r}, line {number}: a JSON object is expected")
         found.append(value)
     return found
@@ -47,10 +59,12 @@ def is_step(line: dict[str, Any]) -> bool:
 def keep_before(path: Path, step: int) -> None:
     """Drops the lines of steps from `step` on: a run that goes on there writes them again.
 
-    The new file takes the old one's place at once, so that a crash leaves one of them whole.
+    The new file takes the old one's place at once, so that a crash leaves one of them whole. Lines
+    that were damaged, as by a power failure, are left out with a warning: no training is lost for
+    the sake of its log.
 
     Raises:
-        ConfigError: The file is damaged or cannot be written.
+        ConfigError: The file cannot be read or written.
     """
     if not path.exists():
         return
@@ -60,7 +74,14 @@ def keep_before(path: Path, step: int) -> None:
         # An evaluation names how many steps were done, a step its own 0-based number.
         return isinstance(number, int) and number < step + (0 if is_step(line) else 1)
 
-    kept = [line for line in read_lines(path) if before(line)]
+    damaged: list[int] = []
+    kept = [line for line in read_lines(path, damaged) if before(line)]
+    if damaged:
+        warnings.warn(
+            f"{str(path)!r}: {len(damaged)} damaged lines are left out, the first is line "
+            f"{damaged[0]}",
+            stacklevel=2,
+        )
     fresh = path.with_suffix(".new")
     try:
         fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

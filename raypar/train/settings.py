@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from raypar.mesh.bundles import BundleRange
 
 
+STEP_METRICS = ("loss", "grad_norm", "step_s")
+"""What a checkpoint keeps of the metrics of its last step."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What `raypar.Trainer` was given; its arguments are explained there.
@@ -106,6 +110,26 @@ class Settings:
         if self.early_stop is not None and self.eval_data is None:
             raise ConfigError(
                 "early_stop looks at evaluations: give eval_data and eval_every, for example 50"
+            )
+        self._check_metrics()
+
+    def _check_metrics(self) -> None:
+        """A metric that nothing measures would be waited for in vain."""
+        own = (
+            ("loss", "samples", "batches", *self.eval_metrics) if self.eval_data is not None else ()
+        )
+        evaluated = [f"eval_{name}" for name in own]
+        if self.early_stop is not None and self.early_stop.metric not in evaluated:
+            raise ConfigError(
+                f"early_stop.metric is {self.early_stop.metric!r}; evaluations give "
+                f"{', '.join(evaluated)}"
+            )
+        score, known = self.run.checkpoint_config.score_attribute, [*STEP_METRICS, *evaluated]
+        if score is not None and score not in known:
+            raise ConfigError(
+                f"CheckpointConfig.score_attribute (checkpoint.best_of) is {score!r}; a checkpoint "
+                f"of this run has {', '.join(known)}"
+                + ("" if evaluated else "; give eval_data for those of evaluations")
             )
 
     def _check_limits(self) -> None:

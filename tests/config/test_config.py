@@ -272,3 +272,9 @@ def test_a_config_tells_its_format_and_a_newer_one_is_refused(
     for wrong in ("0", "true", "'1'", "[]"):
         newer.write_text(f"format: {wrong}\n{MINIMAL}")
         assert f"set format: {CONFIG_FORMAT}, or leave it out" in error_of(newer)
+
+
+def test_the_same_key_is_overridden_once(config_file: Path) -> None:
+    message = error_of(config_file, "train.steps=3", "train.seed=1", "train.steps = 4")
+    assert "train.steps is overridden twice" in message
+    assert "'train.steps=3'" in message

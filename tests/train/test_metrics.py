@@ -6,13 +6,16 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
+from raypar.errors import ConfigError
 from raypar.stages.faults import RankInfo
 from raypar.stages.run import merge_reports
 from raypar.stages.spec import StepReport
 from raypar.train.data import BatchForm
 from raypar.train.metrics import Display, MetricsLog, startup_text, tokens_of
+from raypar.train.metrics_file import keep_before, read_lines
 
 
 def test_tokens_are_known_for_a_batch_of_integer_rows() -> None:
@@ -97,3 +100,16 @@ def test_evaluations_and_checkpoints_are_told_above_the_bar_and_in_plain_lines()
         assert "evaluation after step 1  loss 1.25  top 1 0.5" in out.getvalue()
         assert "checkpoint after step 1  runs/[a]/1" in out.getvalue()
         assert "MFU 25.0%" in out.getvalue()
+
+
+def test_a_run_goes_on_though_its_log_was_damaged(tmp_path: Path) -> None:
+    """As by a power failure, which leaves zeros: no training is lost for the sake of its log."""
+    path = tmp_path / "metrics.jsonl"
+    line = '{"step": %d, "step_s": 1.0}\n'
+    lines = [(line % number).encode() for number in range(4)]
+    path.write_bytes(lines[0] + b"\0" * 9 + b"\n3\n" + lines[2] + lines[3])
+    with pytest.raises(ConfigError, match="line 2 is damaged"):
+        read_lines(path)
+    with pytest.warns(UserWarning, match="2 damaged lines are left out, the first is line 2"):
+        keep_before(path, 3)
+    assert [found["step"] for found in read_lines(path)] == [0, 2]

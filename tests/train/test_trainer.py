@@ -14,9 +14,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import raypar as rp
+from raypar.errors import ConfigError
 from raypar.search.plan import Found, search
 from raypar.search.record import SearchRecord
 from raypar.train.devices import first_devices
+from raypar.train.settings import Settings
 
 
 def model() -> nn.Module:
@@ -270,3 +272,26 @@ def test_a_model_that_is_built_whole_on_every_rank_is_told_once(
     assert "ranks 0, 1: " in out
     fit(run_config=shown)
     assert "the whole model" not in capsys.readouterr().out
+
+
+def test_metrics_that_nothing_measures_are_refused(tmp_path: Path) -> None:
+    def settings(score: str | None = None, **changed: Any) -> Settings:
+        kept = rp.CheckpointConfig(score_attribute=score)
+        needed: dict[str, Any] = {
+            "model_fn": nn.Identity,
+            "optimizer": list,
+            "data": [],
+            "steps": 1,
+        }
+        return Settings(**needed, run=rp.RunConfig(checkpoint_config=kept), **changed)
+
+    for name in ("loss", "grad_norm"):
+        settings(name)
+    with pytest.raises(ConfigError, match=r"best_of\) is 'eval_loss'.*give eval_data"):
+        settings("eval_loss")
+    with pytest.raises(ConfigError, match="has loss, grad_norm, step_s, eval_loss"):
+        settings("accuracy", eval_data=[])
+    own: dict[str, Any] = {"eval_data": [], "eval_metrics": {"accuracy": max}}
+    settings("eval_accuracy", early_stop=rp.EarlyStop(metric="eval_accuracy"), **own)
+    with pytest.raises(ConfigError, match="evaluations give eval_loss, eval_samples"):
+        settings(early_stop=rp.EarlyStop(metric="loss"), **own)
