@@ -45,7 +45,7 @@ class BatchSpec:
                 dim 0 of the first tensor that has dims.
 
         Raises:
-            CaptureError: No tensors, or batch dims that do not fit.
+            CaptureError: No tensors, no samples, or batch dims that do not fit.
         """
         leaves, structure = pytree.tree_flatten(batch)
         where = tuple(i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor))
@@ -62,6 +62,11 @@ class BatchSpec:
                 f"the batch dims name different batch sizes {sorted(sizes)}; shapes "
                 f"{[tuple(t.shape) for t in tensors]}, batch_dims {dims}: pass batch_dims with "
                 "one int (or None for broadcast) for every tensor"
+            )
+        if 0 in sizes:
+            raise CaptureError(
+                f"the batch holds no sample: shapes {[tuple(t.shape) for t in tensors]}, batch "
+                f"dims {dims}; give a batch of at least one sample"
             )
         return cls(
             structure,

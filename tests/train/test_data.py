@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from raypar.errors import DataError
+from raypar.errors import CaptureError, DataError
 from raypar.train.data import BatchForm, all_epochs, open_data, peek
 
 
@@ -175,3 +175,8 @@ def test_a_form_travels_without_changing() -> None:
     assert there.spec == form().spec
     assert there.names == form().names
     assert len(there.tensors(batch(), 3)) == 2
+
+
+def test_a_batch_without_samples_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"holds no sample: shapes \[\(0, 3\)\]"):
+        BatchForm(torch.zeros(0, 3))

@@ -253,7 +253,8 @@ def _ended(count: int) -> str:
     return (
         f"the data source ended after {_count(count)}: step {count} (counted from 0) has no batch. "
         f"A one-shot iterator is not repeated: pass something that can be iterated again (a list, "
-        f"a DataLoader, a callable that returns one), or set steps={count}"
+        f"a DataLoader, a callable that returns one), a callable that takes epoch, which is called "
+        f"for each pass, or set steps={count}"
     )
 
 
