@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import torch
 
+from raypar.errors import ConfigError
 from raypar.stages.faults import RankInfo
 from raypar.stages.run import StepResult
 from raypar.stages.spec import RankSpec, StepReport
@@ -139,10 +141,22 @@ class MetricsLog:
         )
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        if time.monotonic() - self._flushed > _FLUSH_S:
-            self._file.flush()
-            self._flushed = time.monotonic()
+        with self._told():
+            self._file.write(json.dumps(line) + "\n")
+            if time.monotonic() - self._flushed > _FLUSH_S:
+                self._file.flush()
+                self._flushed = time.monotonic()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Says which file it is that cannot be written, as on a full disk."""
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to {str(self._folder)!r}: {error.strerror}; make room there, or set "
+                "storage_path to another folder. What was saved in checkpoints can be resumed"
+            ) from error
 
     def _slowest(self, parts: np.ndarray) -> dict[str, Any]:
         rank = busiest(parts)
@@ -216,10 +230,15 @@ class MetricsLog:
         return rates
 
     def close(self) -> None:
-        """Closes the file and writes ``timeline.json``; safe to call twice."""
+        """Closes the file and writes ``timeline.json``; safe to call twice.
+
+        Raises:
+            ConfigError: They cannot be written.
+        """
         if not self._file.closed:
-            self._file.close()
-            self._recorder.write(self._folder)
+            with self._told():
+                self._file.close()
+                self._recorder.write(self._folder)
 
 
 def _learning_rate(result: StepResult) -> dict[str, float]:

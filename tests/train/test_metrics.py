@@ -113,3 +113,13 @@ def test_a_run_goes_on_though_its_log_was_damaged(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="2 damaged lines are left out, the first is line 2"):
         keep_before(path, 3)
     assert [found["step"] for found in read_lines(path)] == [0, 2]
+
+
+def test_a_full_disk_is_told_with_its_folder(tmp_path: Path) -> None:
+    full = tmp_path / "metrics.jsonl"
+    full.symlink_to("/dev/full")
+    log = MetricsLog(full, 4, None, [RankInfo(0, stages=(0,))])
+    log.evaluation({"step": 1, "eval_loss": 0.5})
+    with pytest.raises(ConfigError, match=r"cannot write to .*: No space left on device"):
+        log.close()
+    log.close()
