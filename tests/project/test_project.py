@@ -41,7 +41,7 @@ def test_files_that_a_document_names_exist(name: str) -> None:
 def test_commands_that_the_readme_names_exist() -> None:
     lines = re.findall(r"^raypar .*$", text_of("README.md"), re.M)
     assert {line.split()[1] for line in lines} == {
-        "config", "doctor", "explain", "plan", "probe", "simulate", "train",
+        "doctor", "plan", "report", "resume", "submit", "train",
     }  # fmt: skip
     for line in lines:
         command = line.split()[1]

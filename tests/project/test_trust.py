@@ -34,6 +34,8 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("mesh/_node_facts.py", "importlib.import_module"): "raypar's own version",
     ("search/study/samplers.py", "importlib.import_module"): "a package of a table of samplers",
     ("train/loggers/base.py", "importlib.import_module"): "a tracker's package, from a table",
+    ("tune/__init__.py", "importlib.import_module"): "raypar's own modules, from a table",
+    ("train/weights/torch_file.py", "torch.load"): "with weights_only=True, and memory-mapped",
     ("stages/actor.py", "importlib.import_module"): "raypar's own interpreter, ahead of time",
     ("_yaml.py", "yaml.load"): "with a subclass of yaml.SafeLoader",
 }

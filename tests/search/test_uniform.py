@@ -236,3 +236,11 @@ def test_a_name_is_registered_once_and_only_for_planners():
     with pytest.raises(ValueError, match="registered already"):
         register_planner(Mine)
     assert get_planner("uniform").__class__.__name__ == "UniformPlanner"
+
+
+def test_more_replicas_than_samples_are_told() -> None:
+    batch = (torch.zeros(1, 4), torch.zeros(1, dtype=torch.long))
+    loss = torch.nn.functional.cross_entropy
+    one = rp.capture(lambda: torch.nn.Linear(4, 2), batch, loss)
+    with pytest.raises(rp.PlanError, match="a batch of 1 cannot be cut over 2 replicas"):
+        rp.plan(one, rp.Cluster.local(2), rp.SearchConfig(replicas=2))

@@ -162,5 +162,5 @@ def _microbatches(graph: OpGraph, config: SearchConfig, groups: int, replicas: i
     if graph.feels_microbatches:
         return 1  # M belongs to such a model's training recipe: only the user raises it
     wanted = 1 if groups == 1 else 4 * groups
-    per_replica = graph.global_batch // replicas
+    per_replica = max(1, graph.global_batch // replicas)
     return max(m for m in range(1, min(wanted, per_replica) + 1) if per_replica % m == 0)
