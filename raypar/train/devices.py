@@ -143,7 +143,7 @@ class Devices:
 
 def _least(settings: Settings) -> int:
     """Devices that an explicit search configuration needs."""
-    counts = [getattr(settings.search, name, None) for name in ("stages", "replicas")]
+    counts = [getattr(settings.search, name, None) for name in ("stages", "replicas", "tensor")]
     return math.prod(n for n in counts if isinstance(n, int))
 
 

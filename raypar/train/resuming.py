@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,12 +14,15 @@ CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints in the run's own."""
 
 
-def checkpoint_at(where: Checkpoint | str | Path | None, own: Path) -> Checkpoint | None:
+def checkpoint_at(
+    where: Checkpoint | str | Path | None, own: Path, storage: str | Path | None = None
+) -> Checkpoint | None:
     """The checkpoint that a user means.
 
     Args:
         where: A checkpoint, its path or URL, the folder of a run, or ``"auto"``.
         own: The run's own folder.
+        storage: Where the run keeps its checkpoints, if not in its own folder.
 
     Raises:
         CheckpointError: There is none (unless ``"auto"`` was meant), or it is damaged.
@@ -26,8 +30,9 @@ def checkpoint_at(where: Checkpoint | str | Path | None, own: Path) -> Checkpoin
     if where is None or isinstance(where, Checkpoint):
         return where
     if where == "auto":
-        folder = own / CHECKPOINTS
-        return CheckpointStore(folder).latest() if folder.is_dir() else None
+        folder = own / CHECKPOINTS if storage is None else storage
+        there = "://" in str(folder) or Path(folder).is_dir()
+        return CheckpointStore(folder).latest() if there else None
     inside = Path(where) / CHECKPOINTS
     if "://" in str(where) or not inside.is_dir():
         return Checkpoint(where)
@@ -55,7 +60,8 @@ def beginning(
         CheckpointError: There is no such checkpoint, or it is damaged.
         ConfigError: Weights to begin from are given twice.
     """
-    resume = checkpoint_at(settings.resume_from, own)
+    kept = settings.run.checkpoint_config.storage
+    resume = checkpoint_at(settings.resume_from, own, kept)
     if resume is None:
         return None, settings.init_from
     if not resume.weights_only:
@@ -69,10 +75,21 @@ def beginning(
 
 
 def store_of(settings: Settings, path: Path, stack: ExitStack) -> CheckpointStore | None:
-    """Where the run's checkpoints go; None where it is to write none."""
+    """Where the run's checkpoints go; None where it is to write none.
+
+    Those of an earlier run of the same name are set aside: they would count as this run's.
+    """
     wanted = settings.run.checkpoint_config
+    earlier = path / CHECKPOINTS
+    if settings.resume_from is None and settings.init_from is None and earlier.is_dir():
+        earlier.rename(_free(path, f"{CHECKPOINTS}-before"))
     if not (wanted.at_end or wanted.every_s or wanted.every_steps):
         return None
     store = CheckpointStore(wanted.storage or path / CHECKPOINTS, wanted)
     stack.callback(store.close)
     return store
+
+
+def _free(folder: Path, name: str) -> Path:
+    """A path in `folder` that does not exist: ``<name>-1``, ``<name>-2``, ..."""
+    return next(p for i in itertools.count(1) if not (p := folder / f"{name}-{i}").exists())

@@ -238,7 +238,7 @@ def test_a_run_in_a_thread_is_stopped_by_its_limits_alone(
 def test_a_run_that_is_done_keeps_its_figures_when_it_is_resumed(
     trainer: Callable[..., rp.Trainer],
 ) -> None:
-    first = trainer(steps=2).fit()
+    expected = weights(trainer(steps=2).fit())
     again = trainer(steps=2, resume_from="auto").fit()
     assert again.metrics["steps"] == 0
     assert again.metrics["loss"] == first.metrics["loss"]
@@ -247,3 +247,27 @@ def test_a_run_that_is_done_keeps_its_figures_when_it_is_resumed(
     elsewhere = trainer("other", steps=2, resume_from=first.path).fit()
     assert elsewhere.checkpoint is not None
     assert elsewhere.checkpoint.step == 2
+
+
+def test_a_name_that_is_used_again_sets_the_earlier_checkpoints_aside(
+    trainer: Callable[..., rp.Trainer], tmp_path: Path
+) -> None:
+    expected = weights(trainer(steps=2).fit())
+    again = trainer(steps=1).fit()
+    assert again.checkpoint is not None
+    assert again.checkpoint.step == 1
+    assert len(rp.CheckpointStore(tmp_path / "run" / "checkpoints").all()) == 1
+    aside = rp.CheckpointStore(tmp_path / "run" / "checkpoints-before-1").latest()
+    assert aside is not None
+    found = aside.state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_checkpoints_may_lie_elsewhere_and_are_found_there(
+    trainer: Callable[..., rp.Trainer], tmp_path: Path
+) -> None:
+    elsewhere = rp.CheckpointConfig(storage=tmp_path / "far" / "away")
+    trainer(steps=3, checkpoint=elsewhere).fit()
+    losses = Losses()
+    trainer(losses=losses, steps=5, checkpoint=elsewhere, resume_from="auto").fit()
+    assert sorted(losses.by_step) == [3, 4]
