@@ -13,7 +13,6 @@ from raypar.schedules.base import Placement
 from raypar.schedules.registry import get_schedule
 from raypar.sharding.strategies import pattern_of
 
-
 _MOST_SAMPLES = 1 << 31  # what is looked for among the divisors of a batch must be found soon
 
 

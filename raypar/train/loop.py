@@ -202,9 +202,7 @@ class TrainLoop:
         first = self.state.step
         border = limits.border(first) if self._settled else first + 1
         with self._watch.until(min(deadlines, default=None)):
-            reached = self._run.train(
-                first, border - first, self._reported, horizon=limits.steps
-            )
+            reached = self._run.train(first, border - first, self._reported, horizon=limits.steps)
         self._ended = reached < border and not self._watch.asked
         if not self._settled and reached > first:
             self._settled = True

@@ -12,8 +12,8 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from raypar._launch import write_resolved
-from raypar._targets import search_of
 from raypar._search_view import SearchView, ended
+from raypar._targets import search_of
 from raypar.cli import main
 from raypar.config import load_config
 from raypar.errors import ConfigError

@@ -238,7 +238,7 @@ def test_a_run_in_a_thread_is_stopped_by_its_limits_alone(
 def test_a_run_that_is_done_keeps_its_figures_when_it_is_resumed(
     trainer: Callable[..., rp.Trainer],
 ) -> None:
-    expected = weights(trainer(steps=2).fit())
+    first = trainer(steps=2).fit()
     again = trainer(steps=2, resume_from="auto").fit()
     assert again.metrics["steps"] == 0
     assert again.metrics["loss"] == first.metrics["loss"]

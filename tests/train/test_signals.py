@@ -89,10 +89,14 @@ def test_a_first_signal_may_be_taken_softly_and_the_second_is_not(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     told: list[BaseException] = []
-    with pytest.raises(KeyboardInterrupt), terminating() as signals:
-        with signals.softly(told.append):
+
+    def twice() -> None:
+        with terminating() as signals, signals.softly(told.append):
             send(signal.SIGINT)
             assert [type(error) for error in told] == [KeyboardInterrupt]
             send(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        twice()
     assert len(told) == 1
     assert "with a checkpoint" in capfd.readouterr().err
