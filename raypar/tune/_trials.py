@@ -70,7 +70,8 @@ class Trial:
 
     def _fit(self, trainer: Trainer, run: Path, resume: Path | str | None) -> None:
         settings = trainer.settings
-        reports = Reports(self.report_every, self.checkpoints, run)
+        known = {} if resume is None else Checkpoint(resume).metrics
+        reports = Reports(self.report_every, self.checkpoints, run, known)
         trainer.changed(
             lent=self._bundles(),
             scaling=self._scaling(settings),
@@ -131,20 +132,23 @@ class Reports(Callback):
         every: Steps between reports.
         checkpoints: Whether each report waits for the checkpoint of that step, and carries it.
         run: The run's folder.
+        known: Metrics of the checkpoint that it goes on from.
     """
 
-    def __init__(self, every: int, checkpoints: bool, run: Path) -> None:
+    def __init__(self, every: int, checkpoints: bool, run: Path, known: Mapping[str, Any]) -> None:
         self._every = every
         self._checkpoints = checkpoints
         self._run = run
         self._facts: dict[str, Any] = {}
-        self._line: dict[str, Any] = {}
+        self._line: dict[str, Any] = {k: v for k, v in known.items() if _is_number(v)}
         self._told = 0  # steps that Tune knows of
+        self._reported = False
         self._step = 0
 
     def on_start(self, run: RunFacts) -> None:
         """See `Callback.on_start`."""
         self._step = self._told = run.first_step
+        self._line["step"] = run.first_step
         self._facts = {
             "planning_s": run.startup.get("plan", 0.0),
             "plan_cached": _was_cached(self._run / "search.json"),
@@ -157,7 +161,7 @@ class Reports(Callback):
         """See `Callback.on_step`."""
         self._step = int(line["step"]) + 1
         # Tune follows flat names; numbers are all that it can compare.
-        self._line.update((k, v) for k, v in line.items() if isinstance(v, (int, float)))
+        self._line.update((k, v) for k, v in line.items() if _is_number(v))
         self._line["step"] = self._step
         if not self._checkpoints and self._step % self._every == 0:
             self._report(None)
@@ -174,12 +178,19 @@ class Reports(Callback):
             self._report(tune.Checkpoint(path))
 
     def rest(self) -> None:
-        """Reports the last steps, if they were not."""
+        """Reports the last steps, if they were not.
+
+        A trial that took over a checkpoint of the last step has none to run: it reports what the
+        checkpoint knows, as its last result, since Tune would show the other trial's as its own.
+        """
         if self._step > self._told:
+            self._report(None)
+        elif not self._reported:
+            self._line["done"] = True
             self._report(None)
 
     def _report(self, checkpoint: Any) -> None:
-        self._told = self._step
+        self._told, self._reported = self._step, True
         # Returns once Tune has decided; where it has the trial stop, the thread ends here.
         tune.report({**self._line, **self._facts}, checkpoint=checkpoint)
 
@@ -198,6 +209,10 @@ def _resumed(checkpoint: Any) -> Iterator[Path | str | None]:
     else:
         with checkpoint.as_directory() as folder:
             yield Path(folder)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _await_written(path: str) -> None:
