@@ -102,10 +102,18 @@ class WayTable:
         ways: Ways to run on a mesh of one size.
         microbatches: M.
         schedule: Says how many microbatches a stage holds; see `in_flight`.
+        most_held: It holds no more than so many, whatever comes after it; None: no such limit.
     """
 
-    def __init__(self, ways: Sequence[Way], microbatches: int, schedule: str = "1f1b") -> None:
+    def __init__(
+        self,
+        ways: Sequence[Way],
+        microbatches: int,
+        schedule: str = "1f1b",
+        most_held: int | None = None,
+    ) -> None:
         self.ways = list(ways)
+        self.most_held = most_held
         self.microbatches = microbatches
         self.schedule = schedule
         self.n_units = len(ways[0].seconds)
@@ -139,7 +147,10 @@ class WayTable:
         """
         most, numbers = self._flights
         # Between two of the numbers, the same ways fit.
-        key = int(np.searchsorted(numbers, in_flight(self.schedule, remaining, self.microbatches)))
+        held = in_flight(self.schedule, remaining, self.microbatches)
+        if self.most_held is not None:
+            held = min(held, self.most_held)
+        key = int(np.searchsorted(numbers, held))
         if key not in self._tables:
             least = numbers[key] if key < len(numbers) else np.inf
             time = np.where(most >= least, self._time, np.inf)

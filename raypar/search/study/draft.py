@@ -203,7 +203,7 @@ class _Question:
             raise InfeasibleError("no way to run a stage on such devices")
         best = Pipeline()
         shared: list[dict[tuple[int, ...], WayTable]] = [
-            _by_shape(table, chunks, self.split.microbatches) for table in tables
+            _by_shape(table, groups, chunks, self.split.microbatches) for table in tables
         ]
         for shape in shared[0]:
             if not all(shape in table for table in shared):
@@ -262,7 +262,8 @@ class _Question:
             table = tables[0 if len(tables) == 1 else stage.place // stage.devices]
             if chunks > 1:
                 assert isinstance(stage.way.key, WayKey)
-                shaped = _by_shape(table, chunks, self.split.microbatches)
+                groups = len(stages) // chunks
+                shaped = _by_shape(table, groups, chunks, self.split.microbatches)
                 table = shaped[stage.way.key.shape]
             seconds, way = table.at(len(stages) - i)
             took = float(seconds[stage.first, stage.last - 1])
@@ -291,17 +292,24 @@ def _smaller(tables: Sequence[WayTable], share: float) -> list[WayTable]:
     for table in tables:
         if id(table) not in made:
             ways = [replace(way, memory=way.memory * share) for way in table.ways]
-            made[id(table)] = WayTable(ways, table.microbatches, table.schedule)
+            made[id(table)] = WayTable(ways, table.microbatches, table.schedule, table.most_held)
     return [made[id(table)] for table in tables]
 
 
-def _by_shape(table: WayTable, chunks: int, microbatches: int) -> dict[tuple[int, ...], WayTable]:
-    """Tables of ways on one mesh shape each, with a chunk's share of the memory."""
+def _by_shape(
+    table: WayTable, groups: int, chunks: int, microbatches: int
+) -> dict[tuple[int, ...], WayTable]:
+    """Tables of ways on one mesh shape each, with a chunk's share of the memory.
+
+    A group runs ahead by one round through all its chunks, and by what one round of the pipeline
+    takes: all its chunks together hold that many microbatches (Narayanan et al. 2021, section 2.2).
+    """
+    held = -(-(chunks + 1) * groups // chunks)
     found: dict[tuple[int, ...], list[Way]] = {}
     for way in table.ways:
         assert isinstance(way.key, WayKey)
         found.setdefault(way.key.shape, []).append(replace(way, memory=way.memory / chunks))
-    return {s: WayTable(ways, microbatches, table.schedule) for s, ways in found.items()}
+    return {s: WayTable(ways, microbatches, table.schedule, held) for s, ways in found.items()}
 
 
 def _step_s(stages: Sequence[Stage], groups: int, microbatches: int, schedule: str) -> float:

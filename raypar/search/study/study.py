@@ -31,6 +31,7 @@ from raypar.search.study.finals import Finals
 from raypar.search.study.judge import Judge, Outcome
 from raypar.search.study.ledger import Ledger
 from raypar.search.study.proposals import Asked, Proposals
+from raypar.search.study.regular import REGULAR, regular_plans
 from raypar.search.study.samplers import quiet_optuna
 from raypar.search.study.seeds import seeds
 from raypar.search.study.space import Decisions
@@ -136,6 +137,7 @@ class StudySearch:
             try:
                 self._resume()
                 self._seed()
+                self._seed_regular()
                 if not self.finals.on:
                     self._propose(self._trials())
                 else:
@@ -190,6 +192,22 @@ class StudySearch:
             self._tell(asked, min(kept, key=lambda o: o.predicted_s))
             if len(self.ledger.trials) >= self._trials():
                 return
+
+    def _seed_regular(self) -> None:
+        """Looks at regular plans, which no exact planner makes."""
+        if self.config.seeds != "auto" or time.perf_counter() > self._seed_deadline:
+            return
+        for decisions in regular_plans(self.judge.drafter):
+            if len(self.ledger.trials) >= self._trials():
+                return
+            outcome = self.judge.look(decisions)
+            if outcome.plan is None:
+                continue
+            asked = self.proposals.near_plan(outcome.plan, REGULAR)
+            self._known[decisions] = outcome
+            record = self.ledger.add(REGULAR, decisions, outcome)
+            self._asked[record.number] = asked.trial.number
+            self._tell(asked, outcome)
 
     def _propose(self, trials: int, kept_s: float = 0.0) -> None:
         """Proposals until the budget is spent, or nothing is left to gain.

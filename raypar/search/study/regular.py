@@ -1,0 +1,89 @@
+"""Regular plans: every stage alike, as one would make them by hand for a large cluster of equals.
+
+Tensor parallelism inside a node × rank groups × replicas × stages per group (Narayanan et al. 2021,
+arXiv:2104.04473, sections 2 and 3). The space of these is small enough to be drafted by the solvers
+as a whole; the study looks at the best of each shape. Neither the exact planners, which know no
+interleaving, nor one change at a time lead there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from raypar.search.config import SearchConfig
+from raypar.search.interop.workbench import Workbench
+from raypar.search.study.draft import Draft, Drafter, InfeasibleError
+from raypar.search.study.obey import INTERLEAVED
+from raypar.search.study.space import Decisions
+
+REGULAR = "regular"
+"""The proposer of these plans."""
+_LEAST_DEVICES = 8
+"""On fewer, the exact planners and the sampler see all of it."""
+_LOCAL_BATCHES = (1, 2, 4)
+_CHUNKS = (1, 2, 4, 6, 8)
+_MOST_DRAFTS = 200
+_SHOWN = 4
+
+
+def regular_plans(drafter: Drafter) -> list[Decisions]:
+    """The regular plans that the solvers' figures like best, of each shape one, the best first.
+
+    Args:
+        drafter: Carries decisions out.
+
+    Returns:
+        At most a handful; none where the cluster is small or unequal, or where the user has fixed
+        what they consist of.
+    """
+    bench = drafter.bench
+    if bench.cluster.n_devices < _LEAST_DEVICES or not bench.alike or _fixes(bench.config):
+        return []
+    found: dict[tuple[int, int], tuple[float, Decisions]] = {}
+    for count, decisions in enumerate(_all(bench)):
+        if count == _MOST_DRAFTS:
+            break
+        try:
+            step_s = _step_s(drafter.draft(decisions))
+        except InfeasibleError:
+            continue
+        shape = decisions.devices, decisions.groups
+        if shape not in found or step_s < found[shape][0]:
+            found[shape] = step_s, decisions
+    return [d for _, d in sorted(found.values(), key=lambda pair: pair[0])[:_SHOWN]]
+
+
+def _step_s(draft: Draft) -> float:
+    """Seconds of a step, in which groups wait for each other in every round through a chunk.
+
+    A group whose stage is slow in one chunk does not make up for it in another.
+    """
+    groups = len({group for group, _ in draft.placement})
+    seconds = [stage.seconds for stage in draft.stages]
+    rounds = [max(seconds[i : i + groups]) for i in range(0, len(seconds), groups)]
+    return sum(rounds) * draft.split.microbatches + max(rounds) * (groups - 1)
+
+
+def _fixes(config: SearchConfig) -> bool:
+    names = ("stages", "replicas", "tensor", "microbatches", "schedule", "recompute", "zero")
+    return config.chunks != 1 or any(getattr(config, name) != "auto" for name in names)
+
+
+def _all(bench: Workbench) -> Iterator[Decisions]:
+    """Every regular plan, those first whose tensor parallelism is half a node or all of it."""
+    devices, batch = bench.cluster.n_devices, bench.graph.global_batch
+    sizes = [2**k for k in range(bench.per_node.bit_length()) if 2**k <= bench.per_node]
+    for tensor in sorted(sizes, key=lambda n: (abs(2 * n - bench.per_node), n)):
+        for groups in range(2, len(bench.units) + 1):
+            replicas, rest = divmod(devices, tensor * groups)
+            if rest or replicas > bench.graph.max_replicas or batch % replicas:
+                continue
+            for local in _LOCAL_BATCHES:
+                microbatches, left = divmod(batch // replicas, local)
+                if left or microbatches < groups:
+                    continue
+                for chunks in _CHUNKS:
+                    if groups * chunks > len(bench.units) or (chunks > 1 and microbatches % groups):
+                        continue
+                    schedule = INTERLEAVED if chunks > 1 else "eager_1f1b"
+                    yield Decisions(replicas, local, tensor, groups, chunks, schedule, used=devices)
