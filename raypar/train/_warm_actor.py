@@ -103,7 +103,7 @@ class WarmActor:
 
     def held(self, world: str) -> Held | Failure:
         """What a rank holds; ask before the next `load`, for the sake of `Held.peak`."""
-        found = self._ranks[world].tensors("memory")
+        found = self._ranks[world].call("memory", ())
         if isinstance(found, Failure):
             return found
         return Held(found["total"], max(0, _peak() - self._before), _free())

@@ -140,6 +140,7 @@ def test_population_based_training_moves_checkpoints_between_plans(
     cloned = by_devices[1].metrics
     assert cloned["step"] == 8
     assert cloned["loss"] < 0.98 * by_devices[1].metrics_dataframe["loss"].iloc[0]
-    assert cloned["lr"] == 0.003  # its own learning rate, not the one in the checkpoint
+    rates = set(by_devices[1].metrics_dataframe["lr"].dropna())
+    assert rates == {1e-9, 0.003}  # its own learning rate, not the one in the checkpoint
     first = [json.loads(path.read_text())["first_step"] for path in looks.glob("*.json")]
     assert max(first) > 0
