@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,10 @@ os.environ.pop("RAY_ADDRESS", None)
 # What somebody measured on this machine is nobody else's test.
 os.environ["RAYPAR_CACHE_DIR"] = tempfile.mkdtemp(prefix="raypar-tests-")
 atexit.register(shutil.rmtree, os.environ["RAYPAR_CACHE_DIR"], ignore_errors=True)
+
+if threading.current_thread() is threading.main_thread():
+    # A shell that starts the tests in the background has them ignore Ctrl-C, which some send.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "raypar",

@@ -8,7 +8,12 @@ import pytest
 import raypar
 
 NAMES = [
+    "Callback",
     "CaptureError",
+    "Checkpoint",
+    "CheckpointConfig",
+    "CheckpointError",
+    "CheckpointStore",
     "Cluster",
     "ClusterError",
     "CommAbortedError",
@@ -16,6 +21,10 @@ NAMES = [
     "CommTimeoutError",
     "ConfigError",
     "DataError",
+    "EarlyStop",
+    "FailureConfig",
+    "LossScale",
+    "NetworkSettings",
     "NonFiniteError",
     "OpGraph",
     "OptimizerError",
@@ -31,6 +40,7 @@ NAMES = [
     "Trainer",
     "TrainingError",
     "__version__",
+    "batches",
     "capture",
     "explain",
     "plan",

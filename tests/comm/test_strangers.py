@@ -229,7 +229,10 @@ def test_a_member_that_says_nonsense_does_not_stop_the_rendezvous() -> None:
     )
     assert any("ranks to rank" in str(error) for error in sizes), sizes
     server.close()
-    assert not [t for t in threading.enumerate() if t.name == "raypar-rendezvous"]
+    own = [t for t in threading.enumerate() if t.name == "raypar-rendezvous"]
+    for thread in own:
+        thread.join(10)
+    assert not [t for t in own if t.is_alive()]
 
 
 def test_a_rank_that_gave_up_waiting_may_come_back() -> None:

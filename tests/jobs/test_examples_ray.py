@@ -29,10 +29,17 @@ _SMALL = (
 
 def smaller(command: str, steps: int) -> str:
     """A command with its own words, and settings that make the run a short one."""
-    words = [command]
-    for setting in (*_SMALL, f"train.steps={steps}"):
-        words += ["--set", shlex.quote(setting)]
-    return " ".join(words)
+    settings = (*_SMALL, f"train.steps={steps}")
+    keys = {setting.partition("=")[0] for setting in settings}
+    words: list[str] = []
+    for word in shlex.split(command):
+        if words and words[-1] == "--set" and word.partition("=")[0] in keys:
+            words.pop()  # a key is set once
+        else:
+            words.append(word)
+    for setting in settings:
+        words += ["--set", setting]
+    return shlex.join(words)
 
 
 def submitted(client: Any, entrypoint: str, env: dict[str, Any]) -> str:

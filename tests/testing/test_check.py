@@ -200,7 +200,8 @@ def test_a_missed_optimizer_step(monkeypatch):
 
 
 def _record(**changes) -> RunRecord:
-    record = RunRecord([1.0], [{"w": torch.ones(2).double()}], {"w": torch.ones(2).double()})
+    ones = {"w": torch.ones(2).double()}
+    record = RunRecord([1.0], [dict(ones)], state_dict=dict(ones))
     return dataclasses.replace(record, **changes)
 
 

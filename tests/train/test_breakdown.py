@@ -195,8 +195,9 @@ def test_a_run_that_goes_on_replaces_the_lines_it_writes_again(tmp_path: Path) -
     assert own == [(0, 1.0), (1, 1.0), (1, 1.0), (2, 1.0), (2, 2.0), (3, 2.0), (3, 2.0),
                    (4, 2.0), (4, 2.0), (5, 2.0)]  # fmt: skip
     path.write_text('{"step": 0}\n{oops\n{"step": 2}\n')
-    with pytest.raises(ConfigError, match="line 2"):
-        MetricsLog(path, 8, None, infos, first_step=2)
+    with pytest.warns(UserWarning, match="line 2"):
+        MetricsLog(path, 8, None, infos, first_step=2).close()
+    assert path.read_text() == '{"step": 0}\n{"step": 2}\n'  # lines of evaluations
 
 
 def test_model_flops_are_those_of_the_unsplit_models_products() -> None:
