@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import time
 from pathlib import Path
@@ -96,7 +97,8 @@ def test_the_line_of_the_tutorial_submits_a_run(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head)
     _, *words = shlex.split(os.path.expandvars(line))
-    done = CliRunner().invoke(main, [*words, "--set", "train.steps=3"])
+    words = [re.sub(r"^train\.steps=.*", "train.steps=3", word) for word in words]
+    done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
     assert "step 3/3" in done.output
     assert results(tmp_path / "raypar-runs" / "demo")["steps"] == 3
