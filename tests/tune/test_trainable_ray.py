@@ -71,6 +71,7 @@ def trainer(config: dict[str, Any], looks: Path, scaling: Any = None) -> rp.Trai
 @pytest.fixture
 def looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "0")
+    monkeypatch.setenv("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would stay after the sweep
     folder = tmp_path / "looks"
     folder.mkdir()
     yield folder
