@@ -61,6 +61,9 @@ def _writable(ctx: click.Context, option: click.Parameter, path: str | None) -> 
     return path
 
 
+output_option = click.option(
+    "-o", "--output", metavar="FILE", help="Write it here instead of printing it."
+)
 json_option = click.option(
     "--json",
     "json_file",
@@ -117,3 +120,13 @@ def write_json(path: str | None, value: Any) -> None:
         return
     write_text(path, text, "--json")
     click.echo(f"wrote {path}", err=True)
+
+
+def print_or_write(value: Any, output: str | None) -> None:
+    """Prints `value` as JSON, or writes it where ``--output`` says."""
+    text = json.dumps(value, indent=1) + "\n"
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    write_text(output, text, "--output")
+    click.echo(f"wrote {output}")

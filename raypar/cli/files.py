@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from raypar.cli._shared import set_option, write_text
+from raypar.cli._shared import output_option, print_or_write, set_option
 from raypar.config import default_yaml, json_schema, load_config
 
 
@@ -28,15 +27,10 @@ def config_show(config_file: str, overrides: tuple[str, ...]) -> None:
 
 
 @config.command("schema")
-@click.option("-o", "--output", metavar="FILE", help="Write it here instead of printing it.")
+@output_option
 def config_schema(output: str | None) -> None:
     """Print the JSON Schema of a config, for editors that complete and check YAML."""
-    text = json.dumps(json_schema(), indent=1) + "\n"
-    if output is None:
-        click.echo(text, nl=False)
-        return
-    write_text(output, text, "--output")
-    click.echo(f"wrote {output}")
+    print_or_write(json_schema(), output)
 
 
 @config.command("check")
@@ -68,17 +62,12 @@ def report(run_folder: str, output: str | None, trace: str | None) -> None:
 
 
 @click.command()
-@click.option("-o", "--output", metavar="FILE", help="Write it here instead of printing it.")
+@output_option
 def dashboard(output: str | None) -> None:
     """Print the Grafana dashboard of runs that log to Ray (run.loggers: [ray])."""
     from raypar.train.dashboards import grafana_dashboard
 
-    text = json.dumps(grafana_dashboard(), indent=1) + "\n"
-    if output is None:
-        click.echo(text, nl=False)
-        return
-    write_text(output, text, "--output")
-    click.echo(f"wrote {output}")
+    print_or_write(grafana_dashboard(), output)
 
 
 @click.command()
