@@ -6,12 +6,12 @@ neither torch nor Ray.
 
 from __future__ import annotations
 
-import importlib
 import sys
 import types
 from typing import TYPE_CHECKING, Any
 
 import raypar.plan as _plan_module
+from raypar._lazy import lazy
 from raypar._version import __version__
 from raypar.errors import (
     CaptureError,
@@ -88,35 +88,29 @@ __all__ = [
     "plan",
 ]
 
-_HOMES = {
-    "Callback": "raypar.train.callbacks",
-    "Checkpoint": "raypar.train.checkpoint",
-    "CheckpointConfig": "raypar.train.config",
-    "CheckpointStore": "raypar.train.checkpoint",
-    "EarlyStop": "raypar.train.loop",
-    "FailureConfig": "raypar.train.config",
-    "LossScale": "raypar.stages.recipe",
-    "NetworkSettings": "raypar.comm.network",
-    "batches": "raypar.train.data",
-    "Cluster": "raypar.mesh.cluster",
-    "OpGraph": "raypar.graph.opgraph",
-    "Result": "raypar.train.result",
-    "RunConfig": "raypar.train.config",
-    "ScalingConfig": "raypar.train.config",
-    "SearchConfig": "raypar.search.config",
-    "Trainer": "raypar.train.trainer",
-    "capture": "raypar.graph.capture",
-    "explain": "raypar.report.explain",
-}
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'raypar' has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy(
+    __name__,
+    {
+        "Callback": "raypar.train.callbacks",
+        "Checkpoint": "raypar.train.checkpoint",
+        "CheckpointConfig": "raypar.train.config",
+        "CheckpointStore": "raypar.train.checkpoint",
+        "EarlyStop": "raypar.train.loop",
+        "FailureConfig": "raypar.train.config",
+        "LossScale": "raypar.stages.recipe",
+        "NetworkSettings": "raypar.comm.network",
+        "batches": "raypar.train.data",
+        "Cluster": "raypar.mesh.cluster",
+        "OpGraph": "raypar.graph.opgraph",
+        "Result": "raypar.train.result",
+        "RunConfig": "raypar.train.config",
+        "ScalingConfig": "raypar.train.config",
+        "SearchConfig": "raypar.search.config",
+        "Trainer": "raypar.train.trainer",
+        "capture": "raypar.graph.capture",
+        "explain": "raypar.report.explain",
+    },
+)
 
 
 def __dir__() -> list[str]:
@@ -131,8 +125,9 @@ class _PlanModule(types.ModuleType):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Plan:
-        made: Plan = importlib.import_module("raypar.search.plan").plan(*args, **kwargs)
-        return made
+        from raypar.search.plan import plan
+
+        return plan(*args, **kwargs)
 
 
 _plan_module.__class__ = _PlanModule

@@ -9,8 +9,9 @@ The names are imported at first use: the conformance suites need hypothesis (ext
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from raypar._lazy import lazy
 
 if TYPE_CHECKING:
     from raypar.testing.comm import CommConformance
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from raypar.testing.planners import CHECKS as PLANNER_CHECKS
     from raypar.testing.plans import random_plan
     from raypar.testing.schedules import CHECKS as SCHEDULE_CHECKS
+    from raypar.testing.sharding import random_sharding
 
 __all__ = [
     "PLANNER_CHECKS",
@@ -30,25 +32,19 @@ __all__ = [
     "run_plan",
 ]
 
-_HOMES = {
-    "PLANNER_CHECKS": ("raypar.testing.planners", "CHECKS"),
-    "SCHEDULE_CHECKS": ("raypar.testing.schedules", "CHECKS"),
-    "CommConformance": ("raypar.testing.comm", "CommConformance"),
-    "RunRecord": ("raypar.testing.equivalence", "RunRecord"),
-    "assert_plan_equivalent": ("raypar.testing.equivalence", "assert_plan_equivalent"),
-    "random_plan": ("raypar.testing.plans", "random_plan"),
-    "random_sharding": ("raypar.testing.sharding", "random_sharding"),
-    "run_plan": ("raypar.testing.equivalence", "run_plan"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'raypar.testing' has no attribute {name!r}")
-    home, attribute = _HOMES[name]
-    value = getattr(importlib.import_module(home), attribute)
-    globals()[name] = value
-    return value
+__getattr__ = lazy(
+    __name__,
+    {
+        "PLANNER_CHECKS": "raypar.testing.planners:CHECKS",
+        "SCHEDULE_CHECKS": "raypar.testing.schedules:CHECKS",
+        "CommConformance": "raypar.testing.comm",
+        "RunRecord": "raypar.testing.equivalence",
+        "assert_plan_equivalent": "raypar.testing.equivalence",
+        "random_plan": "raypar.testing.plans",
+        "random_sharding": "raypar.testing.sharding",
+        "run_plan": "raypar.testing.equivalence",
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from raypar._lazy import lazy
 
 if TYPE_CHECKING:
     from raypar.tune.joint import JointStudy, joint_study
@@ -11,17 +12,11 @@ if TYPE_CHECKING:
 
 __all__ = ["JointStudy", "joint_study", "trainable"]
 
-_HOMES = {
-    "JointStudy": "raypar.tune.joint",
-    "joint_study": "raypar.tune.joint",
-    "trainable": "raypar.tune.sweep",
-}
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'raypar.tune' has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy(
+    __name__,
+    {
+        "JointStudy": "raypar.tune.joint",
+        "joint_study": "raypar.tune.joint",
+        "trainable": "raypar.tune.sweep",
+    },
+)

@@ -7,8 +7,9 @@ together, `trace.py` writes the same for Perfetto. The other files are one pictu
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from raypar._lazy import lazy
 
 if TYPE_CHECKING:
     from raypar.report.run.document import run_page, write_report
@@ -17,16 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = ["PredictionWriter", "run_page", "write_report", "write_run_trace"]
 
-_HOMES = {
-    "PredictionWriter": "writer",
-    "run_page": "document",
-    "write_report": "document",
-    "write_run_trace": "trace",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Imported at first use: a run that starts needs the writer only."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+# A run that starts needs the writer only.
+__getattr__ = lazy(
+    __name__,
+    {
+        "PredictionWriter": "raypar.report.run.writer",
+        "run_page": "raypar.report.run.document",
+        "write_report": "raypar.report.run.document",
+        "write_run_trace": "raypar.report.run.trace",
+    },
+)
