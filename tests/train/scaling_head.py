@@ -53,7 +53,7 @@ class ScalingHead:
             "RAY_FAKE_CLUSTER": "1",
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
             "RAY_health_check_period_ms": "500",
-            "RAY_health_check_failure_threshold": "4",
+            "RAY_health_check_failure_threshold": "20",
         }
         env.pop("RAY_ADDRESS", None)
         command = [
