@@ -30,6 +30,7 @@ from raypar.mesh.calibration import Calibration
 from raypar.mesh.calibration_files import cache_dir, load_calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
+from raypar.search._file_lock import held
 from raypar.search.config import SearchConfig
 from raypar.search.record import SearchRecord
 
@@ -164,23 +165,14 @@ class PlanCache:
     def only_one(self, question: Question) -> Iterator[None]:
         """Inside, no other process that shares the folder is here for the same question.
 
-        So of several that start together one searches, and the others find what it found. The lock
-        is the kernel's: it is gone when its process is. Where there are no such locks, or nothing
-        can be written, everyone may be here.
+        So of several that start together one searches, and the others find what it found. Where
+        there are no locks, or nothing can be written, everyone may be here.
         """
         locks = self.folder.with_name(f"{self.folder.name}.locks")
-        try:
-            import fcntl
-
-            locks.mkdir(parents=True, exist_ok=True)
-            # One of a few files, and not one for each question: they are never deleted.
-            file = (locks / self._path(question).stem[:2]).open("a")
-        except (ImportError, OSError):
-            yield
-            return
-        with file:
+        with contextlib.ExitStack() as inside:
             with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
+                # One of a few files, and not one for each question: they are never deleted.
+                inside.enter_context(held(locks / self._path(question).stem[:2]))
             yield
 
     def put(self, question: Question, plan: Plan, record: SearchRecord) -> str:

@@ -6,14 +6,12 @@ file that is damaged in another way is put aside and what can be read of it goes
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +19,7 @@ import torch
 
 from raypar.mesh.calibration_files import CACHE_VARIABLE, cache_dir, fingerprint
 from raypar.mesh.cluster import Cluster
+from raypar.search._file_lock import held
 from raypar.search.cost.rows import (
     CollectiveRow,
     StageRow,
@@ -140,7 +139,7 @@ class MeasurementStore:
             )
             return
         try:
-            with _locked(self.path):
+            with held(self.path.with_suffix(".lock")):
                 rows, damaged = _read(self.path, self.notes)
                 if damaged:
                     self._put_aside(rows)
@@ -157,7 +156,7 @@ class MeasurementStore:
 
     def _append(self, lines: Sequence[str]) -> None:
         assert self.path is not None
-        with _locked(self.path):
+        with held(self.path.with_suffix(".lock")):
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 end = _whole_lines(handle)
@@ -214,18 +213,6 @@ class MeasurementStore:
         )
         if rows:
             self._write(rows)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the file against other processes. The lock is a file of its own, which stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _whole_lines(handle: int) -> int:
