@@ -76,8 +76,9 @@ class Devices:
         """
         settings, scaling = self._settings, self._scaling
         if scaling.in_process:
-            own = max(os.cpu_count() or 1, _least(settings))
-            return Cluster.local(plan.devices[-1] + 1 if plan else own)
+            if plan is not None:
+                return _threads_of(plan)
+            return Cluster.local(max(os.cpu_count() or 1, _least(settings)))
         if settings.lent is not None:
             return settings.lent.cluster(self.device)[0]
         most, least = self._wanted(plan, lost)
@@ -208,3 +209,15 @@ def check_devices(plan: Plan, cluster: Cluster, scaling: ScalingConfig) -> None:
             f"{cluster.n_devices - 1}; per node {cluster.shape}); the plan was made for "
             f"{plan.cluster}: make a plan for this cluster"
         )
+
+
+def _threads_of(plan: Plan) -> Cluster:
+    """This machine as the cluster of a plan: threads stand for its devices, used or not."""
+    own = Cluster.local(sum(plan.cluster)).nodes[0]
+    if len(plan.cluster) == 1:
+        return Cluster((own,), "local")
+    nodes = (
+        dataclasses.replace(own, name=f"local{i}", devices=count)
+        for i, count in enumerate(plan.cluster)
+    )
+    return Cluster(tuple(nodes), "local")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,28 @@ def test_a_plan_is_kept_as_long_as_it_suits_the_devices(tmp_path: Path) -> None:
     assert not suits(plan, more, elastic)
     assert suits(plan, more, given_plan)
     assert not suits(plan, one, given_plan)
+
+
+@pytest.mark.parametrize(
+    "cluster",
+    [rp.Cluster.local(4), rp.Cluster.virtual(2, 2, "CPU"), rp.Cluster.virtual(1, 4, "A100-80")],
+    ids=("local", "two nodes", "GPUs"),
+)
+def test_in_process_a_plan_that_leaves_devices_idle_is_predicted_all_the_same(
+    tmp_path: Path, cluster: rp.Cluster
+) -> None:
+    graph = rp.capture(model, torch.randn(6, 4), lambda out, batch: out.square().mean())
+    plan = rp.plan(graph, cluster, rp.SearchConfig(stages=3, replicas=1, microbatches=2))
+    assert len(plan.devices) == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = trainer(
+            tmp_path,
+            0,
+            loss_fn=lambda out, batch: out.square().mean(),
+            data=[torch.randn(6, 4)],
+            plan=plan,
+            steps=1,
+            scaling_config=rp.ScalingConfig(num_workers=0),
+        ).fit()
+    assert (result.path / "predicted.json").is_file()
