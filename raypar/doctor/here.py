@@ -395,25 +395,30 @@ def temp_finding(path: str) -> Finding:
 # -- the Ray cluster -------------------------------------------------------------------------
 
 
+_RAY_MEND = "unset RAY_ADDRESS (to use this machine), or start the head: ray start --head"
+
+
 def _cluster() -> list[Finding]:
     from raypar.errors import ClusterError
     from raypar.mesh._probe import probe
 
     address = os.environ.get("RAY_ADDRESS", "")
-    if address in ("", "auto", "local"):
+    if address in ("", "local"):
         said = f"RAY_ADDRESS={address}" if address else "RAY_ADDRESS is not set"
-        return [Finding("Ray cluster", OK, f"{said}: a Ray on this machine is used, or started")]
+        found = f"{said}: a run starts a Ray of its own on this machine"
+        return [Finding("Ray cluster", OK, found)]
+    if address == "auto":
+        from raypar.compat import ray_address_on_this_machine
+
+        here = ray_address_on_this_machine()
+        if here is None:
+            found = "RAY_ADDRESS=auto, and no Ray was started on this machine"
+            return [Finding("Ray cluster", FAIL, found, _RAY_MEND)]
+        address = here
     try:
         probe(address, _RAY_PROBE_S)
     except ClusterError as error:
-        return [
-            Finding(
-                "Ray cluster",
-                FAIL,
-                str(error),
-                "unset RAY_ADDRESS (to use this machine), or start the head: ray start --head",
-            )
-        ]
+        return [Finding("Ray cluster", FAIL, str(error), _RAY_MEND)]
     return [Finding("Ray cluster", OK, f"a Ray head answers at {address}")]
 
 

@@ -120,6 +120,26 @@ def test_a_dead_cluster_is_a_failure_with_a_mend(
     assert "Ray cluster: unset RAY_ADDRESS" in printed
 
 
+def test_without_an_address_a_run_has_a_ray_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (found,) = here._cluster()
+    assert (found.status, "starts a Ray of its own" in found.found) == (OK, True)
+
+
+def test_an_address_that_means_the_ray_of_this_machine_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr("raypar.compat.ray_address_on_this_machine", lambda: None)
+    (none,) = here._cluster()
+    assert (none.status, "no Ray was started" in none.found) == (FAIL, True)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dead = f"127.0.0.1:{listener.getsockname()[1]}"
+    monkeypatch.setattr("raypar.compat.ray_address_on_this_machine", lambda: dead)
+    (gone,) = here._cluster()
+    assert (gone.status, dead in gone.found) == (FAIL, True)
+
+
 def test_here_it_finds_everything(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
