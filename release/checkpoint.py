@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import random
 import subprocess
 import sys
@@ -34,8 +32,6 @@ if __name__ == "__main__":  # started by path: the project's root holds `release
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import nn
-from torch.nn import functional
 
 from raypar import Cluster, capture
 from raypar.graph.opgraph import OpGraph
@@ -49,48 +45,16 @@ from raypar.testing.equivalence import default_optimizer
 from raypar.train.checkpoint import Checkpoint, CheckpointStore
 from raypar.train.config import CheckpointConfig
 from raypar.train.state import TrainState
+from release._figures import about, write_figures
+from release._gpt import Gpt, random_ids
+from release._resident import count_peak_anew, peak_resident, resident
 
 MODELS = ("mlp", "gpt", "cnn", "moe_dense")
 EVERY = 20
 STALL, PEAK, CLOSE = 0.05, 1.3, 1e-9
-BATCH, LENGTH, WIDTH, HEADS, LAYERS, VOCABULARY = 4, 64, 768, 12, 12, 19000
+BATCH, LENGTH, VOCABULARY = 4, 64, 19000
+LARGE = partial(Gpt, layers=12, width=768, heads=12, vocabulary=VOCABULARY, length=LENGTH)
 ROOT = Path(__file__).resolve().parents[1]
-
-
-class Block(nn.Module):
-    """Attention and a feed-forward layer, both behind a norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before, self.between = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The next hidden states."""
-        parts = self.qkv(self.before(x)).chunk(3, -1)
-        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(functional.gelu(self.up(self.between(x))))
-
-
-class Gpt(nn.Module):
-    """A GPT of 100M parameters with its loss; the output layer is the embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(WIDTH)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of predicting every next token."""
-        x = self.tokens(ids[:, :-1]) + self.places.weight[: ids.shape[1] - 1]
-        for block in self.blocks:
-            x = block(x)
-        logits = functional.linear(self.norm(x), self.tokens.weight)
-        return functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
 # ---- resume -------------------------------------------------------------------------------
@@ -164,9 +128,9 @@ def kills(count: int) -> dict[str, Any]:
 
 
 def large() -> tuple[OpGraph, torch.Tensor]:
-    """The model and a batch."""
-    batch = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    return capture(Gpt, batch), batch
+    """A GPT of 100M parameters and a batch."""
+    batch = random_ids(VOCABULARY, BATCH, LENGTH)
+    return capture(LARGE, batch), batch
 
 
 def plan_for(graph: OpGraph, stages: int, replicas: int, zero: int) -> Plan:
@@ -215,7 +179,7 @@ def cost(graph: OpGraph, batch: torch.Tensor, folder: Path) -> dict[str, Any]:
     store.close()
     step = sorted(quiet)[len(quiet) // 2]
     found = {
-        "parameters": sum(p.numel() for p in Gpt().parameters()),
+        "parameters": sum(p.numel() for p in LARGE().parameters()),
         "bytes": begun[0].bytes,
         "step_s": step,
         "step_beside_writing_s": sorted(beside)[len(beside) // 2],
@@ -235,11 +199,10 @@ class Watch:
 
     def __call__(self, _: RankState) -> int:
         """Bytes of resident memory."""
-        if not self.peak:
-            Path("/proc/self/clear_refs").write_text("5")
-        name = "VmHWM" if self.peak else "VmRSS"
-        status = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in status if line.startswith(name))
+        if self.peak:
+            return peak_resident()
+        count_peak_anew()
+        return resident()
 
 
 def load(graph: OpGraph, batch: torch.Tensor, folder: Path) -> dict[str, Any]:
@@ -304,12 +267,9 @@ def main() -> int:
             **summary(found),
             **found,
             "missed": missed,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
-            "date": time.strftime("%Y-%m-%d"),
+            **about(),
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(body, indent=1) + "\n")
+        write_figures(args.json, body)
     return 1 if missed else 0
 
 

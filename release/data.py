@@ -12,25 +12,29 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # started by path: the project's root holds `release`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from raypar.comm.group import Group
 from raypar.stages.remote import RayRun
 from raypar.stages.run import StepResult
-from raypar.stages.spec import RankSpec, StageSpec, StepReport
+from raypar.stages.spec import RankSpec, StepReport
 from raypar.train.data import BatchForm, batches, peek
 from raypar.train.feed import AHEAD, DataFeed, RemadeBatches
 from raypar.train.session import start_private_ray
+from release._figures import write_figures
+from release._idle import IdleRunner, idle_specs
 
 BATCH = 16
 WIDTH = 1 << 16
@@ -70,58 +74,18 @@ class Samples(Dataset[Any]):
         return torch.zeros(WIDTH), torch.tensor(float(index))
 
 
-@dataclass(frozen=True)
-class Steady:
-    """Makes runners whose step takes a set time."""
-
-    seconds: float
-
-    def __call__(self, spec: RankSpec, world: Group) -> SteadyRunner:
-        return SteadyRunner(self.seconds, world)
-
-
-class SteadyRunner:
+class SteadyRunner(IdleRunner):
     """A step waits for the other ranks, as a real one does, and then for the rest of its time."""
 
-    def __init__(self, seconds: float, world: Group) -> None:
+    def __init__(self, seconds: float, spec: RankSpec, world: Group) -> None:
+        super().__init__(spec, world)
         self._seconds = seconds
         self._world = world
 
     def step(self, step: int, inputs: Mapping[str, torch.Tensor]) -> StepReport:
         self._world.all_reduce(torch.ones(1)).wait()
         time.sleep(self._seconds)
-        return StepReport(step, loss=0.0)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    gradients = state
-
-    def memory(self) -> dict[str, int]:
-        return {}
-
-    def positions(self) -> str:
-        return "idle"
-
-    def abort(self, reason: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def specs_of() -> list[RankSpec]:
-    """A first stage that takes the inputs, and a last one that takes the targets."""
-    return [
-        RankSpec(
-            rank=rank, world=2, group=rank, replica=0, replicas=1, microbatches=1,
-            global_batch=BATCH, device=rank, stages=(StageSpec(rank, {}, "none", None),),
-            instructions=(), posts={}, edges=(), rank_group_of=(0, 1), inputs=(f"in:{rank}",),
-            batch_dims=(0, 0), shared={}, model_fn=nn.Identity, loss_fn=None,
-            optimizer=torch.optim.SGD, threads=1,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+        return super().step(step, inputs)
 
 
 def pace(data: Any) -> float:
@@ -136,9 +100,11 @@ def measured(data: Any, step_s: float, steps: int, ahead: int) -> tuple[float, f
     """(share of the steps' time that the worst rank waited for data, mean step in seconds)."""
     opened = peek(data, 0)
     source = RemadeBatches(data, 0, by_rows=opened.by_rows)
-    feed = DataFeed(source, BatchForm(opened.example), specs_of(), ahead=ahead)
+    # The first stage takes the inputs, the last one the targets.
+    specs = idle_specs(2, global_batch=BATCH, inputs=True, batch_dims=(0, 0))
+    feed = DataFeed(source, BatchForm(opened.example), specs, ahead=ahead)
     results: list[StepResult] = []
-    with RayRun(specs_of(), feed=feed, runner=Steady(step_s)) as run:
+    with RayRun(specs, feed=feed, runner=partial(SteadyRunner, step_s)) as run:
         run.call("prefetch", 0, steps)
         run.train(0, steps, results.append)
     waited = [sum(r.ranks[rank].seconds.get("data", 0.0) for r in results) for rank in range(2)]
@@ -176,7 +142,7 @@ def main() -> None:
                     flush=True,
                 )
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_figures(options.json, rows)
 
 
 if __name__ == "__main__":

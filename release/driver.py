@@ -8,71 +8,33 @@ share of the wall time of real steps of a small GPT-like stack.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
+
+if __name__ == "__main__":  # started by path: the project's root holds `release`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import nn
 
 import raypar as rp
-from raypar.comm.group import Group
 from raypar.stages.compile import compile_plan
 from raypar.stages.remote import RayRun
-from raypar.stages.spec import RankSpec, StageSpec, StepReport
 from raypar.train.data import BatchForm
 from raypar.train.feed import DataFeed, RemadeBatches
 from raypar.train.session import start_private_ray
+from release._figures import write_figures
+from release._idle import IdleRunner, idle_specs
 
 REPEATS = 3
 WIDTH = 512
 
 
-class EmptyRunner:
-    """A rank whose step does nothing."""
-
-    def __init__(self, spec: RankSpec, world: Group) -> None:
-        pass
-
-    def step(self, step: int, inputs: Mapping[str, torch.Tensor]) -> StepReport:
-        return StepReport(step, loss=0.0)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    gradients = state
-
-    def memory(self) -> dict[str, int]:
-        return {}
-
-    def positions(self) -> str:
-        return "idle"
-
-    def abort(self, reason: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def empty_specs(world: int) -> list[RankSpec]:
-    return [
-        RankSpec(
-            rank=rank, world=world, group=rank, replica=0, replicas=1, microbatches=1,
-            global_batch=1, device=rank, stages=(StageSpec(rank, {}, "none", None),),
-            instructions=(), posts={}, edges=(), rank_group_of=tuple(range(world)), inputs=(),
-            batch_dims=(), shared={}, model_fn=nn.Identity, loss_fn=None,
-            optimizer=torch.optim.SGD, threads=1,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-
-
 def empty_rate(steps: int, steps_per_call: int | None) -> float:
     """Steps per second over two actors, the median of some runs."""
-    with RayRun(empty_specs(2), runner=EmptyRunner, steps_per_call=steps_per_call) as run:
+    with RayRun(idle_specs(2), runner=IdleRunner, steps_per_call=steps_per_call) as run:
         run.train(0, 200)
         rates = []
         for i in range(REPEATS):
@@ -136,7 +98,7 @@ def main() -> None:
         f"driver's share of a real step of {seconds * 1000:.0f} ms: {share:.2%} (target: below 1 %)"
     )
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_figures(options.json, found)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -43,6 +41,8 @@ from raypar.stages.worker import Runner, default_runner
 from raypar.testing.backends import RepeatFeed
 from raypar.train.checkpoint.image import write_tensors
 from raypar.train.weights import initial_weights
+from release._figures import about, write_figures
+from release._resident import count_peak_anew, peak_resident, resident
 
 BATCH, STEPS, TINY = 4, 2, 8
 SLACK = 32 << 20
@@ -85,10 +85,10 @@ class Watched:
     """A rank's runner that also tells how its process grew."""
 
     def __init__(self, spec: RankSpec, world: Group) -> None:
-        self._before = _memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+        self._before = resident()
+        count_peak_anew()
         self._runner: Runner = default_runner(spec, world)
-        self._built = _memory("VmHWM")
+        self._built = peak_resident()
 
     def step(self, step: int, inputs: Mapping[str, torch.Tensor]) -> StepReport:
         """See `Runner.step`."""
@@ -96,15 +96,10 @@ class Watched:
 
     def growth(self) -> tuple[int, int]:
         """Bytes of growth until it was built, and until now."""
-        return self._built - self._before, _memory("VmHWM") - self._before
+        return self._built - self._before, peak_resident() - self._before
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
-
-
-def _memory(name: str) -> int:
-    status = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in status if line.startswith(name))
 
 
 def trained(path: Path, layers: int, width: int, ranks: int) -> dict[str, Any]:
@@ -200,12 +195,9 @@ def main() -> int:
     if args.json:
         body = {
             **found,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
-            "date": time.strftime("%Y-%m-%d"),
+            **about(),
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(body, indent=1) + "\n")
+        write_figures(args.json, body)
     return 1 if missed else 0
 
 

@@ -15,7 +15,6 @@ import argparse
 import gc
 import hashlib
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ from torch import nn
 from raypar.graph.capture import build_model
 from raypar.sharding.spec import S, ShardingSpec
 from raypar.stages.materialise import Part, materialise
+from release._resident import count_peak_anew, peak_resident, resident
 
 SEED = 7
 RANK = 1
@@ -139,18 +139,18 @@ def measure(name: str, parts: int, how: str) -> dict[str, Any]:
     # Warm up imports and caches, so that the growth is the model's.
     materialise(lambda: nn.Linear(300, 300), 0, {"weight": None})
     gc.collect()
-    before = _rss()
-    _reset_peak()
+    before = resident()
+    count_peak_anew()
     start = time.process_time()
     if how == "parts":
         made = materialise(model_fn, SEED, wanted)
-        seconds, peak = time.process_time() - start, _peak()
+        seconds, peak = time.process_time() - start, peak_resident()
         tensors: dict[str, torch.Tensor] = dict(made.params)
         note = made.note
     else:
         torch.manual_seed(SEED)
         model = model_fn()
-        seconds, peak, note = time.process_time() - start, _peak(), None
+        seconds, peak, note = time.process_time() - start, peak_resident(), None
         tensors = dict(materialise(model, SEED, wanted).params)
     return {
         "growth": peak - before,
@@ -161,22 +161,6 @@ def measure(name: str, parts: int, how: str) -> dict[str, Any]:
         "note": note,
         "digest": digest(tensors),
     }
-
-
-def _rss() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("/proc/self/status has VmHWM")
 
 
 def in_subprocess(name: str, parts: int, how: str) -> dict[str, Any]:

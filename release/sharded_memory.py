@@ -15,11 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
-import platform
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,8 +26,6 @@ if __name__ == "__main__":  # started by path: the project's root holds `release
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import nn
-from torch.nn import functional
 
 from raypar import Cluster, capture
 from raypar.graph.opgraph import OpGraph
@@ -43,52 +37,16 @@ from raypar.stages.remote import RayRun
 from raypar.testing import random_plan, random_sharding
 from raypar.testing.backends import RepeatFeed
 from raypar.testing.equivalence import default_optimizer
+from release._figures import about, write_figures
+from release._gpt import Gpt, random_ids
 
 RANKS = 4
 STEPS = 2
 ADAMW_STATES = 2
-BATCH, LENGTH, WIDTH, HEADS, LAYERS, VOCABULARY = 8, 16, 256, 8, 4, 1024
+BATCH, LENGTH, VOCABULARY = 8, 16, 1024
+GPT = partial(Gpt, layers=4, width=256, heads=8, vocabulary=VOCABULARY, length=LENGTH)
 OFF, ZERO3 = 0.02, 0.27
 PARTS = ("parameters", "gradients", "optimizer", "total")
-
-
-class Block(nn.Module):
-    """Attention and a feed-forward layer, both behind a norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before, self.between = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The next hidden states."""
-        heads = [
-            part.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-            for part in self.qkv(self.before(x)).chunk(3, -1)
-        ]
-        q, k, v = heads
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(functional.gelu(self.up(self.between(x))))
-
-
-class Gpt(nn.Module):
-    """A small GPT with its loss; the output layer is the embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(WIDTH)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of predicting every next token."""
-        x = self.tokens(ids[:, :-1]) + self.places.weight[: ids.shape[1] - 1]
-        for block in self.blocks:
-            x = block(x)
-        logits = functional.linear(self.norm(x), self.tokens.weight)
-        return functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
 @dataclass
@@ -189,8 +147,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    batch = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    graph = capture(Gpt, batch)
+    batch = random_ids(VOCABULARY, BATCH, LENGTH)
+    graph = capture(GPT, batch)
     lines: list[Line] = []
     from raypar.train.session import start_private_ray
 
@@ -214,13 +172,10 @@ def main() -> int:
         body: dict[str, Any] = {
             "off": off,
             "zero3_of_one_rank": zero3,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
-            "date": time.strftime("%Y-%m-%d"),
+            **about(),
             "lines": [asdict(line) for line in lines],
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(body, indent=1) + "\n")
+        write_figures(args.json, body)
     return 0 if good else 1
 
 

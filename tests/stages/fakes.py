@@ -108,33 +108,6 @@ class FakeFactory:
         return FakeRunner(spec, world, self.faults)
 
 
-class EmptyRunner:
-    """A step without anything in it."""
-
-    def __init__(self, spec: RankSpec, world: Group) -> None:
-        pass
-
-    def step(self, step: int, inputs: Mapping[str, torch.Tensor]) -> StepReport:
-        return StepReport(step, loss=0.0)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    gradients = state
-
-    def memory(self) -> dict[str, int]:
-        return {}
-
-    def positions(self) -> str:
-        return "idle"
-
-    def abort(self, reason: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 class Stack(torch.nn.Module):
     """What the fake ranks hold: one bias each, and one that no rank uses."""
 

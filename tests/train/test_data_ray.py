@@ -17,7 +17,8 @@ from raypar.stages.spec import RankSpec, StepReport
 from raypar.train.data import BatchForm, DataPosition, batches, peek
 from raypar.train.feed import DataFeed
 from raypar.train.relay import shipped
-from tests.stages.fakes import EmptyRunner, fake_specs
+from release._idle import IdleRunner
+from tests.stages.fakes import fake_specs
 from tests.train.data.sources import KINDS, batch_of
 
 
@@ -34,7 +35,7 @@ class OnOnePlace:
         raise TypeError("an open file cannot be pickled")
 
 
-class Sums(EmptyRunner):
+class Sums(IdleRunner):
     """Its loss is the sum over its inputs, so that a step's loss is the sum over the batch."""
 
     def step(self, step: int, inputs: Mapping[str, torch.Tensor]) -> StepReport:
