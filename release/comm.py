@@ -10,16 +10,19 @@ change in the machine's load hits both.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # started by path: the project's root holds `release`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
@@ -27,6 +30,7 @@ import torch.distributed as dist
 from raypar.comm.gloo import GlooGroup
 from raypar.comm.group import TensorSpec
 from raypar.comm.rendezvous import Address, Rendezvous
+from release._figures import write_figures
 
 SIZES = (4, 1 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
 ROUNDS = 5
@@ -159,8 +163,7 @@ def main() -> None:
     print(table(rows))
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        write_figures(options.json, {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ mean error of the analytic model is over 15 % or that of the profiled one over 1
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -53,6 +52,7 @@ from raypar.stages.local import LocalRun
 from raypar.stages.spec import RankSpec
 from raypar.testing.backends import RepeatFeed
 from raypar.testing.equivalence import default_optimizer
+from release._figures import write_figures
 from release.cost_models import CNN, GPT, MLP, T5
 
 STEPS = 4
@@ -249,9 +249,7 @@ def main() -> int:
         + f"; load average {os.getloadavg()[0]:.2f}"
     )
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        body = {"errors": errors, "lines": [asdict(line) for line in lines]}
-        args.json.write_text(json.dumps(body, indent=1) + "\n")
+        write_figures(args.json, {"errors": errors, "lines": [asdict(line) for line in lines]})
     return int(errors["analytic"] > 0.15 or errors["profiled"] > 0.10)
 
 

@@ -25,8 +25,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 import traceback
@@ -49,6 +47,7 @@ from raypar.graph.opgraph import OpGraph
 from raypar.plan import Plan
 from raypar.testing import models, random_plan, random_sharding
 from raypar.testing.equivalence import RunRecord, default_optimizer, gaps, run_graph
+from release._figures import about, write_figures
 
 STEPS = 3
 SEED = 0
@@ -296,8 +295,7 @@ def write_merged(path: Path, body: dict[str, Any]) -> None:
     body["models"] = list(lines.values())
     body["equal"] = not any(line["wrong"] for line in lines.values())
     body["plans"] = sum(line["plans"] for line in lines.values())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(body, indent=1) + "\n")
+    write_figures(path, body)
 
 
 def main() -> int:
@@ -350,9 +348,7 @@ def main() -> int:
             "backend": args.backend,
             "seeds": [seeds.start, seeds.stop],
             "meshes": args.meshes,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, one torch thread",
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
-            "date": time.strftime("%Y-%m-%d"),
+            **about(),
             "models": [row.as_json() for row in rows],
         }
         write_merged(args.json, body)

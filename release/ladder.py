@@ -12,7 +12,6 @@ that are predicted for the plans of both. Prints a table; the JSON has the same.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from examples.models import gpt
 from raypar import Cluster, OpGraph, SearchConfig, capture
 from raypar.search.ladder import ladder, sizes_of
+from release._figures import write_figures
 
 WIDTH, HEADS, TOKENS, VOCAB, BATCH, PER_NODE = 2048, 16, 1024, 51200, 64, 8
 
@@ -81,7 +81,7 @@ def main() -> None:
         f"{found['worst_step_ratio']:.4f} of those alone"
     )
     if given.json is not None:
-        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_figures(given.json, found)
 
 
 if __name__ == "__main__":

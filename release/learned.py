@@ -40,6 +40,7 @@ from raypar.plan import MeshSlice
 from raypar.search.cost.features import PIECES, Pricer, analytic_s
 from raypar.search.cost.machine import machine_of
 from raypar.search.cost.regression import Row, WorkRegression
+from release._figures import write_figures
 from release._learned_measure import Sample, load_samples, measure, save_samples
 from release._learned_rivals import RIVALS, Rival
 from release.learned_models import FAMILIES
@@ -212,8 +213,7 @@ def main() -> int:
     }
     print(json.dumps({k: body[k] for k in ("stages", "own_stages_seen", "refit_500_rows_cpu_s")}))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(body, indent=1) + "\n")
+        write_figures(args.json, body)
     return int(not good)
 
 

@@ -15,7 +15,6 @@ with 1 if a stage is off by more than 5 %, or the interpreter's own report is.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -46,6 +45,7 @@ from raypar.stages.spec import RankSpec
 from raypar.testing import models
 from raypar.testing.backends import RepeatFeed
 from raypar.testing.equivalence import default_optimizer
+from release._figures import write_figures
 
 TOLERANCE = 0.05
 MICROBATCHES = 8
@@ -133,7 +133,7 @@ def check(name: str, schedule: str, recompute: str, stages: int) -> Line:
     case = models.case(name)
     batch = case.batch(0, GLOBAL_BATCH)
     graph = capture(case.model_fn, batch, case.loss_fn, case.batch_dims)
-    chunks = 2 if schedule == "interleaved_1f1b" else 1
+    chunks = 2 if schedule.startswith("interleaved") else 1
     search = SearchConfig(
         stages=stages * chunks, replicas=1, chunks=chunks, microbatches=MICROBATCHES,
         schedule=schedule, recompute=recompute,
@@ -185,9 +185,8 @@ def main() -> int:
     worst = {s: max(n.off for n in lines if n.schedule == s) for s in args.schedules.split(",")}
     print("largest deviation: " + ", ".join(f"{s} {100 * w:.2f} %" for s, w in worst.items()))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         body = {"deviation": worst, "lines": [asdict(n) | {"ratios": n.ratios} for n in lines]}
-        args.json.write_text(json.dumps(body, indent=1) + "\n")
+        write_figures(args.json, body)
     return int(max(worst.values()) > TOLERANCE)
 
 

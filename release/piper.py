@@ -31,6 +31,7 @@ if __name__ == "__main__":  # started by path: the project's root holds `release
 from raypar.errors import RayparError
 from raypar.graph.workloads import LayerWorkload, read_workload
 from raypar.search.exact.piper import PiperSetting, solve_piper
+from release._figures import write_figures
 
 RESULTS = Path(__file__).parent / "results" / "piper.json"
 MOST_CPU = 0.2
@@ -109,7 +110,7 @@ def compared(reference: Path, out: Path) -> int:
             | {"piper": theirs, "piper_cpu_s": row["cpu_s"], "ratio": ratio, "met": good}
             | found
         )
-    out.write_text(json.dumps({"rows": results}, indent=1) + "\n", encoding="utf-8")
+    write_figures(out, {"rows": results})
     missed = sum(not r["met"] for r in results)
     print(f"{len(results) - missed} of {len(results)} rows meet the targets; written to {out}")
     return 1 if missed else 0

@@ -33,6 +33,7 @@ if __name__ == "__main__":  # started by path: the project's root holds `release
 from raypar.errors import PlanError, RayparError
 from raypar.graph.workloads import PlacementWorkload, read_workload
 from raypar.search.exact.placement import DEFAULT_SECONDS, Placed, solve_placement
+from release._figures import write_figures
 
 RESULTS = Path(__file__).parent / "results" / "placement.json"
 MOST_SECONDS = 60.0
@@ -110,7 +111,7 @@ def compared(reference: Path, out: Path) -> int:
             | {"gap": gap, "met": good}
             | found
         )
-    out.write_text(json.dumps({"rows": results}, indent=1) + "\n", encoding="utf-8")
+    write_figures(out, {"rows": results})
     missed = sum(not r["met"] for r in results)
     print(f"{len(results) - missed} of {len(results)} graphs meet the targets; written to {out}")
     return 1 if missed else 0

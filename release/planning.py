@@ -38,6 +38,7 @@ from raypar.plan import MeshSlice
 from raypar.search.cost.machine import machine_of
 from raypar.search.intra.planner import lower_bound_s, plan_intra
 from raypar.search.intra.settings import IntraSettings
+from release._figures import write_figures
 from release._planning_whole import growth, whole
 
 WIDTH, HEADS, TOKENS, VOCAB, BATCH = 2048, 16, 1024, 51200, 8
@@ -130,7 +131,7 @@ def main() -> None:
             figures[section] = growth(asked.json.with_suffix(".svg"))
         else:
             parser.error(f"no section {section!r}; there are {', '.join(SECTIONS)}")
-        asked.json.write_text(json.dumps({"figures": figures}, indent=1) + "\n", encoding="utf-8")
+        write_figures(asked.json, {"figures": figures})
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.search._sim_setting import setting_of
 from raypar.search.simulate import Setting, simulate_lists
+from release._figures import write_figures
 from release._layered import Job, handing_seconds, step_seconds
 from release._megatron import equal_stages, megatron_plan
 from release._published_fit import Case, calibration_of, candidates, fit, left_out
@@ -252,8 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in misses(results[name]):
             missed += 1
             print(f"  MISSED {name}: {line}")
-    asked.json.parent.mkdir(parents=True, exist_ok=True)
-    asked.json.write_text(json.dumps({"tables": results}, indent=1) + "\n", encoding="utf-8")
+    write_figures(asked.json, {"tables": results})
     return 1 if missed else 0
 
 

@@ -60,6 +60,7 @@ from raypar.train.config import ScalingConfig
 from raypar.train.measure import RayMeasurer
 from raypar.train.quiet import QUIET, Step, load
 from release import simulator
+from release._figures import write_figures
 from release._plan_grid import DEVICES, grid, identity
 from release._replay import Row, Table
 from release.ours import raypar_cluster
@@ -133,10 +134,7 @@ class Book:
             "calibration": calibration.note,
             "models": self.models,
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        spare = self.path.with_suffix(".part")
-        spare.write_text(json.dumps(body, indent=1) + "\n")
-        spare.replace(self.path)
+        write_figures(self.path, body)
 
 
 def measurer(name: str, rounds: int = 6) -> RayMeasurer:

@@ -22,7 +22,6 @@ than 1.25 times even, or under ``nodes`` all pairs together do.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import sys
@@ -37,6 +36,7 @@ if __name__ == "__main__":  # started by path: the project's root holds `release
 
 from raypar.comm.reshard import ALIKE, Layout, LinkCosts, ReshardPlan, reshard_plan
 from raypar.sharding.spec import ShardingSpec
+from release._figures import write_figures
 
 BOUND, EVEN = 1.1, 1.25
 FABRICS = {
@@ -200,7 +200,7 @@ def main() -> int:
     good = all(v <= (BOUND if "bound" in name else EVEN) for name, v in reached.items())
     result = {"pairs": options.pairs, "seed": options.seed, "targets": reached, "fabrics": found}
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_figures(options.json, result)
     return 0 if good else 1
 
 

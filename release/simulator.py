@@ -55,6 +55,7 @@ from raypar.stages.local import LocalRun
 from raypar.stages.spec import RankSpec
 from raypar.testing import random_plan, random_sharding
 from raypar.testing.backends import RepeatFeed
+from release._figures import write_figures
 from release.cost_models import CNN, GPT, MLP, T5
 from release.ours import raypar_cluster
 from release.undisturbed import CountedRun, figure_of, load
@@ -344,10 +345,7 @@ class Book:
             "cores": os.cpu_count(),
             "rows": self.rows,
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        spare = self.path.with_suffix(".part")
-        spare.write_text(json.dumps(body, indent=1) + "\n")
-        spare.replace(self.path)
+        write_figures(self.path, body)
 
 
 def line(key: str, row: Row) -> str:

@@ -57,6 +57,7 @@ from raypar.search.study.samplers import quiet_optuna, sampler_of
 from raypar.search.study.seeds import SEEDS
 from raypar.search.study.space import Decisions, Space
 from raypar.train.quiet import load
+from release._figures import write_figures
 from release._plan_grid import DEVICES, identity
 from release._replay import ReplayMeasurer, Row, Table
 from release.ours import raypar_cluster
@@ -218,11 +219,7 @@ class Book:
 
     def write(self, table: Table | None = None) -> None:
         """Writes everything."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        body = {"cores": os.cpu_count(), "models": self.models}
-        spare = self.path.with_suffix(".part")
-        spare.write_text(json.dumps(body, indent=1) + "\n")
-        spare.replace(self.path)
+        write_figures(self.path, {"cores": os.cpu_count(), "models": self.models})
         if table is not None:
             table.write()
 

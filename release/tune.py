@@ -37,6 +37,7 @@ from torch import nn
 
 import raypar as rp
 from raypar.tune import trainable
+from release._figures import write_figures
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = (1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 3e-2, 0.3, 3.0)
@@ -256,7 +257,7 @@ def main() -> int:
             found = {**{part: before[part] for part in PARTS if part in before}, **found}
             passed = all(all(part["passed"].values()) for part in found.values())
         about = {"ray": ray.__version__, "torch": torch.__version__, "cores": os.cpu_count()}
-        options.json.write_text(json.dumps({**about, "passed": passed, **found}, indent=1) + "\n")
+        write_figures(options.json, {**about, "passed": passed, **found})
     return 0 if passed else 1
 
 

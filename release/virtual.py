@@ -42,6 +42,7 @@ from raypar.mesh.cluster import Cluster
 from raypar.search.config import SearchConfig
 from raypar.search.interop.contest import in_words
 from raypar.search.planners.base import planner_names
+from release._figures import write_figures
 from release._virtual_grid import best_by_hand, played
 from release.workloads import VIRTUAL, Workload
 
@@ -226,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed += not show(found)
             sys.stdout.flush()
             results[key] = {**asdict(found), "share": found.share}
-            asked.json.write_text(json.dumps({"cases": results}, indent=1) + "\n", encoding="utf-8")
+            write_figures(asked.json, {"cases": results})
     print(f"\n{failed} cases in which the default search was beaten or took too long")
     return 1 if failed else 0
 
