@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import secrets
 import threading
 import warnings
 from collections.abc import Collection
@@ -13,10 +12,8 @@ from typing import Any
 from raypar.errors import CheckpointError
 from raypar.train.checkpoint.checkpoint import Checkpoint, serial_of
 from raypar.train.checkpoint.format import INDEX
-from raypar.train.checkpoint.storage import Storage
+from raypar.train.checkpoint.storage import TEMPORARY, TRASH, Storage
 from raypar.train.config import CheckpointConfig
-
-_TEMPORARY, _TRASH = ".tmp", ".trash"
 
 
 class Keeping:
@@ -76,10 +73,10 @@ class Keeping:
         for name in self._storage.names():
             if name in own:
                 continue
-            if name.startswith(".") and name.endswith((_TEMPORARY, _TRASH)):
+            if name.startswith(".") and name.endswith((TEMPORARY, TRASH)):
                 self._remove(name)
                 continue
-            begun = not self._storage.renames and serial_of(name) is not None
+            begun = not self._storage.hides and serial_of(name) is not None
             if begun and INDEX not in self._storage.names(name):
                 self._remove(name)
 
@@ -87,13 +84,7 @@ class Keeping:
         """It stops to count before its files go, so that no half of it is taken for a whole."""
         with self._lock:
             self._known.pop(name, None)
-        if not self._storage.renames:
-            self._storage.remove(f"{name}/{INDEX}")
-            self._remove(name)
-            return
-        trash = f".{name}.{secrets.token_hex(4)}{_TRASH}"
-        self._storage.rename(name, trash)
-        self._remove(trash)
+        self._remove(self._storage.retire(name, INDEX))
 
     def _remove(self, name: str) -> None:
         with contextlib.suppress(OSError):  # swept later

@@ -63,8 +63,7 @@ class Pending:
         ]
         index = index_of(read, step=self.step, state=self.state, plan=self.plan, facts=self.facts)
         storage.write(f"{folder}/{INDEX}", [index.to_bytes()])
-        if storage.renames:
-            storage.rename(folder, self.name)
+        storage.settle(folder, self.name)
         for name in (*notes, MARK):  # they do no harm, so that nothing before may depend on it
             with contextlib.suppress(Exception):
                 storage.remove(f"{self.name}/{name}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -18,6 +19,8 @@ import fsspec
 from raypar.errors import CheckpointError
 
 Bytes = bytes | bytearray | memoryview
+TEMPORARY, TRASH = ".tmp", ".trash"
+"""How hidden folders end: those that do not count yet, and those that do not any more."""
 
 
 class Storage(ABC):
@@ -25,11 +28,12 @@ class Storage(ABC):
 
     Attributes:
         root: Its absolute path or URL.
-        renames: Whether a folder can be renamed in one step that happens or does not.
+        hides: Whether what is being written lies under another name until it counts. Else it lies
+            under its own, and counts once its last file is there.
     """
 
     root: str
-    renames: bool
+    hides: bool
 
     @abstractmethod
     def names(self, folder: str = "") -> list[str]:
@@ -56,8 +60,24 @@ class Storage(ABC):
         """Makes a folder, and those above it."""
 
     @abstractmethod
-    def rename(self, old: str, new: str) -> None:
-        """Renames a folder, durably."""
+    def begin(self, name: str, token: str) -> str:
+        """The folder to write to what is to be called `name`; `token` tells writers apart."""
+
+    @abstractmethod
+    def settle(self, folder: str, name: str) -> None:
+        """Lets a folder of `begin`, whose last file is there, count: durably, or not at all."""
+
+    @abstractmethod
+    def retire(self, name: str, last: str) -> str:
+        """Lets a folder stop to count, before any file but the last goes.
+
+        Args:
+            name: The folder.
+            last: The file that was written last.
+
+        Returns:
+            The folder that is left to remove.
+        """
 
     @abstractmethod
     def remove(self, name: str) -> None:
@@ -80,7 +100,7 @@ class Storage(ABC):
 class LocalStorage(Storage):
     """A folder of this file system."""
 
-    renames = True
+    hides = True
 
     def __init__(self, root: str) -> None:
         self.root = os.path.abspath(os.path.expanduser(root))
@@ -121,11 +141,19 @@ class LocalStorage(Storage):
         """See `Storage.make_folder`."""
         os.makedirs(self.path(name), exist_ok=True)
 
-    def rename(self, old: str, new: str) -> None:
-        """See `Storage.rename`."""
-        self._sync_folder(old)
-        self._replace(self.path(old), self.path(new))
-        self._sync_folder("")
+    def begin(self, name: str, token: str) -> str:
+        """See `Storage.begin`."""
+        return f".{name}.{token}{TEMPORARY}"
+
+    def settle(self, folder: str, name: str) -> None:
+        """See `Storage.settle`: renames it."""
+        self._rename(folder, name)
+
+    def retire(self, name: str, last: str) -> str:
+        """See `Storage.retire`: renames it."""
+        trash = f".{name}.{secrets.token_hex(4)}{TRASH}"
+        self._rename(name, trash)
+        return trash
 
     def remove(self, name: str) -> None:
         """See `Storage.remove`."""
@@ -142,6 +170,12 @@ class LocalStorage(Storage):
 
     def _sync(self, number: int) -> None:
         os.fsync(number)
+
+    def _rename(self, old: str, new: str) -> None:
+        """Renames a folder, durably."""
+        self._sync_folder(old)
+        self._replace(self.path(old), self.path(new))
+        self._sync_folder("")
 
     def _replace(self, old: str, new: str) -> None:
         os.rename(old, new) if os.path.isdir(old) else os.replace(old, new)
@@ -162,7 +196,7 @@ class UrlStorage(Storage):
     what is in a folder counts once its last file is there.
     """
 
-    renames = False
+    hides = False
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -214,9 +248,17 @@ class UrlStorage(Storage):
         """See `Storage.make_folder`."""
         self._system.makedirs(self._at(name), exist_ok=True)
 
-    def rename(self, old: str, new: str) -> None:
-        """Not here: see `renames`."""
-        raise NotImplementedError("folders of a URL are not renamed")
+    def begin(self, name: str, token: str) -> str:
+        """See `Storage.begin`."""
+        return name
+
+    def settle(self, folder: str, name: str) -> None:
+        """See `Storage.settle`: it counts since its last file is there."""
+
+    def retire(self, name: str, last: str) -> str:
+        """See `Storage.retire`: removes the last file."""
+        self.remove(f"{name}/{last}")
+        return name
 
     def remove(self, name: str) -> None:
         """See `Storage.remove`."""

@@ -132,7 +132,7 @@ class CheckpointStore:
         waited = time.perf_counter() - before
         serial = self._next_serial()
         name, token = folder_name(serial, state.step), secrets.token_hex(8)
-        folder = f".{name}.{token}.tmp" if self._storage.renames else name
+        folder = self._storage.begin(name, token)
         held = json.loads(plan.to_json())
         plain(facts, "facts")  # what cannot be kept is told now, not when all has been written
         self._opening = folder

@@ -117,12 +117,11 @@ def _new(path: str | Path) -> Iterator[tuple[Storage, str]]:
     parent, _, name = text.rpartition("/")
     storage = storage_at(parent)
     refuse_existing(text, name in storage.names())
-    folder = f".{name}.{secrets.token_hex(4)}.tmp" if storage.renames else name
+    folder = storage.begin(name, secrets.token_hex(4))
     try:
         storage.make_folder(folder)
         yield storage, folder
-        if storage.renames:
-            storage.rename(folder, name)
+        storage.settle(folder, name)
     except BaseException as error:
         with contextlib.suppress(Exception):
             storage.remove(folder)

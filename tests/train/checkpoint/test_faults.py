@@ -200,14 +200,14 @@ def test_an_error_after_a_checkpoint_counts_does_not_lose_it(
     tmp_path: Path, running: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = CheckpointStore(tmp_path)
-    real = LocalStorage.rename
+    real = LocalStorage.settle
 
-    def renamed(self: LocalStorage, old: str, new: str) -> None:
-        real(self, old, new)
+    def settled(self: LocalStorage, folder: str, name: str) -> None:
+        real(self, folder, name)
         monkeypatch.undo()
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(LocalStorage, "rename", renamed)
+    monkeypatch.setattr(LocalStorage, "settle", settled)
     assert save(store, running, PLAN, 1).step == 1
     store.close()
 
