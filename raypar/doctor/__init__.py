@@ -1,7 +1,7 @@
 """``raypar doctor``: what is installed, whether it fits together, and how to mend it.
 
-`diagnose` looks at this machine (`here.py`), `examine_cluster` at every node of a Ray cluster
-(`cluster.py`).
+`diagnose` looks at this machine (`here.py`, `packages.py`), `examine_cluster` at every node of a
+Ray cluster (`cluster.py`; `nodes.py` judges what they told).
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from raypar.doctor import FAIL, OK, WARN
-from raypar.doctor.cluster import (
-    ClusterReport,
+from raypar.doctor.cluster import ClusterReport
+from raypar.doctor.nodes import (
     NodeFacts,
     Unreached,
     judge_clocks,

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from raypar import doctor
-from raypar.doctor import FAIL, OK, WARN, Finding, here
+from raypar.doctor import FAIL, OK, WARN, Finding, here, packages
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_system(system: str, machine: str, status: str) -> None:
     ],
 )
 def test_torch(version: str | None, status: str) -> None:
-    finding = here.torch_finding(version)
+    finding = packages.torch_finding(version)
     assert finding.status == status
     if status == FAIL:
         assert finding.mend.endswith("-m pip install 'torch>=2.11,<2.14'")
@@ -55,8 +55,8 @@ def test_torch(version: str | None, status: str) -> None:
     ("version", "status"), [(None, FAIL), ("2.59.1", FAIL), ("2.60.0", OK), ("3.0.0", FAIL)]
 )
 def test_ray(version: str | None, status: str) -> None:
-    assert here.ray_finding(version).status == status
-    assert here.ray_finding("2.60.0", default_extra=False).status == WARN
+    assert packages.ray_finding(version).status == status
+    assert packages.ray_finding("2.60.0", default_extra=False).status == WARN
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_ray(version: str | None, status: str) -> None:
 def test_cupy_goes_with_torchs_cuda(
     installed: dict[str, str], cuda: str | None, gpu: bool, status: str, mend: str
 ) -> None:
-    finding = here.cupy_finding(installed, cuda, gpu)
+    finding = packages.cupy_finding(installed, cuda, gpu)
     assert finding.status == status
     assert mend in finding.mend
     assert bool(finding.mend) == bool(mend)
@@ -99,7 +99,7 @@ def test_cupy_goes_with_torchs_cuda(
     ],
 )
 def test_nccl(libraries: dict[str, str], cuda: str | None, status: str) -> None:
-    assert here.nccl_finding(libraries, cuda).status == status
+    assert packages.nccl_finding(libraries, cuda).status == status
 
 
 def test_temp_path_and_space() -> None:
