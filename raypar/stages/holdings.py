@@ -12,6 +12,7 @@ from torch import nn
 from raypar.graph.turns import TRACING
 from raypar.programs.stage import StageProgram, compile_stage
 from raypar.programs.wire import unpack
+from raypar.stages.engines import engaged
 from raypar.stages.layouts import Way, is_view, taken_ranges, way_of
 from raypar.stages.materialise import Part, materialise
 from raypar.stages.spec import RankSpec, StageSpec
@@ -81,6 +82,8 @@ class Holdings:
         with workshop.turn(spec.default_dtype):
             self.stages = {s.index: workshop.stage(s, device) for s in spec.stages}
             self._build(spec, device)
+        for index, held in self.stages.items():
+            held.program = engaged(held.program, f"stage {index}", spec, device)
 
     def _build(self, spec: RankSpec, device: torch.device) -> None:
         names = {*spec.owned_params, *spec.params}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,6 +21,9 @@ from raypar.stages.recipe import Recipe
 OptimizerFn = Callable[[Iterable[Any]], torch.optim.Optimizer]
 """Builds the optimizer from parameters, or from (name, parameter) pairs where its first parameter
 is called ``named_parameters``."""
+
+Engine = Literal["eager", "compiled", "cuda_graph"]
+"""How the programs of a stage are run (`raypar.stages.engines`)."""
 
 ParamForms = Mapping[str, tuple[tuple[int, ...], str, bool]]
 """Shape, dtype as text, and whether it is trained, of the parameters of a model by name."""
@@ -111,6 +114,7 @@ class RankSpec:
         threads: torch threads for this rank, or None to leave them alone.
         keep_gradients: Keep a copy of every step's gradients (equivalence tests).
         accelerator: Whether the rank runs on a GPU.
+        engine: How its programs are run.
     """
 
     rank: int
@@ -151,6 +155,7 @@ class RankSpec:
     threads: int | None = None
     keep_gradients: bool = False
     accelerator: bool = False
+    engine: Engine = "eager"
 
     @property
     def axes(self) -> Axes:

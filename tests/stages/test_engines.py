@@ -1,0 +1,194 @@
+"""Stages that are compiled, or replayed from graphs whose memory is static, train the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import raypar as rp
+from raypar.errors import PlanError
+from raypar.search.config import SearchConfig
+from raypar.search.plan import plan as make_plan
+from raypar.stages import compiled, engines
+from raypar.stages.compile import compile_plan
+from raypar.stages.graphed import GraphedStage, Graphs
+from raypar.stages.spec import RankSpec
+from raypar.testing import models
+from raypar.testing.backends import start_run
+from raypar.testing.equivalence import (
+    RunRecord,
+    _note,
+    compare,
+    default_optimizer,
+    reference_run,
+    tolerance,
+)
+
+SHAPES: tuple[dict[str, Any], ...] = (
+    {"stages": 1, "replicas": 1, "microbatches": 1},
+    {"stages": 2, "replicas": 1, "microbatches": 4, "schedule": "1f1b"},
+    {"stages": 2, "replicas": 2, "microbatches": 2, "schedule": "gpipe"},
+    {"stages": 2, "replicas": 1, "microbatches": 2, "recompute": "full"},
+    {"stages": 2, "replicas": 1, "microbatches": 4, "schedule": "zero_bubble_h1"},
+    {"stages": 1, "replicas": 1, "tensor": 2, "microbatches": 2},
+)
+
+
+class StaticMemory:
+    """Graphs without a GPU: nothing runs at capture, and each replay writes the same memory."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def capture(
+        self, work: Callable[[], list[torch.Tensor]]
+    ) -> tuple[list[torch.Tensor], Callable[[], None]]:
+        first = work()
+        # Views of what enters keep their memory; what is made gets some, full of rubbish.
+        known = {t.data_ptr() for t in work()} & {t.data_ptr() for t in first}
+        static = [
+            t if t.data_ptr() in known or not t.numel() else torch.full_like(t, 77) for t in first
+        ]
+
+        def replay() -> None:
+            self.replays += 1
+            for held, made in zip(static, work(), strict=True):
+                if held.data_ptr() != made.data_ptr():
+                    held.copy_(made)
+
+        return static, replay
+
+
+def specs_of(name: str, shape: dict[str, Any], engine: Any) -> tuple[Any, Any, Any, list[RankSpec]]:
+    case = models.case(name)
+    batch = case.batch(0, 8)
+    graph = rp.capture(case.model_fn, batch, case.loss_fn, case.batch_dims)
+    chosen = make_plan(graph, rp.Cluster.local(4), SearchConfig(**shape))
+    specs = compile_plan(graph, chosen, optimizer=default_optimizer, keep_gradients=True)
+    return graph, batch, chosen, [replace(s, engine=engine) for s in specs]
+
+
+def assert_trains_the_same(name: str, shape: dict[str, Any], engine: str) -> None:
+    graph, batch, chosen, specs = specs_of(name, shape, engine)
+    record = RunRecord()
+    with start_run("local", specs, models.tensors(batch)) as run:
+        for step in range(3):
+            run.train(step, 1, lambda result: _note(record, result))
+            record.gradients.append(run.gradients())
+        record.state_dict = run.state_dict()
+    assert not compare(record, reference_run(graph, batch, chosen), tolerance(graph))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_graphs_train_the_same(shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[StaticMemory] = []
+
+    def fake(device: torch.device) -> Graphs:
+        made.append(StaticMemory())
+        return made[-1]
+
+    monkeypatch.setattr(engines, "graphs_for", fake)
+    assert_trains_the_same("mlp", shape, "cuda_graph")
+    graphs = sum(g.replays for g in made)
+    plain = shape.get("schedule") == "zero_bubble_h1" or "tensor" in shape
+    assert (graphs == 0) == plain
+
+
+def test_buffers_that_change_enter_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch norm's running statistics are new tensors in every forward."""
+    monkeypatch.setattr(engines, "graphs_for", lambda device: StaticMemory())
+    assert_trains_the_same("cnn", {"stages": 2, "replicas": 1, "microbatches": 4}, "cuda_graph")
+
+
+def test_a_tied_embedding_enters_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "graphs_for", lambda device: StaticMemory())
+    assert_trains_the_same("gpt", {"stages": 2, "replicas": 1, "microbatches": 4}, "cuda_graph")
+
+
+def test_a_slot_for_each_microbatch_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPipe holds all four at once, a single stage one: memory is not held for more."""
+    stages: list[GraphedStage] = []
+    made = GraphedStage.__init__
+
+    def noted(self: GraphedStage, *args: Any) -> None:
+        made(self, *args)
+        stages.append(self)
+
+    monkeypatch.setattr(GraphedStage, "__init__", noted)
+    monkeypatch.setattr(engines, "graphs_for", lambda device: StaticMemory())
+    assert_trains_the_same(
+        "mlp", {"stages": 2, "replicas": 1, "microbatches": 4, "schedule": "gpipe"}, "cuda_graph"
+    )
+    assert [s.slots for s in stages] == [4, 4]
+    stages.clear()
+    assert_trains_the_same("mlp", {"stages": 1, "replicas": 1, "microbatches": 4}, "cuda_graph")
+    assert [s.slots for s in stages] == [1]
+
+
+def test_what_cannot_be_captured_runs_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Refusing:
+        def capture(self, work: Any) -> Any:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(engines, "graphs_for", lambda device: Refusing())
+    assert_trains_the_same("mlp", {"stages": 1, "replicas": 1, "microbatches": 4}, "cuda_graph")
+    assert "not permitted when stream is capturing" in caplog.text
+
+
+def test_dropout_is_not_graphed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its key is read by the host: a graph would draw the same numbers for ever."""
+    monkeypatch.setattr(engines, "graphs_for", lambda device: StaticMemory())
+    assert_trains_the_same(
+        "gpt_dropout", {"stages": 1, "replicas": 1, "microbatches": 4}, "cuda_graph"
+    )
+    assert "random numbers" in caplog.text
+
+
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4], SHAPES[5]])
+def test_traced_programs_train_the_same(
+    shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        traced.append(graph)
+        return graph
+
+    monkeypatch.setattr(compiled, "_inductor", keep)
+    assert_trains_the_same("mlp", shape, "compiled")
+    assert traced
+
+
+@pytest.mark.slow
+def test_compiled_programs_train_the_same() -> None:
+    assert_trains_the_same("mlp", {"stages": 2, "replicas": 1, "microbatches": 2}, "compiled")
+
+
+def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(graph: torch.fx.GraphModule) -> Any:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(compiled, "_inductor", fail)
+    with pytest.raises(PlanError, match=r"stage 0 forward.*no compiler here.*engine = 'eager'"):
+        assert_trains_the_same("mlp", {"stages": 1, "replicas": 1, "microbatches": 1}, "compiled")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where no GPU is")
+def test_graphs_need_a_gpu() -> None:
+    with pytest.raises(PlanError, match=r"'cuda_graph' needs ranks on GPUs.*'eager'"):
+        assert_trains_the_same("mlp", {"stages": 1, "replicas": 1, "microbatches": 1}, "cuda_graph")
+
+
+def test_an_unknown_engine_is_told() -> None:
+    with pytest.raises(PlanError, match=r"'cuda_graphs'.*Did you mean 'cuda_graph'"):
+        assert_trains_the_same(
+            "mlp", {"stages": 1, "replicas": 1, "microbatches": 1}, "cuda_graphs"
+        )
