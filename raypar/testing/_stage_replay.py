@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from raypar.errors import PlanError
 from raypar.graph.replay import replay
 from raypar.lowered import LoweredPlan
 from raypar.plan import DATA, Plan
 from raypar.sharding.pieces import piece_of
 from raypar.sharding.spec import ShardingSpec
 from raypar.stages.layouts import taken_ranges
+from raypar.testing._compare import Compare, compare_joined
 from raypar.testing._parts import Part
-from raypar.testing.mesh_threads import ThreadMesh, collect
-
-Compare = Callable[[torch.Tensor, torch.Tensor], str | None]
-"""``compare(found, wanted)``: what is wrong, in words, or None."""
+from raypar.testing.mesh_threads import ThreadMesh
 
 
 @dataclass(frozen=True)
@@ -234,21 +231,6 @@ class StageReplay:
             return {}
         grads = torch.autograd.grad(ends, list(asked.values()), tangents, allow_unused=True)
         return {k: g for k, g in zip(asked, grads, strict=True) if g is not None}
-
-
-def compare_joined(
-    pieces: Sequence[torch.Tensor],
-    spec: ShardingSpec,
-    axes: Sequence[tuple[str, int]],
-    wanted: torch.Tensor,
-    compare: Compare,
-) -> str | None:
-    """Compares a value, given as its parts on the ranks of one replica, with what it should be."""
-    try:
-        value = collect(list(pieces), spec, ThreadMesh(axes))
-    except (PlanError, RuntimeError) as error:
-        return f"cannot be joined as {spec}: {error}"
-    return compare(value, wanted)
 
 
 def _map(value: Any) -> Any:

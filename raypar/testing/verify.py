@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,8 +33,9 @@ from raypar.stages.local import LocalRun
 from raypar.stages.optimizers import call_optimizer
 from raypar.stages.run import StepResult
 from raypar.stages.spec import OptimizerFn
+from raypar.testing._compare import SMALL, Compare, compare_joined, comparer
 from raypar.testing._parts import Part, PartwiseModel, Reference
-from raypar.testing._stage_replay import Culprit, StageReplay, compare_joined
+from raypar.testing._stage_replay import Culprit, StageReplay
 from raypar.testing._watched import Seen, TurnFeed, WatchedRunner
 from raypar.testing.equivalence import (
     RunRecord,
@@ -43,8 +44,6 @@ from raypar.testing.equivalence import (
     reference_run,
     tolerance,
 )
-
-_SMALL = 1e-2  # differences count relative to the tensor, or to this share of the largest one
 
 
 @dataclass(frozen=True)
@@ -311,7 +310,7 @@ class _Verification:
         name: str,
         text: str,
         wanted: Reference,
-        compare: Callable[[torch.Tensor, torch.Tensor], str | None],
+        compare: Compare,
     ) -> Difference:
         readers = [s.index for s in self._low.stages if name in s.keys("param:")]
         kind = "parameter gradient"
@@ -325,7 +324,7 @@ class _Verification:
     def _state(
         self, step: int, found: Mapping[str, torch.Tensor], model: nn.Module
     ) -> Difference | None:
-        compare = self._compare(1.0 / _SMALL)  # updates are compared against a scale of at least 1
+        compare = self._compare(1.0 / SMALL)  # updates are compared against a scale of at least 1
         for name, value in model.state_dict().items():
             text = compare(found[name], value.detach())
             if text is not None:
@@ -342,7 +341,7 @@ class _Verification:
         part: Part,
         seen: Seen,
         wanted: Mapping[str, Any],
-        compare: Callable[[torch.Tensor, torch.Tensor], str | None],
+        compare: Compare,
     ) -> str | None:
         """Compares a value at a border, put together from the ranks of one replica."""
         group, mesh = self._groups[stage], self._plan.stages[stage].mesh
@@ -385,30 +384,8 @@ class _Verification:
             culprit.strategy, source,
         )  # fmt: skip
 
-    def _compare(self, largest: float) -> Callable[[torch.Tensor, torch.Tensor], str | None]:
-        """Says what is wrong with a value; `largest` is the largest of its kind."""
-        bound = self._bound
-
-        def compare(found: torch.Tensor, wanted: torch.Tensor) -> str | None:
-            if found.shape != wanted.shape or found.dtype != wanted.dtype:
-                form = f"{tuple(found.shape)} {found.dtype}"
-                return f"is {form}, not {tuple(wanted.shape)} {wanted.dtype}"
-            if not wanted.numel() or torch.equal(found, wanted):
-                return None
-            if not (wanted.is_floating_point() or wanted.is_complex()):
-                return f"differs in {int((found != wanted).sum())} of {wanted.numel()} elements"
-            wide = torch.complex128 if wanted.is_complex() else torch.float64
-            gap = (found.to(wide) - wanted.to(wide)).abs().nan_to_num(float("inf"))
-            both_inf = (found == wanted) | (found.isnan() & wanted.isnan())
-            gap = gap.masked_fill(both_inf, 0.0)
-            finite = wanted.to(wide).abs().nan_to_num(0.0, 0.0, 0.0)
-            scale = max(float(finite.max()), _SMALL * largest, torch.finfo(wide).tiny)
-            worst = float(gap.max())
-            if worst <= bound * scale:
-                return None
-            return f"differs by {worst:.3e} ({worst / scale:.1e} of its scale {scale:.1e})"
-
-        return compare
+    def _compare(self, largest: float) -> Compare:
+        return comparer(self._bound, largest)
 
 
 def _note_loss(losses: list[float | None], report: StepResult) -> None:
