@@ -148,6 +148,12 @@ def duration(seconds: float) -> str:
     return f"{seconds:.4g} s"
 
 
+def throughput(samples_per_s: float) -> str:
+    """``3.14 samples/s``, ``39.9 samples/s``, ``13,040 samples/s``."""
+    digits = 0 if samples_per_s >= 99.95 else 1 if samples_per_s >= 9.995 else 2
+    return f"{samples_per_s:,.{digits}f} samples/s"
+
+
 def figure(key: str, value: float) -> str:
     """A predicted figure with the unit that the end of its key says."""
     if key.endswith("_s"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raypar._plan_text import duration, size, span
+from raypar._plan_text import duration, size, span, throughput
 from raypar.report._words import bar, paragraph
 from raypar.report.simulation import path_words
 from raypar.search.simulation import LaneReport, MemoryTimeline, Simulation
@@ -14,7 +14,7 @@ def step_lines(simulation: Simulation) -> list[str]:
     """The whole step: its length, what that rests on, and what it is made of."""
     hint = "" if simulation.calibrated else "; `raypar probe` measures this cluster"
     return [
-        f"step {duration(simulation.step_s)}, {simulation.samples_per_s:.4g} samples/s, "
+        f"step {duration(simulation.step_s)}, {throughput(simulation.samples_per_s)}, "
         f"idle {100 * simulation.bubble:.0f} % of device time",
         f"costs: {simulation.source}{hint}",
         *paragraph("critical path: ", path_words(simulation), ", "),

@@ -16,7 +16,7 @@ from raypar.graph.layers import cluster_layers
 from raypar.graph.opgraph import OpGraph
 from raypar.graph.passes.emit import op_name
 from raypar.lowered import LoweredPlan
-from raypar.plan import DATA, Plan
+from raypar.plan import DATA, MeshSlice, Plan
 from raypar.report._forms import WHOLE, form_of
 from raypar.report._words import counted, paragraph, percent
 from raypar.search.cost.base import Collective, StageCost
@@ -50,12 +50,18 @@ def stage_lines(
             first, end = ranges[s]
             mesh = plan.stages[s].mesh
             lines += paragraph(
-                f"stage {s} on device{'s' * (len(mesh.devices) > 1)} {span(mesh.devices)} as "
-                f"{mesh_text(mesh)}: ",
+                f"stage {s} on {_devices(mesh)}: ",
                 [layers_text(graph, first, end)],
             )
         lines += body_lines
     return lines
+
+
+def _devices(mesh: MeshSlice) -> str:
+    """``device 0``, or ``devices 0-3 as data 2 × x 2``."""
+    if len(mesh.devices) == 1:
+        return f"device {mesh.devices[0]}"
+    return f"devices {span(mesh.devices)} as {mesh_text(mesh)}"
 
 
 def layers_text(graph: OpGraph, first: int, end: int) -> str:

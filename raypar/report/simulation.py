@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raypar._plan_text import duration, size, span, table
+from raypar._plan_text import duration, size, span, table, throughput
 from raypar.search.simulation import Simulation
 
 _KINDS = {
@@ -17,14 +17,14 @@ _KINDS = {
     "norm": "the norm over all ranks",
 }
 _SHOWN_LINKS = 4
-_SHOWN_PARTS = 3
+_SHOWN_PARTS = 2
 
 
 def summary(simulation: Simulation) -> str:
     """Step time, throughput, idle time, critical path, memory against the limit, and links."""
     step = simulation.step_s
     lines = [
-        f"step {duration(step)}, {simulation.samples_per_s:.4g} samples/s ({simulation.source})",
+        f"step {duration(step)}, {throughput(simulation.samples_per_s)} ({simulation.source})",
         f"idle {simulation.bubble:.1%} of device time",
         f"critical path: {', '.join(path_words(simulation))}",
         "",
@@ -83,5 +83,7 @@ def _lanes(simulation: Simulation) -> list[str]:
 
 
 def _mostly(parts: dict[str, int]) -> str:
+    """``61% saved, 16% transient``: short enough for a row to keep within its columns."""
+    total = sum(parts.values())
     largest = sorted(parts.items(), key=lambda item: -item[1])[:_SHOWN_PARTS]
-    return ", ".join(f"{name} {size(held)}" for name, held in largest if held)
+    return ", ".join(f"{held / total:.0%} {name}" for name, held in largest if held)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from raypar._plan_text import throughput
 from raypar.errors import ConfigError
 from raypar.mesh.devices import Link
 from raypar.report.gantt import gantt, gantt_rows
@@ -30,6 +32,23 @@ def test_a_row_shows_who_does_what_when(step: Simulation) -> None:
     assert first.cells == "FFFF" + "." * 6 + "B" * 8
     assert second.cells == ".." + "FFFF" + "B" * 8 + "." * 4
     assert first.idle == pytest.approx(3 / 9)
+
+
+def test_no_cell_of_the_table_is_cut(step: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"optimizer": 900, "parameters": 800, "saved": 10**9}
+    memory = tuple(replace(lane, peak_parts=parts) for lane in step.memory)
+    monkeypatch.setitem(vars(step), "memory", memory)  # where it is kept once asked for
+    rows = summary(step).splitlines()
+    (first,) = (row for row in rows if row.startswith("rank group 0"))
+    assert first.endswith("100% saved, 0% optimizer")
+    assert "…" not in first
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(3.14159, "3.14"), (39.94, "39.9"), (392.6, "393"), (13040.2, "13,040")]
+)
+def test_samples_a_second_are_written_out(rate: float, text: str) -> None:
+    assert throughput(rate) == f"{text} samples/s"
 
 
 def test_the_chart_is_as_wide_as_it_may_be(step: Simulation) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 import raypar as rp
 from examples.data import stdlib_bytes
 from examples.models import gpt
-from raypar._plan_text import duration, size
+from raypar._plan_text import duration, size, throughput
 from raypar.lowered import lower_plan
 from raypar.mesh.cluster import Cluster, Node
 from raypar.report.page import plan_page, save_page
@@ -66,7 +66,7 @@ def test_the_page_tells_the_plan_and_its_figures_with_units(
     page = checked(text)
     assert "my:gpt" in page.text
     assert duration(played.step_s) in page.text
-    assert f"{played.samples_per_s:.4g} samples/s" in page.text
+    assert throughput(played.samples_per_s) in page.text
     assert size(max(played.peak_bytes)) in page.text
     assert f"{played.bubble:.1%}" in page.text
     for group, cost in enumerate(played.setting.costs):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from raypar._plan_text import count_of, duration, size
+from raypar._plan_text import count_of, duration, size, throughput
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
@@ -74,7 +74,7 @@ def headline(
         ),
         Figure(
             "throughput",
-            f"{played.samples_per_s:.4g} samples/s",
+            throughput(played.samples_per_s),
             f"{count_of(plan.global_batch, 'sample')} a step",
         ),
         Figure(
