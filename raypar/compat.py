@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,7 +54,9 @@ __all__ = [
     "raw_callable",
     "schema_name",
     "set_validation",
+    "silent_fakes",
     "storage_id",
+    "take_loader_signal",
     "traced_attribute",
     "traced_node",
     "without_torch_function",
@@ -80,6 +83,32 @@ def forgetting_sizes(mode: FakeTensorMode) -> contextlib.AbstractContextManager[
     """A trial run under `mode` whose data-dependent sizes no later trace has to account for."""
     env = mode.shape_env
     return contextlib.nullcontext() if env is None else env.ignore_fresh_unbacked_symbols()
+
+
+@contextlib.contextmanager
+def silent_fakes() -> Iterator[None]:
+    """While open, an op that fails on fake tensors raises, and prints no traceback as well."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addFilter(_is_no_failure)
+    try:
+        yield
+    finally:
+        log.removeFilter(_is_no_failure)
+
+
+def _is_no_failure(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("failed while attempting to run meta")
+
+
+def take_loader_signal() -> None:
+    """Has torch set its handler of SIGCHLD now, as its first DataLoader with workers would.
+
+    It raises in the main thread when a worker process of any DataLoader dies. It is set once in a
+    process; in another thread than the main one this does nothing.
+    """
+    from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
+
+    _set_SIGCHLD_handler()
 
 
 def current_graph() -> torch.fx.Graph | None:

@@ -48,17 +48,47 @@ cluster_option = click.option(
 )
 
 
-def _writable(ctx: click.Context, option: click.Parameter, path: str | None) -> str | None:
-    """Tells that a file cannot be written before the work is done, not after."""
-    if path is None or path == "-":
-        return path
+def check_writable(path: str, option: str) -> None:
+    """Tells that a file cannot be written before the work is done, not after.
+
+    Raises:
+        ConfigError: It cannot; names the option.
+    """
     file = Path(path)
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        known = "is a folder" if file.is_dir() else "cannot be written"
-        if not file.exists() and not file.parent.is_dir():
-            known = f"is in {str(file.parent)!r}, which is no folder"
-        raise ConfigError(f"{option.opts[0]}: {path!r} {known}; name a file, such as out.json")
+    if file.is_dir():
+        known = "is a folder"
+    elif not file.parent.is_dir():
+        known = f"is in {str(file.parent)!r}, which is no folder"
+    elif not os.access(file if file.exists() else file.parent, os.W_OK):
+        known = "cannot be written"
+    else:
+        return
+    raise ConfigError(f"{option}: {path!r} {known}; name a file, such as out.json")
+
+
+def check_folder(path: str, option: str) -> None:
+    """Tells that a folder cannot be made, or be written to, before the work is done.
+
+    Raises:
+        ConfigError: It cannot; names the option.
+    """
+    there = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        known = "cannot be written" if there.is_dir() else "is a file"
+        raise ConfigError(
+            f"{option}: folder {path!r} cannot be made, since {str(there)!r} {known}; name another"
+        )
+
+
+def _writable(ctx: click.Context, option: click.Parameter, path: str | None) -> str | None:
+    if path is not None and path != "-":
+        check_writable(path, option.opts[0])
     return path
+
+
+def written_option(name: str, text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """An option that names a file that the command writes; checked before it begins."""
+    return click.option(name, metavar="FILE", callback=_writable, help=text)
 
 
 output_option = click.option(

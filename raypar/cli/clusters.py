@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from raypar.cli._shared import written_option
+
 
 @click.command()
 @click.option("--address", metavar="HOST:PORT", help="Measure this Ray cluster.")
@@ -17,7 +19,7 @@ import click
     metavar="N",
     help="Measure this machine with N processes; default: one per core.",
 )
-@click.option("--out", metavar="FILE", help="Also write the constants here (JSON).")
+@written_option("--out", "Also write the constants here (JSON).")
 def probe(address: str | None, processes: int | None, out: str | None) -> None:
     """Measure the cluster and keep what the cost models need of it (under a minute)."""
     if address is not None and processes is not None:

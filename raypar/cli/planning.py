@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from raypar.cli._shared import cluster_option, search_options, set_option, write_text
+from raypar.cli._shared import (
+    check_folder,
+    check_writable,
+    cluster_option,
+    search_options,
+    set_option,
+    write_text,
+    written_option,
+)
 from raypar.config import Config, load_config
 from raypar.errors import ConfigError
 
@@ -20,8 +28,8 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--output", metavar="PATH", help="Where to write it; default: plan.json, or ladder/."
 )
-@click.option("--html", metavar="FILE", help="Also write the plan and its search as a page.")
-@click.option("--save-record", metavar="FILE", help="Also write all that was looked at (JSON).")
+@written_option("--html", "Also write the plan and its search as a page.")
+@written_option("--save-record", "Also write all that was looked at (JSON).")
 @click.option(
     "--ladder",
     "sizes",
@@ -52,12 +60,15 @@ def plan(
                 "--html and --save-record tell of one plan: leave them out, or plan for one size "
                 "with --set mesh.num_workers=N"
             )
-        _plan_ladder(config, sizes, output or "ladder", cluster_file)
+        output = output or "ladder"
+        check_folder(output, "--output")
+        _plan_ladder(config, sizes, output, cluster_file)
         return
+    output = output or "plan.json"
+    check_writable(output, "--output")
     from raypar._launch import explained, found_of
     from raypar._search_view import SearchView, ended
 
-    output = output or "plan.json"
     with SearchView() as view:
         (made, record), graph, cluster = found_of(config, cluster_file, view)
     click.echo(explained(config, made, graph, cluster, virtual=cluster_file is not None))
@@ -145,7 +156,7 @@ def explain(
 )
 @click.option("--cost", default="analytic", show_default=True, help="Cost model.")
 @click.option("--gantt", is_flag=True, help="Draw who does what when.")
-@click.option("--trace", metavar="FILE", help="Write a Chrome trace, for ui.perfetto.dev.")
+@written_option("--trace", "Write a Chrome trace, for ui.perfetto.dev.")
 def simulate(
     config_file: str,
     plan_file: str | None,

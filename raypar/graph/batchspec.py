@@ -51,9 +51,11 @@ class BatchSpec:
         where = tuple(i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor))
         tensors = [leaves[i] for i in where]
         if not any(t.ndim for t in tensors):
+            kinds = sorted({type(leaf).__name__ for leaf in leaves}) or ["nothing"]
             raise CaptureError(
-                "example_batch holds no tensor with dims; give one global batch: a tensor, a "
-                "tuple of positional arguments, a dict of keyword arguments, or (tuple, dict)"
+                f"example_batch holds no tensor with dims, it holds {', '.join(kinds)}; give one "
+                "global batch: a tensor (of an array: torch.from_numpy(array)), a tuple of "
+                "positional arguments, a dict of keyword arguments, or (tuple, dict)"
             )
         dims = _dims(tensors, batch, batch_dims)
         sizes = {t.shape[d] for t, d in zip(tensors, dims, strict=True) if d is not None}

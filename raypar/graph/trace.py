@@ -25,6 +25,7 @@ from raypar.compat import (
     make_fx,
     outside_trace,
     pytree,
+    silent_fakes,
     traced_attribute,
     traced_node,
 )
@@ -281,7 +282,7 @@ def _trace_once(
         return [*results, *(present[n] for n in reassigned)]
 
     try:
-        with torch.set_grad_enabled(training), visible_backwards(user_line):
+        with torch.set_grad_enabled(training), visible_backwards(user_line), silent_fakes():
             module = make_fx(
                 forward, tracing_mode="fake", _allow_non_fake_inputs=True, pre_dispatch=True
             )(params, buffers, inputs)
@@ -297,9 +298,9 @@ def _trace_once(
     except Exception as error:
         raise CaptureError(
             f"{_line_of(error)}: the forward pass failed while it was captured: "
-            f"{type(error).__name__}: {_first_line(error)}. If it does not fail on real tensors, "
-            "this call cannot be captured (packed sequences, NumPy, calls out of torch): use "
-            "tensor ops of fixed shapes, such as masks over a padded batch"
+            f"{type(error).__name__}: {_first_line(error).rstrip('.')}. If it does not fail on "
+            "real tensors, this call cannot be captured (packed sequences, NumPy, calls out of "
+            "torch): use tensor ops of fixed shapes, such as masks over a padded batch"
         ) from error
     finally:
         for hook in hooks:

@@ -134,7 +134,13 @@ class RankState:
         Args:
             saved: What there is.
             weights_only: Parameters and buffers alone.
+
+        Raises:
+            OptimizerError: It was saved with another optimizer, scheduler, or other options of the
+                recipe; nothing was touched.
         """
+        if not weights_only:
+            self._update.check(dict(saved.values["update"]))
         held = self._holdings
         wants: list[Want] = []
         for name, param in held.params.items():
@@ -193,8 +199,7 @@ class RankState:
 
         Raises:
             CheckpointError: What was saved of a random generator is no state of one.
-            OptimizerError: It was saved with another optimizer, scheduler, or other options of the
-                recipe.
+            OptimizerError: What was saved of optimizer and scheduler is damaged.
         """
         held = self._holdings
         for name, way in held.ways.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from raypar.stages.holdings import Holdings
 from raypar.stages.loss_scale import LossScaler
 from raypar.stages.optimizers import build_optimizer, check_cut
 from raypar.stages.plain import from_plain, to_plain
-from raypar.stages.recipe import SchedulerFn
+from raypar.stages.recipe import Recipe, SchedulerFn
 from raypar.stages.spec import RankSpec
 
 # How an optimizer computes, not what: the code that resumes decides (`fused` on a GPU, say).
@@ -46,6 +48,7 @@ class Update:
         made = build_optimizer(spec.optimizer, spec.forms, holdings.stored, holdings.device)
         check_cut(made, spec.params, spec.axes)
         self.optimizer = made
+        self._recipe = recipe
         self._asked = [dict(group) for group in made.param_groups]  # before a scheduler moves them
         self.scaler = LossScaler(recipe.loss_scale)
         self._scheduler = None
@@ -127,15 +130,9 @@ class Update:
         Raises:
             OptimizerError: The state is of another recipe (names what differs), or damaged.
         """
-        try:
-            self._check_same(state)
+        self.check(state)
+        with _damage_told():
             self._load(state)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise OptimizerError(
-                "the saved state of optimizer and schedule is damaged, or of another version of "
-                f"torch ({type(error).__name__}: {error}): resume from an earlier checkpoint, or "
-                "start a new training from its weights (init_from)"
-            ) from error
 
     def renew_options(self) -> None:
         """After `load`: the options of the optimizer are those of this run again.
@@ -169,26 +166,16 @@ class Update:
             if bases is not None:
                 bases[index] = float(bases[index]) * factor
 
-    def _check_same(self, state: dict[str, Any]) -> None:
-        groups = self.optimizer.param_groups
-        scheduler = None if self._scheduler is None else type(self._scheduler).__name__
-        saved = state["scheduler"]
-        mine: dict[str, Any] = {}
-        theirs: dict[str, Any] = {}
-        mine["optimizer"], theirs["optimizer"] = type(self.optimizer).__name__, state["optimizer"]
-        mine["parameter groups"], theirs["parameter groups"] = len(groups), len(state["groups"])
-        mine["scheduler"], theirs["scheduler"] = scheduler, saved and saved["type"]
-        for name, found, has in (
-            ("loss_scale", self.scaler.active, state["loss_scale"] is not None),
-            ("ema_decay", self.average is not None, state["ema_updates"] is not None),
-        ):
-            mine[name], theirs[name] = ("set" if x else "not set" for x in (found, has))
-        wrong = [f"{k} {theirs[k]} (here {mine[k]})" for k in mine if mine[k] != theirs[k]]
+    def check(self, state: dict[str, Any]) -> None:
+        """Refuses what `load` could not go on from, before any tensor is read for it.
+
+        Raises:
+            OptimizerError: As `load`.
+        """
+        with _damage_told():
+            wrong = differences(state, self.optimizer, self._scheduler, self._recipe)
         if wrong:
-            raise OptimizerError(
-                f"what is to be resumed was trained with {', '.join(wrong)}: resume with the same "
-                "recipe, or start a new training from its weights (init_from)"
-            )
+            raise OptimizerError(not_resumed(wrong, "what is to be resumed"))
 
     def _load(self, state: dict[str, Any]) -> None:
         if self._scheduler is not None:
@@ -207,6 +194,75 @@ class Update:
             self.scaler.load(state["loss_scale"])
         if self.average is not None:
             self.average.updates = int(state["ema_updates"])
+
+
+@contextmanager
+def _damage_told() -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise OptimizerError(
+            "the saved state of optimizer and schedule is damaged, or of another version of "
+            f"torch ({type(error).__name__}: {error}): resume from an earlier checkpoint, or "
+            "start a new training from its weights (init_from)"
+        ) from error
+
+
+def differences(
+    state: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler | ReduceLROnPlateau | None,
+    recipe: Recipe,
+) -> list[str]:
+    """Why a saved `Update.state` cannot be gone on from, a line for each option that differs.
+
+    Args:
+        state: It.
+        optimizer: What this run makes.
+        scheduler: What this run makes, or None.
+        recipe: This run's.
+    """
+    found = []
+    name, saved = type(optimizer).__name__, state["optimizer"]
+    if saved != name:
+        found.append(f"optimizer: it was trained with {saved}, this run makes {name}: make {saved}")
+    groups, count = len(optimizer.param_groups), len(state["groups"])
+    if count != groups:
+        found.append(
+            f"optimizer: it has {count} parameter groups, those of this run are {groups}: make the "
+            f"{count} groups that the run began with"
+        )
+    before = state["scheduler"] and state["scheduler"]["type"]
+    own = None if scheduler is None else type(scheduler).__name__
+    if before != own:
+        found.append(
+            f"scheduler: it holds the state of {before or 'none'}, this run sets {own or 'none'}: "
+            + (f"set {before}, as the run began" if before else "leave scheduler out")
+        )
+    if (state["loss_scale"] is not None) != (recipe.loss_scale is not None):
+        found.append(
+            'loss_scale: it holds none, this run scales the loss (precision="fp16"): leave '
+            "precision and loss_scale as the run began"
+            if state["loss_scale"] is None
+            else 'loss_scale: it holds one, this run scales no loss: set precision="fp16"'
+        )
+    if (state["ema_updates"] is not None) != (recipe.ema_decay is not None):
+        found.append(
+            "ema_decay: it holds no average of the weights, this run sets "
+            f"ema_decay={recipe.ema_decay:g}: leave ema_decay out"
+            if recipe.ema_decay is not None
+            else "ema_decay: it holds an average of the weights, this run keeps none: set "
+            "ema_decay, for example 0.999"
+        )
+    return found
+
+
+def not_resumed(wrong: Sequence[str], what: str) -> str:
+    """What to tell of `differences`; `what` names the checkpoint."""
+    return (
+        f"{what} is of another recipe: {'; '.join(wrong)}. Or begin a new training from its "
+        "weights alone (init_from)"
+    )
 
 
 def build_scheduler(

@@ -13,7 +13,9 @@ from raypar.graph.states import Batch, Const, State
 from raypar.stages.evaluation import Parcel
 from raypar.stages.local import LocalRun
 from raypar.stages.run import Run
+from raypar.train.data.form import plain
 from raypar.train.data.randomness import RandomState, reading_samples
+from raypar.train.data.workers import advice
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
@@ -43,16 +45,15 @@ def read_batches(batches: Batches, seed: int) -> Iterator[Any]:
                 random = RandomState.now()
             if batch is _END:
                 return
-            # Mappings that pytrees do not know (Hugging Face's BatchEncoding) become dicts.
-            foreign = not isinstance(batch, dict) and hasattr(batch, "items")
-            yield dict(batch.items()) if foreign else batch
+            yield plain(batch)
             count += 1
     except (DataError, GeneratorExit):
         raise
     except Exception as error:
         raise DataError(
             f"reading the evaluation data failed with {type(error).__name__} after {count} "
-            f"batches: {error}; pass an iterable of batches, or a callable that returns one"
+            f"batches: {error}"
+            + (advice(error) or "; pass an iterable of batches, or a callable that returns one")
         ) from error
 
 

@@ -13,6 +13,7 @@ import torch
 from raypar.errors import CommAbortedError, DataError
 from raypar.train.data.position import DataPosition
 from raypar.train.data.stream import Mark
+from raypar.train.data.workers import advice
 
 Inputs = Mapping[str, torch.Tensor]
 Reading = tuple[Inputs, Mark | DataPosition]
@@ -177,6 +178,7 @@ def told(error: BaseException, step: int) -> BaseException:
         return error
     failed = DataError(
         f"reading the batch of step {step} failed with {type(error).__name__}: {error}"
+        f"{advice(error)}"
     )
     failed.__cause__ = error
     return failed

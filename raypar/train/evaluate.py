@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from raypar.compat import pytree
-from raypar.errors import ConfigError, DataError
+from raypar.errors import CaptureError, ConfigError, DataError
 from raypar.fit import check_plan
 from raypar.graph.forward import ForwardGraph, Metric, capture_losses, capture_outputs
 from raypar.graph.opgraph import OpGraph
@@ -24,6 +24,7 @@ from raypar.stages.forward_spec import ForwardSpec
 from raypar.stages.run import Run
 from raypar.stages.spec import RankSpec
 from raypar.train._evaluation_io import Batches, parcel, read_batches, whole_of
+from raypar.train.data.form import leaves_as
 
 Select = Callable[[Any], Any]
 
@@ -192,8 +193,9 @@ class Evaluator:
 
     def _losses(self, batch: Any) -> tuple[_Form, list[torch.Tensor]]:
         trained = self._graph.spec
-        leaves, structure = pytree.tree_flatten(batch)
-        if structure != trained.structure:
+        leaves = leaves_as(trained.structure, batch)
+        if leaves is None:
+            _, structure = pytree.tree_flatten(batch)
             raise DataError(
                 "a batch of the evaluation data has another structure than those that the model "
                 f"trains on: expected {pytree.treespec_pprint(trained.structure)}, found "
@@ -215,7 +217,28 @@ class Evaluator:
             )
         rest = [repr(x) for i, x in enumerate(leaves) if i not in trained.tensor_leaves]
         key = ("losses", *((tuple(t.shape), t.dtype) for t in tensors), *rest)
-        return self._form(key, lambda: capture_losses(self._graph, batch, self._metrics)), tensors
+        like = pytree.tree_unflatten(leaves, trained.structure)
+        return self._form(key, lambda: self._captured(like, tensors)), tensors
+
+    def _captured(self, batch: Any, tensors: Sequence[torch.Tensor]) -> ForwardGraph:
+        try:
+            return capture_losses(self._graph, batch, self._metrics)
+        except CaptureError as error:
+            trained = self._graph.spec
+            for i, (tensor, shape, dim) in enumerate(
+                zip(tensors, trained.shapes, trained.batch_dims, strict=True)
+            ):
+                found = tuple(tensor.shape)
+                if any(
+                    n != m for d, (n, m) in enumerate(zip(found, shape, strict=True)) if d != dim
+                ):
+                    reason = str(error.__cause__ or error).rstrip(".")
+                    raise DataError(
+                        f"tensor {i} of a batch of the evaluation data has shape {found}, the "
+                        f"model trains on {shape} and does not take the other: {reason}; yield "
+                        "eval_data of that form, with any number of samples"
+                    ) from error
+            raise
 
     def _outputs(
         self, batch: Any, select: Select | None, batch_dims: Any

@@ -17,7 +17,8 @@ from raypar.errors import OptimizerError
 from raypar.stages.optimizers import EXAMPLE, check_cut, empty_optimizer
 from raypar.stages.recipe import Recipe
 from raypar.stages.spec import OptimizerFn, ParamForms, RankSpec
-from raypar.stages.update import build_scheduler, scheduler_state
+from raypar.stages.update import build_scheduler, differences, not_resumed, scheduler_state
+from raypar.train.checkpoint import Checkpoint
 
 _REFUSED = {
     "LBFGS": "it evaluates the model several times in a step and mixes all parameters of the model "
@@ -71,6 +72,30 @@ def check_recipe(optimizer: Any, recipe: Recipe, forms: ParamForms) -> None:
                 "cannot be unscaled: leave the model in float32 (without .half()), and let "
                 'precision="fp16" choose the ops'
             )
+
+
+def check_resumed(optimizer: Any, recipe: Recipe, forms: ParamForms, saved: Checkpoint) -> None:
+    """Checks, before anything is started, that a checkpoint can be gone on from.
+
+    Args:
+        optimizer: As in `check_optimizer`.
+        recipe: What goes with it.
+        forms: The model's parameters.
+        saved: The checkpoint.
+
+    Raises:
+        OptimizerError: It was trained with another optimizer, scheduler, or other options of the
+            recipe; the text names each of them.
+    """
+    state: Any = saved.index.values.get("update")
+    built, _ = empty_optimizer(optimizer, forms)
+    scheduler = None if recipe.scheduler is None else build_scheduler(recipe.scheduler, built)
+    try:
+        wrong = differences(state, built, scheduler, recipe)
+    except (KeyError, TypeError, AttributeError):
+        return  # damaged: the ranks tell how, when they read it
+    if wrong:
+        raise OptimizerError(not_resumed(wrong, f"checkpoint {saved.path}"))
 
 
 def check_optimizer_on(specs: Sequence[RankSpec]) -> None:

@@ -1,4 +1,9 @@
-"""Ctrl-C and SIGTERM while a run is under way: clean up first, then end as asked."""
+"""Ctrl-C and SIGTERM while a run is under way: clean up first, then end as asked.
+
+Also kept back meanwhile is what a DataLoader raises in the main thread, wherever that stands, when
+one of its worker processes dies: whoever reads from that loader is told as well, and tells the
+batch.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from raypar.compat import take_loader_signal
+from raypar.train.data.workers import worker_died
 
 _PATIENCE = 3
 
@@ -24,15 +32,20 @@ class Signals:
         self._softly: Callable[[BaseException], None] | None = None
         self._before: dict[int, object] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+            take_loader_signal()  # now, so that no loader sets its handler during the run
+            taken = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+            self._before = {n: signal.getsignal(n) for n in taken}
 
     def take(self) -> None:
         """Takes the signals (again: ``ray.init`` replaces the handler of SIGTERM)."""
         if not self._before:
             return
         signal.signal(signal.SIGTERM, self._on_term)
-        if self._before[signal.SIGINT] is signal.default_int_handler:
+        interrupt = self._before[signal.SIGINT]
+        # Ray Tune leaves its own handler behind, which would do nothing but note the signal.
+        if interrupt is signal.default_int_handler or _is_of_ray(interrupt):
             signal.signal(signal.SIGINT, self._on_interrupt)
+        signal.signal(signal.SIGCHLD, self._on_child)
 
     @contextmanager
     def softly(self, stop: Callable[[BaseException], None]) -> Iterator[None]:
@@ -51,6 +64,15 @@ class Signals:
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         self._note(KeyboardInterrupt())
+
+    def _on_child(self, number: int, frame: FrameType | None) -> None:
+        own = self._before[signal.SIGCHLD]
+        try:
+            if callable(own):
+                own(number, frame)
+        except RuntimeError as error:
+            if not worker_died(error):
+                raise
 
     def _note(self, error: BaseException) -> None:
         # os.write and not print: a handler must not wait for a lock that the main thread holds.
@@ -76,10 +98,14 @@ class Signals:
             SystemExit: There was none, or it returned.
         """
         own = self._before.get(signal.SIGTERM)
-        if callable(own) and not getattr(own, "__module__", "").startswith("ray."):
+        if callable(own) and not _is_of_ray(own):
             signal.signal(signal.SIGTERM, own)
             signal.raise_signal(signal.SIGTERM)
         raise SystemExit(128 + signal.SIGTERM) from None
+
+
+def _is_of_ray(handler: object) -> bool:
+    return str(getattr(handler, "__module__", None)).startswith("ray.")
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from raypar.train.data import BatchForm, Data, Opened, peek
 from raypar.train.devices import Devices, plan_of
 from raypar.train.loggers.events import EventLog
 from raypar.train.loop import EarlyStop
-from raypar.train.optimizer import check_recipe
+from raypar.train.optimizer import check_recipe, check_resumed
 from raypar.train.planning import random_state_kept
 from raypar.train.result import Result
 from raypar.train.resuming import beginning, store_of
@@ -195,7 +195,8 @@ class Trainer:
                 model.
             PlanError: The plan does not fit the model, the cluster or `scaling_config`.
             ClusterError: The cluster is not reachable, or lacks the devices.
-            OptimizerError: The optimizer cannot be used, or raised.
+            OptimizerError: The optimizer cannot be used, or raised; or what is resumed was trained
+                with another optimizer, scheduler, or other options that decide its numbers.
             NonFiniteError: A loss or gradient became NaN or infinite.
             StageDiedError: A stage actor or its node was lost, more often than
                 `FailureConfig.max_failures` allows.
@@ -247,6 +248,7 @@ class Trainer:
                 notes=notes,
             )
             if resume is not None:
+                check_resumed(settings.optimizer, settings.recipe, graph.params, resume)
                 made.resume, made.state = resume, resume.state
                 plan = plan or plan_of(resume, settings)
             check_restartable(settings, made)

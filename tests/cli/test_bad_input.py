@@ -192,12 +192,27 @@ def test_probe_is_told_where_to_measure_once() -> None:
     refused(run("probe", "--local", 0), 2, "0 is not in the range")
 
 
-def test_what_is_told_cannot_be_written_is_said_before_the_work(folder: Path) -> None:
+def test_what_is_told_cannot_be_written_is_said_before_the_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for work in ("_launch.found_of", "_launch.ladder_of", "_simulate.simulate_config"):
+        monkeypatch.setattr(f"raypar.{work}", None)  # it is not begun
     for place, told in ((folder, "is a folder"), (folder / "no" / "x.json", "which is no folder")):
         done = run("train", folder / "run.yaml", "--json", place)
         refused(done, 2, "--json", told)
     (folder / "file").touch()
-    refused(run("bench", folder / "run.yaml", "--json", folder / "file" / "x"), 2, "file")
+    inside, away = folder / "file" / "x", folder / "no" / "x"
+    for command, option in (
+        ("bench", "--json"),
+        ("plan", "--html"),
+        ("plan", "--save-record"),
+        ("simulate", "--trace"),
+    ):
+        refused(run(command, folder / "run.yaml", option, inside), 2, option, "which is no folder")
+    refused(run("probe", "--out", away), 2, "--out", "which is no folder")
+    refused(run("plan", folder / "run.yaml", "-o", away), 2, "--output", "which is no folder")
+    ladder = run("plan", folder / "run.yaml", "--ladder", 2, "-o", inside)
+    refused(ladder, 2, "--output", "cannot be made", "is a file")
 
 
 def test_a_check_looks_at_the_name_of_the_run_too(folder: Path) -> None:

@@ -170,12 +170,6 @@ def test_plan_writes_what_explain_explains(config_file: Path, tmp_path: Path) ->
     assert from_config.exit_code == 0, from_config.output
 
 
-def test_plan_to_a_place_that_cannot_be_written(config_file: Path, tmp_path: Path) -> None:
-    done = run("plan", config_file, "-o", tmp_path / "no" / "plan.json")
-    assert done.exit_code == 2
-    assert "cannot write" in done.stderr
-
-
 def test_explain_of_a_broken_plan_file(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text("{")

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
+import signal
+import tempfile
+import warnings
 from collections import UserDict
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import raypar as rp
 from raypar.errors import CaptureError, DataError
 from raypar.train.data import BatchForm, all_epochs, open_data, peek
 
@@ -80,6 +87,8 @@ def test_an_error_of_the_users_iterable_is_told_with_its_text() -> None:
         ([], "empty"),
         (3, "data is int"),
         (torch.ones(3), r"one Tensor; .*\[batch\]"),
+        (np.ones(3), "one ndarray"),
+        ([np.array(["a", "b"])], r"dtype <U1 and shape \(2,\).*numbers of their tokens"),
         ({"x": 1}, "one dict"),
         (lambda: None, r"data\(\) returned NoneType"),
         (lambda: 1 / 0, r"data\(\) raised ZeroDivisionError"),
@@ -137,6 +146,65 @@ def test_a_batch_of_the_same_form_passes() -> None:
     found = form().tensors(batch(), 3)
     assert [tuple(t.shape) for t in found] == [(4, 3), (4,)]
     assert len(form().tensors(UserDict(batch()), 3)) == 2  # as Hugging Face's BatchEncoding
+
+
+def test_arrays_are_taken_as_the_tensors_that_a_loader_makes_of_them() -> None:
+    ids = np.arange(12).reshape(4, 3)
+    frozen = np.ones(8, dtype=np.float32)[::-2]  # backwards, and not to be written to
+    frozen.flags.writeable = False
+    given = {"ids": ids, "flag": True, "w": frozen}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = form().tensors(given, 0)
+        opened = peek([given], 0)
+    assert [t.dtype for t in found] == [torch.int64, torch.float32]
+    assert torch.equal(found[0], torch.arange(12).reshape(4, 3))
+    assert isinstance(opened.example["ids"], torch.Tensor)
+    swapped = form().tensors({**given, "ids": ids.astype(">i8")}, 0)
+    assert torch.equal(swapped[0], found[0])
+
+
+def test_a_list_of_arguments_may_follow_a_tuple_of_them() -> None:
+    pair = (torch.zeros(4, 3), torch.zeros(4))
+    for first, then in ((pair, list(pair)), (list(pair), pair)):
+        assert len(BatchForm(first).tensors(then, 1)) == 2
+    with pytest.raises(DataError, match="another structure"):
+        BatchForm(pair).tensors([*pair, pair[0]], 1)
+
+
+class _Fatal:
+    """Samples of which one kills whoever reads it."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, at: int) -> torch.Tensor:
+        if at == 20 and torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.tensor([float(at)])
+
+
+@pytest.mark.parametrize("drawn_here", [True, False])
+def test_a_reading_process_that_is_killed_is_told_with_the_way_out(drawn_here: bool) -> None:
+    data: Any = (
+        rp.batches(_Fatal(), 4, num_workers=1)
+        if drawn_here
+        else DataLoader(_Fatal(), batch_size=4, num_workers=1)  # type: ignore[arg-type]
+    )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        pytest.raises(DataError, match=r'step \d\b.*num_workers .* lower.*resume_from="auto"'),
+    ):
+        rp.Trainer(
+            lambda: nn.Linear(1, 1),
+            loss_fn=lambda output: output.square().mean(),
+            optimizer=lambda params: torch.optim.SGD(params, lr=0.01),
+            data=data,
+            steps=10,
+            scaling_config=rp.ScalingConfig(num_workers=0),
+            search_config=rp.SearchConfig(stages=1),
+            run_config=rp.RunConfig(name="run", storage_path=folder, log_every=0),
+        ).fit()
 
 
 @pytest.mark.parametrize(

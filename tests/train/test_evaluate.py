@@ -247,6 +247,27 @@ def test_bad_input_is_told():
         assert evaluator.evaluate(run, [case.batch(1, 5)])["samples"] == 5
 
 
+def test_data_of_another_shape_than_the_models_are_told_without_a_traceback(capfd):
+    _, batch, graph = _captured("mlp")
+    plan = random_plan(graph, CLUSTER, seed=0)
+    specs, run = _started(graph, plan, batch)
+    narrow = batch[0][:, :-1], batch[1]
+    with run, pytest.raises(DataError, match=r"tensor 0 .*has shape \(8, \d+\), the model trains"):
+        Evaluator(graph, plan, specs).evaluate(run, [narrow])
+    assert not capfd.readouterr().err
+
+
+def test_batches_may_be_lists_or_arrays_where_training_has_tuples_of_tensors():
+    _, batch, graph = _captured("mlp")
+    plan = random_plan(graph, CLUSTER, seed=0)
+    specs, run = _started(graph, plan, batch)
+    with run:
+        evaluator = Evaluator(graph, plan, specs)
+        wanted = evaluator.evaluate(run, [batch])
+        for other in (list(batch), [t.numpy() for t in batch]):
+            assert evaluator.evaluate(run, [other]) == wanted
+
+
 def test_reading_the_data_draws_nothing_and_gives_the_same_in_every_evaluation():
     loader = torch.utils.data.DataLoader(range(12), batch_size=4, shuffle=True)
     drawn = []

@@ -92,6 +92,12 @@ def trainer(tmp_path: Path) -> Callable[..., rp.Trainer]:
     return make
 
 
+def halves(params: Any) -> torch.optim.Optimizer:
+    """Two parameter groups."""
+    known = list(params)
+    return torch.optim.AdamW([{"params": known[:2]}, {"params": known[2:]}], lr=0.01)
+
+
 def weights(result: rp.Result, *, average: bool = False) -> dict[str, torch.Tensor]:
     assert result.checkpoint is not None
     return result.checkpoint.state_dict(average=average)
@@ -206,6 +212,33 @@ def test_a_time_limit_and_early_stop_end_a_run_and_say_so(
     late = trainer("late", steps=1_000_000, time_limit_s=1.0, scheduler=None).fit()
     assert 1 <= late.metrics["total_steps"] < 1_000_000
     assert "time limit" in late.metrics["stopped"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [
+        ({"ema_decay": None}, {}, r"no average of the weights.*ema_decay=0.9: leave ema_decay out"),
+        ({}, {"ema_decay": None}, r"holds an average of the weights.*set ema_decay, for example"),
+        ({"scheduler": None}, {}, r"state of none, this run sets CosineAnnealingLR: leave"),
+        ({}, {"scheduler": None}, r"of CosineAnnealingLR, this run sets none: set Cosine"),
+        ({}, {"precision": "fp16"}, r"loss_scale: it holds none.*leave precision and loss_scale"),
+        ({}, {"optimizer": halves}, r"1 parameter groups, those of this run are 2: make the 1"),
+    ],
+)
+def test_options_that_a_checkpoint_does_not_go_with_are_named_before_anything_starts(
+    trainer: Callable[..., rp.Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    text: str,
+) -> None:
+    found = trainer(steps=1, **before).fit().checkpoint
+    assert found is not None
+    monkeypatch.setattr("raypar.train.trainer.Devices", None)  # nothing may be started
+    with pytest.raises(rp.OptimizerError, match=text) as error:
+        trainer("again", steps=2, resume_from=found, **after).fit()
+    assert found.path in str(error.value)
+    assert "init_from" in str(error.value)
 
 
 def test_what_would_be_ignored_is_refused(trainer: Callable[..., rp.Trainer]) -> None:

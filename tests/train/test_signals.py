@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader
 
+from raypar.train.data.workers import worker_died
 from raypar.train.signals import terminating
 
 
@@ -34,6 +38,55 @@ def test_a_second_interrupt_does_not_cut_the_cleaning_up(
     assert cleaned
     assert capfd.readouterr().err.count("being released") == 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_handler_that_a_sweep_leaves_behind_does_not_take_ctrl_c() -> None:
+    swallowed = []
+
+    def signal_interrupt_tune_run(number: int, frame: object) -> None:
+        swallowed.append(number)
+
+    signal_interrupt_tune_run.__module__ = "ray.tune.tune"
+    before = signal.signal(signal.SIGINT, signal_interrupt_tune_run)
+
+    def interrupted() -> None:
+        with terminating():
+            send(signal.SIGINT)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert signal.getsignal(signal.SIGINT) is signal_interrupt_tune_run
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not swallowed
+
+
+def test_a_loaders_process_that_dies_raises_where_it_is_read_and_nowhere_else() -> None:
+    samples: Any = range(64)
+    loader: DataLoader[Any] = DataLoader(samples, num_workers=1, batch_size=1)
+    iterator = iter(loader)
+    next(iterator)
+    (worker,) = multiprocessing.active_children()
+    with terminating():
+        os.kill(worker.pid or 0, signal.SIGKILL)
+        worker.join()
+        signal.raise_signal(signal.SIGCHLD)  # were it not here yet, it is now
+        with pytest.raises(RuntimeError) as error:
+            list(iterator)
+    assert worker_died(error.value)
+    assert not worker_died(RuntimeError("another one"))
+
+
+def test_a_users_own_handler_of_children_goes_on() -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGCHLD, lambda number, _: seen.append(number))
+    try:
+        with terminating():
+            send(signal.SIGCHLD)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert seen == [signal.SIGCHLD]
 
 
 def test_who_insists_gets_out() -> None:

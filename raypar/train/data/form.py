@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 
 from raypar.compat import pytree
@@ -13,10 +14,46 @@ from raypar.graph.batchspec import BatchSpec
 
 
 def plain(batch: Any) -> Any:
-    """A batch whose mapping type pytrees do not know (Hugging Face's BatchEncoding) as a dict."""
+    """A batch as one of dicts and tensors.
+
+    A mapping type that pytrees do not know (Hugging Face's BatchEncoding) becomes a dict, and NumPy
+    arrays become tensors of their dtype: what a loader's default collate function does to samples.
+
+    Raises:
+        DataError: An array has a dtype that no tensor has (texts, objects).
+    """
     if not isinstance(batch, dict) and hasattr(batch, "items") and hasattr(batch, "keys"):
-        return dict(batch.items())
-    return batch
+        batch = dict(batch.items())
+    if not any(isinstance(leaf, np.ndarray) for leaf in pytree.tree_leaves(batch)):
+        return batch
+    return pytree.tree_map_only(np.ndarray, _tensor_of, batch)
+
+
+def _tensor_of(array: Any) -> torch.Tensor:
+    try:
+        # Negative strides, foreign byte orders and memory that is only to be read need a copy.
+        usable = array.flags.writeable and all(n >= 0 for n in array.strides)
+        native = array.dtype.newbyteorder("=")
+        return torch.from_numpy(array if usable and array.dtype.isnative else array.astype(native))
+    except TypeError as error:
+        raise DataError(
+            f"a batch holds a NumPy array of dtype {array.dtype} and shape {array.shape}, which "
+            "has no tensor: yield numbers, for example texts as the numbers of their tokens"
+        ) from error
+
+
+def leaves_as(structure: Any, batch: Any) -> list[Any] | None:
+    """The leaves of a batch of that structure; None where it has another.
+
+    A list and a tuple of arguments mean the same: a DataLoader makes lists where samples are
+    tuples.
+    """
+    forms = (list(batch), tuple(batch)) if type(batch) in (list, tuple) else (batch,)
+    for form in forms:
+        leaves, found = pytree.tree_flatten(form)
+        if found == structure:
+            return leaves
+    return None
 
 
 class BatchForm:
@@ -58,8 +95,10 @@ class BatchForm:
             DataError: Structure, a shape, a dtype or a constant differs from the example's; the
                 text names the leaf.
         """
-        leaves, structure = pytree.tree_flatten(plain(batch))
-        if structure != self.spec.structure:
+        batch = plain(batch)
+        leaves = leaves_as(self.spec.structure, batch)
+        if leaves is None:
+            _, structure = pytree.tree_flatten(batch)
             raise DataError(
                 f"the batch of step {step} has another structure than the first batch: expected "
                 f"{pytree.treespec_pprint(self.spec.structure)}, found "

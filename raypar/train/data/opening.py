@@ -136,7 +136,7 @@ def open_data(data: Data, seed: int = 0) -> Iterable[Any]:
             f"{what} {type(made).__name__}; pass an iterable of global batches, a DataLoader, or a "
             "callable that returns one"
         )
-    if isinstance(made, (torch.Tensor, str, bytes, dict)):
+    if isinstance(made, (torch.Tensor, np.ndarray, str, bytes, dict)):
         raise DataError(
             f"data is one {type(made).__name__}; pass an iterable of global batches, for example "
             "[batch] to train on one batch again and again"

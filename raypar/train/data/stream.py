@@ -13,6 +13,7 @@ from raypar.errors import DataError
 from raypar.train.data.join import joined
 from raypar.train.data.position import DataPosition, NotPlainError, decoded, encoded
 from raypar.train.data.randomness import RandomState, own_turn
+from raypar.train.data.workers import advice
 
 _log = logging.getLogger("raypar.data")
 _SLOW_S = 10.0
@@ -226,7 +227,7 @@ def raised(error: Exception, count: int) -> DataError:
     """What to tell of an error in the user's code, reading the batch of step `count`."""
     return DataError(
         f"the data source raised {type(error).__name__} after {_count(count)}, reading the batch "
-        f"of step {count}: {error}"
+        f"of step {count}: {error}{advice(error)}"
     )
 
 
