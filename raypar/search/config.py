@@ -44,6 +44,11 @@ class SearchConfig:
         cost_model: ``analytic``, ``learned`` (corrects it by what was measured on such a cluster)
             or ``auto``: learned where there are measurements.
         measure: Plans that may really be run, where the search is given someone who runs them.
+        profile: Stages that planner ``optuna`` may profile: of a plan that could be the best, the
+            one that decides most is run alone on one device, before whole steps are. One device is
+            enough for a plan over thousands of its kind; where there is none, that is left out.
+            ``auto``: 8 where the search is given someone who runs stages (`Trainer` gives it), else
+            none. A number: this machine runs them where nobody else is given.
         storage: Path of the study's journal, which is resumed if it is there.
         cache: Whether a plan that was found before for the same question is taken again. Off here,
             so that a call from Python does what it says; on in config files. A path is the folder
@@ -74,6 +79,7 @@ class SearchConfig:
     seeds: tuple[str, ...] | Auto = "auto"
     cost_model: str = "auto"
     measure: int | Auto = "auto"
+    profile: int | Auto = "auto"
     storage: str | None = None
     cache: bool | str = False
     manual: str | dict[str, Any] | None = None
@@ -83,6 +89,12 @@ class SearchConfig:
         _one_of("cost_model", self.cost_model, COST_MODELS)
         _whole("trials", self.trials, 1, "a search looks at one plan or more, for example 100")
         _whole("measure", self.measure, 0, "0 is none, for example 8")
+        _whole("profile", self.profile, 0, "0 is none, for example 8")
+        if self.cost_model == "analytic" and self.profile not in ("auto", 0):
+            raise ConfigError(
+                f"search.profile is {self.profile}, but search.cost_model analytic takes no "
+                "measurement in: set search.cost_model: auto, or search.profile: 0"
+            )
         _whole("seed", self.seed, 0, "for example 0", auto=False)
         budget: Any = self.budget_s
         if budget != "auto" and not (_is_number(budget) and 0 < budget < math.inf):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from raypar.mesh.devices import DeviceKind
 from raypar.plan import Plan
+
+if TYPE_CHECKING:
+    from raypar.search.cost.stage_job import StageJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,4 +73,41 @@ class Measurer(Protocol):
 
     def close(self) -> None:
         """Gives everything back; safe to call twice."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ProfiledStage:
+    """What the programs of one stage took, alone on one device.
+
+    Attributes:
+        seconds: Of a forward pass, a backward pass, and the two halves of one.
+        working_bytes: Most bytes that one microbatch held from its forward to the end of its
+            backward, besides what was given; 0 where that is not known.
+        took_s: Seconds of the whole measurement, compilation included.
+    """
+
+    seconds: tuple[float, float, float, float]
+    working_bytes: int = 0
+    took_s: float = 0.0
+
+
+class StageProfiler(Protocol):
+    """Runs the programs of single stages, each alone on one device."""
+
+    def lacks(self, kind: DeviceKind) -> str:
+        """Why stages for such a device cannot be profiled here; empty where they can."""
+        ...
+
+    def profile_stage(self, job: StageJob, kind: DeviceKind, device: int) -> ProfiledStage:
+        """Runs a stage's programs a few times.
+
+        Args:
+            job: The stage.
+            kind: What it is to run on.
+            device: Number of such a device that the plan gives it; any of its kind will do.
+
+        Raises:
+            RayparError: The programs did not run (out of memory, say); the search goes on.
+        """
         ...

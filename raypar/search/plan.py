@@ -13,7 +13,7 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.search.cache import PlanCache, Question, question_of
 from raypar.search.config import SearchConfig
-from raypar.search.measure import Measurer
+from raypar.search.measure import Measurer, StageProfiler
 from raypar.search.planners.base import get_planner
 from raypar.search.record import INTERRUPTED, SearchRecord, TrialRecord
 
@@ -61,6 +61,7 @@ def search(
     config: SearchConfig | None = None,
     *,
     measurer: Measurer | None = None,
+    profiler: StageProfiler | None = None,
     executor: Executor | None = None,
     capture: Callable[[], OpGraph] | None = None,
     progress: Progress | None = None,
@@ -72,6 +73,8 @@ def search(
         cluster: The devices.
         config: What to search; default: everything ``auto``.
         measurer: Runs steps of plans that could be the best; without one, predictions decide.
+        profiler: Runs single stages of them before that; without one, this process does where
+            `SearchConfig.profile` says how many.
         executor: Looks at proposals side by side, elsewhere; needs `capture`.
         capture: Captures the model where the executor runs functions.
         progress: Is told of every trial of a study.
@@ -87,8 +90,8 @@ def search(
             from raypar.search.study.study import StudySearch
 
             study = StudySearch(
-                graph, cluster, config, measurer=measurer, executor=executor, capture=capture,
-                progress=progress,
+                graph, cluster, config, measurer=measurer, profiler=profiler, executor=executor,
+                capture=capture, progress=progress,
             )  # fmt: skip
             return study.run()
         began = time.perf_counter()
@@ -101,7 +104,8 @@ def search(
     if not config.cache or config.chosen_planner in _DIRECT:
         return run()
     cache = PlanCache(config.cache if isinstance(config.cache, str) else None)
-    question = question_of(graph, cluster, config, measured=measurer is not None)
+    measured = measurer is not None or profiler is not None
+    question = question_of(graph, cluster, config, measured=measured)
     with cache.only_one(question):
         return _remembered(graph, cluster, config, cache, question, run)
 

@@ -10,9 +10,10 @@ from typing import Any
 from raypar.errors import PlanError
 
 RECORD_FORMAT = 1
-FIDELITIES = ("quick", "simulated", "learned", "measured")
+FIDELITIES = ("quick", "simulated", "learned", "profiled", "measured")
 """What a step time rests on, cheapest first: the sums that the solvers use; the plan lowered and
-played with the analytic cost model; the same with the learned one; steps that really ran."""
+played with the analytic cost model; the same with the learned one; the same once one of its stages
+was run alone; steps that really ran."""
 INTERRUPTED = "interrupted"
 """Why a search ended (`SearchRecord.stopped`) that the user stopped: it is no answer to keep."""
 
@@ -37,6 +38,8 @@ class TrialRecord:
         words: The plan in one line; empty where there is none.
         seconds: What looking at it took, measurements included.
         measured_s: What of it were measurements.
+        profile: Which stage was profiled alone and what that said, or why none was; empty where
+            none was asked for.
     """
 
     number: int
@@ -51,6 +54,7 @@ class TrialRecord:
     words: str = ""
     seconds: float = 0.0
     measured_s: float = 0.0
+    profile: str = ""
 
     @property
     def best_s(self) -> float | None:

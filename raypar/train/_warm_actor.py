@@ -101,6 +101,21 @@ class WarmActor:
             os.cpu_count() or 1,
         )
 
+    def profile(self, job: Any, use_gpu: bool) -> Any:
+        """Runs the programs of a `StageJob` a few times: a `ProfiledStage`, or a `Failure`."""
+        import torch
+
+        from raypar.search.cost.profiled import profile_job
+        from raypar.search.profiler import REPEATED_S
+
+        try:
+            device = torch.device("cuda" if use_gpu else "cpu")
+            return profile_job(job, device, budget_s=REPEATED_S)
+        except BaseException as error:
+            return failure_of(error, None)
+        finally:
+            _return_memory()
+
     def held(self, world: str) -> Held | Failure:
         """What a rank holds; ask before the next `load`, for the sake of `Held.peak`."""
         found = self._ranks[world].call("memory", ())

@@ -24,6 +24,8 @@ from raypar.mesh.bundles import BundleRange
 from raypar.mesh.cluster import Cluster
 from raypar.mesh.device_mesh import DeviceMesh
 from raypar.mesh.placement import acquire, check_nodes, release
+from raypar.search.cost.stage_job import StageJob
+from raypar.search.measure import ProfiledStage
 from raypar.stages.actor import ActorInfo, Joining, actor_class
 from raypar.stages.faults import Failure, Positions, RankInfo, failure_of, to_exception
 from raypar.stages.rescue import await_exit, lost_call
@@ -174,6 +176,30 @@ class WarmPool:
         for ref, process in refs.items():
             if ref not in done or not _answered_well(ref):
                 self._kill(process)
+
+    def profile(self, device: int, job: StageJob, deadline_s: float) -> ProfiledStage:
+        """Runs the programs of one stage alone in the process of a device.
+
+        Args:
+            device: Of the cluster.
+            job: The stage.
+            deadline_s: A process that takes longer is ended.
+
+        Raises:
+            RayparError: They did not run, or not in time.
+        """
+        (process,) = self._open([device])
+        ref = process.actor.profile.remote(job, self._settings.use_gpu)
+        done, _ = ray.wait([ref], timeout=deadline_s + self._settings.start_timeout_s)
+        found = _value(ref, 0) if done else None
+        if isinstance(found, ProfiledStage):
+            return found
+        if found is None:
+            text = f"programs of a stage did not end within {deadline_s:g} s; raise step_timeout_s"
+            found = Failure(0, None, "TrainingError", text)
+        if not done or found.died:
+            self._kill(process)
+        raise to_exception([found], [RankInfo(0, device=device)], Positions())
 
     # ---- processes ------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """Steps of plans that really run, for a search: `raypar.search.measure.Measurer` on Ray.
 
+It is a `StageProfiler` as well: one stage runs alone in one of the processes.
+
 A search looks at many plans of one model. Their ranks are loaded into the same warm processes, one
 on each device (`raypar.train._warm_pool`), so that a plan costs its own building and its steps.
 Every plan starts from the seed: nothing of one is left for the next.
@@ -21,8 +23,10 @@ from raypar.compat import pytree
 from raypar.errors import NonFiniteError, RayparError, StageDiedError
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
+from raypar.mesh.devices import DeviceKind
 from raypar.plan import Plan
-from raypar.search.measure import Measured
+from raypar.search.cost.stage_job import StageJob
+from raypar.search.measure import Measured, ProfiledStage
 from raypar.stages.compile import compile_plan
 from raypar.stages.recipe import Recipe
 from raypar.stages.spec import OptimizerFn
@@ -104,6 +108,22 @@ class RayMeasurer:
         """Begins to start the processes of all devices, where there is room, and does not wait."""
         with self._exclusive():
             self._pool.begin(range(self._cluster.n_devices))
+
+    def lacks(self, kind: DeviceKind) -> str:
+        """Nothing: it profiles where plans would run; see `StageProfiler`."""
+        return ""
+
+    def profile_stage(self, job: StageJob, kind: DeviceKind, device: int) -> ProfiledStage:
+        """Runs a stage's programs in the warm process of one device; see `StageProfiler`.
+
+        Raises:
+            RayparError: They did not run. The measurer can be used on.
+        """
+        with self._exclusive():
+            try:
+                return self._pool.profile(device, job, self._step_timeout_s)
+            except StageDiedError:  # perhaps long ago, while nobody looked: there is a new one now
+                return self._pool.profile(device, job, self._step_timeout_s)
 
     def measure(self, plan: Plan, *, seconds: float) -> Measured:
         """Runs a plan for about `seconds`; see `Measurer.measure`.

@@ -51,11 +51,14 @@ def find_plan(
             )
         measures = False
     with random_state_kept(), ExitStack() as stack:
-        measurer = None
-        if measures and not settings.scaling.in_process:
-            measurer = stack.enter_context(_measurer(settings, made, cluster))
-            measurer.prepare()
-        found = search(made.graph, cluster, config, measurer=measurer)
+        warm = None
+        profiles = settings.lent is None and config.profile not in ("auto", 0)
+        if (measures or profiles) and not settings.scaling.in_process:
+            warm = stack.enter_context(_measurer(settings, made, cluster))
+            if measures:
+                warm.prepare()
+        measurer = warm if measures else None
+        found = search(made.graph, cluster, config, measurer=measurer, profiler=warm)
     (made.folder / "search.json").write_text(found.record.to_json() + "\n")
     if found.record.stopped == "interrupted":  # a search then ends with its best; a run ends
         found.plan.save(made.folder / "plan.json")

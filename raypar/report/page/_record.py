@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from raypar._plan_text import duration, size
+from raypar._plan_text import count_of, duration, size
 from raypar.report.page._words import STATE
 from raypar.search.record import FIDELITIES, SearchRecord, TrialRecord
 
@@ -46,6 +46,18 @@ def reasons(record: SearchRecord, most: int = 8) -> list[tuple[str, int, str]]:
     return [(key[0], n, first[key]) for key, n in found.most_common(most)]
 
 
+def profile_words(record: SearchRecord) -> str:
+    """How many stages were profiled alone, and why others were not; empty where none was to be."""
+    done = sum("profiled" in trial.step_s for trial in record.trials)
+    skipped = Counter(t.profile for t in record.trials if t.profile.startswith("skipped: "))
+    parts = [f"{count_of(done, 'plan')} had a stage profiled alone"] if done else []
+    parts += [
+        f"of {count_of(n, 'plan')} no stage was profiled ({text.removeprefix('skipped: ')})"
+        for text, n in skipped.most_common()
+    ]
+    return "; ".join(parts)
+
+
 def trial_words(trial: TrialRecord) -> str:
     """Everything about a trial, on a few lines."""
     figures = ", ".join(f"{duration(trial.step_s[n])} {n}" for n in FIDELITIES if n in trial.step_s)
@@ -57,6 +69,8 @@ def trial_words(trial: TrialRecord) -> str:
         lines.append(f"peak memory {size(trial.peak_bytes)} a device{share_of}")
     if trial.reason:
         lines.append(f"because {_short(trial.reason, 300)}")
+    if trial.profile:
+        lines.append(f"profile: {_short(trial.profile, 300)}")
     if trial.words:
         lines.append(trial.words)
     if trial.decisions:

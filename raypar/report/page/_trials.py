@@ -25,7 +25,13 @@ _FAR = 2.5
 """Times the best step time beyond which trials lie at the end of the time axis: where the others
 are is what one wants to see."""
 _HEIGHT, _STRIP, _PROGRESS_HEIGHT = 340, 46, 220
-SHAPES = {"quick": "circle", "simulated": "square", "learned": "triangle", "measured": "star"}
+SHAPES = {
+    "quick": "circle",
+    "simulated": "square",
+    "learned": "triangle",
+    "profiled": "diamond",
+    "measured": "star",
+}
 """Fidelity of a trial's best figure → shape of its dot."""
 
 

@@ -35,6 +35,7 @@ FIDELITY = {
     "quick": "the sums that the solvers use",
     "simulated": "lowered and played with the analytic cost model",
     "learned": "played with the learned cost model",
+    "profiled": "the same, one of its stages run alone",
     "measured": "steps that really ran",
 }
 

@@ -21,7 +21,7 @@ from raypar.plan import Plan
 from raypar.report.page._bands import bands, device_map
 from raypar.report.page._figures import ShareBar, headline, path_bars
 from raypar.report.page._memory import memory_charts
-from raypar.report.page._record import best_trials, decision_words, reasons
+from raypar.report.page._record import best_trials, decision_words, profile_words, reasons
 from raypar.report.page._timeline import gantt_chart
 from raypar.report.page._trials import trial_plots
 from raypar.report.page._words import FIDELITY, KINDS, MEMORY, STATE
@@ -92,6 +92,7 @@ def plan_page(
         trials=None if record is None else trial_plots(record),
         best=[] if record is None else best_trials(record),
         reasons=[] if record is None else reasons(record),
+        profiled="" if record is None else profile_words(record),
         importance=[] if record is None else _bars(record.importance),
         bound_parts=[] if record is None else _bound_parts(record),
         what_if=what_if,

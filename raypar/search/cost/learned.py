@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from raypar.lowered import LoweredPlan
@@ -30,6 +30,7 @@ from raypar.search.cost.base import (
 from raypar.search.cost.collectives import CollectiveFit
 from raypar.search.cost.features import PricedStage, Pricer, StageWork, analytic_s, stage_work
 from raypar.search.cost.machine import MeshMachine, machine_of
+from raypar.search.cost.own_model import OwnModel, Residual
 from raypar.search.cost.profiled import Seconds
 from raypar.search.cost.regression import Predicted, Row, WorkRegression
 from raypar.search.cost.rows import ALONE, TOGETHER, CollectiveRow, StageRow, StepRow
@@ -50,12 +51,19 @@ class LearnedCost(CostModel):
 
     name = "learned"
 
-    def __init__(self, store: MeasurementStore | None = None) -> None:
-        """Learns from a store when it is first asked; without one, from what it will observe."""
+    def __init__(self, store: MeasurementStore | None = None, *, origin: str = "") -> None:
+        """Learns from a store when it is first asked; without one, from what it will observe.
+
+        Args:
+            store: The measurements.
+            origin: The model that it is asked about: what was measured of its own stages says more.
+        """
+        self._origin = origin
         self.store = store if store is not None else MeasurementStore()
         self._fits: list[tuple[Calibration, str, _StageFit]] = []
         self._links: list[tuple[Calibration, Cluster, CollectiveFit]] = []
         self._held = memory_factor(self.store.steps)
+        self._working = working_factor(self.store.stages)
 
     @classmethod
     def from_store(cls, store: MeasurementStore) -> LearnedCost:
@@ -102,8 +110,22 @@ class LearnedCost(CostModel):
         times = [p for _, p in slowest]
         return self._corrected(cost, times, machine), _together(cost, times)
 
+    def knows(self, stage: StageCode, machine: MeshMachine) -> bool:
+        """Whether such programs were measured alone on such a device."""
+        device, works = machine.kinds[0][0].name, stage_work(stage).works
+        return any(
+            row.where == ALONE and row.device == device and row.work.works == works
+            for row in self.store.stages
+        )
+
     def observe(
-        self, stage: StageCode, machine: MeshMachine, measured: Seconds, *, origin: str = ""
+        self,
+        stage: StageCode,
+        machine: MeshMachine,
+        measured: Seconds,
+        *,
+        origin: str = "",
+        working_bytes: int = 0,
     ) -> None:
         """Keeps what a stage was measured at, alone on one device (`profiled.profile`).
 
@@ -112,6 +134,7 @@ class LearnedCost(CostModel):
             machine: Where it would run.
             measured: Its seconds.
             origin: Stages of one model have the same one.
+            working_bytes: Most bytes that one microbatch of it held; 0 where that is not known.
 
         Raises:
             ValueError: The seconds are not finite, negative, or all 0.
@@ -119,7 +142,15 @@ class LearnedCost(CostModel):
         work = stage_work(stage)
         seconds = (*(float(s) for s in measured), 0.0)
         device = machine.kinds[0][0].name
-        self.store.add(StageRow(work, device, seconds, ALONE, 1, origin or work.op_classes))
+        counted = 0
+        if working_bytes:
+            counted = _working_bytes(AnalyticCost().stage_cost(stage, machine))
+        self.store.add(
+            StageRow(
+                work, device, seconds, ALONE, 1, origin or work.op_classes,
+                working_bytes=working_bytes, counted_bytes=counted,
+            )
+        )  # fmt: skip
 
     def observe_collective(
         self, kind: str, tier: str, size: int, nbytes: float, seconds: float
@@ -182,6 +213,7 @@ class LearnedCost(CostModel):
             fit.update(self.store.stages)
         self._links.clear()
         self._held = memory_factor(self.store.steps)
+        self._working = working_factor(self.store.stages)
 
     # -- inside -----------------------------------------------------------------------------
 
@@ -190,9 +222,10 @@ class LearnedCost(CostModel):
     ) -> StageCost:
         forward, backward, first, second, step = (math.exp(p.log) for p in times)
         links = self._link_fit(machine)
-        held = cost.resident_bytes + max(
-            cost.forward_peak_bytes, cost.saved_bytes + cost.backward_peak_bytes
-        )
+        working = _working_bytes(cost)
+        held = (self._held - 1.0) * (cost.resident_bytes + working)
+        # What steps were seen to hold includes what their stages do.
+        held = max(held, (self._working - 1.0) * working)
         return replace(
             cost,
             forward_s=cost.forward_s * forward,
@@ -206,7 +239,7 @@ class LearnedCost(CostModel):
             backward_weight_comm=links.corrected(machine, cost.backward_weight_comm),
             gather=links.corrected(machine, cost.gather),
             sync=links.corrected(machine, cost.sync),
-            overhead_bytes=cost.overhead_bytes + int((self._held - 1.0) * held),
+            overhead_bytes=cost.overhead_bytes + int(held),
         )
 
     def _stage_fits(self, machine: MeshMachine) -> list[_StageFit]:
@@ -219,7 +252,8 @@ class LearnedCost(CostModel):
             )
             if fit is None:
                 mesh = MeshSlice((device,), (1,))
-                fit = _StageFit(machine_of(machine.cluster, mesh, machine.calibration))
+                own = machine_of(machine.cluster, mesh, machine.calibration)
+                fit = _StageFit(own, self._origin)
                 fit.update(self.store.stages)
                 most = max(_MOST_FITS, len(kinds))
                 self._fits = [(machine.calibration, name, fit), *self._fits[: most - 1]]
@@ -270,21 +304,41 @@ def memory_factor(steps: Sequence[StepRow]) -> float:
     The mean of the logarithms of measured over simulated peaks, drawn towards 0 by a Gaussian
     prior. A plan that is told to fit must fit: what is measured to be less changes nothing.
     """
-    ratios = [
-        math.log(row.measured_bytes / row.simulated_bytes)
+    return _factor(
+        row.measured_bytes / row.simulated_bytes
         for row in steps
         if row.measured_bytes > 0 and row.simulated_bytes > 0
-    ]
-    if not ratios:
+    )
+
+
+def working_factor(stages: Sequence[StageRow]) -> float:
+    """The same of what one microbatch holds while its stage computes it."""
+    return _factor(
+        row.working_bytes / row.counted_bytes
+        for row in stages
+        if row.working_bytes > 0 and row.counted_bytes > 0
+    )
+
+
+def _factor(ratios: Iterable[float]) -> float:
+    logs = [math.log(ratio) for ratio in ratios]
+    if not logs:
         return 1.0
-    weight = len(ratios) + (_MEMORY_NOISE / _MEMORY_PRIOR) ** 2
-    return math.exp(min(max(sum(ratios) / weight, 0.0), 1.0))
+    weight = len(logs) + (_MEMORY_NOISE / _MEMORY_PRIOR) ** 2
+    return math.exp(min(max(sum(logs) / weight, 0.0), 1.0))
+
+
+def _working_bytes(cost: StageCost) -> int:
+    """Most bytes that one microbatch holds besides what is held anyway."""
+    return max(cost.forward_peak_bytes, cost.saved_bytes + cost.backward_peak_bytes)
 
 
 class _StageFit:
     """A regression over the stages of a store, priced on one device with one calibration."""
 
-    def __init__(self, machine: MeshMachine) -> None:
+    def __init__(self, machine: MeshMachine, origin: str) -> None:
+        self._origin = origin
+        self._own = OwnModel()
         self._device = machine.kinds[0][0].name
         self._price = Pricer(machine)
         self._priced: dict[str, PricedStage] = {}
@@ -298,6 +352,18 @@ class _StageFit:
         self._regression.fit(rows, calibrate=calibrate)
         if calibrate:
             self._calibrated_at = len(rows)
+        own = [s for s in stages if self._origin == s.origin and self._device == s.device]
+        self._own = OwnModel([r for r in map(self._residual, own) if r is not None])
+
+    def _residual(self, stage: StageRow) -> Residual | None:
+        """How far a stage's forward and backward were from what is learned from all models."""
+        if not all(s > 0.0 for s in stage.seconds[:2]):
+            return None
+        told = sum(seconds for seconds, _ in self._predict(stage.work, stage.ranks)[:2])
+        if not told > 0.0:
+            return None
+        log = math.log(sum(stage.seconds[:2]) / told)
+        return Residual(stage.work.works, log, stage.count)
 
     def _rows(self, stage: StageRow) -> Iterator[Row]:
         if stage.device != self._device:
@@ -314,6 +380,12 @@ class _StageFit:
 
     def predict(self, work: StageWork, ranks: int) -> list[tuple[float, Predicted]]:
         """Per piece, the optimizer last: (seconds, factor on the analytic ones)."""
+        shift = self._own.log_factor(work.works)
+        *pieces, optimizer = self._predict(work, ranks)
+        shifted = [(s * math.exp(shift), p._replace(log=p.log + shift)) for s, p in pieces]
+        return [*shifted, optimizer]
+
+    def _predict(self, work: StageWork, ranks: int) -> list[tuple[float, Predicted]]:
         priced = self._price(work, ranks)
         rows = [Row(s, t) for s, t in zip(priced.pieces, priced.traits, strict=True)]
         return [

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import fx
 
 from raypar.programs.stage import StageProgram, compile_stage
 from raypar.programs.wire import Wire, pack
 from raypar.search.cost.analytic import AnalyticCost
 from raypar.search.cost.base import CostModel, StageCode, StageCost, register_cost_model
 from raypar.search.cost.machine import MeshMachine
-from raypar.sharding.collectives import join, part_of, set_context
-from raypar.sharding.convert import ALL_GATHER, ALL_TO_ALL, REDUCE_SCATTER
-from raypar.sharding.spec import State
+from raypar.search.cost.stage_job import Alone, Clock, StageJob, job_of
+from raypar.search.cost.working import most_held
+from raypar.search.measure import ProfiledStage
+from raypar.sharding.collectives import set_context
 
 _LEAST, _MOST = 5, 40
 _BUDGET_S = 0.4
@@ -75,27 +75,70 @@ def _marks(stage: StageCode, key: str) -> tuple[str, bool]:
 
 def profile(stage: StageCode, wire: Wire | None = None) -> Seconds:
     """Compiles a stage as its rank would and measures its programs on random inputs."""
-    device = torch.device("cpu")
+    return Seconds(*profile_job(job_of(stage, wire)).seconds)
+
+
+def profile_job(
+    job: StageJob, device: torch.device | None = None, *, budget_s: float | None = None
+) -> ProfiledStage:
+    """Compiles a stage as its rank would, and measures its programs and what they hold.
+
+    Args:
+        job: The stage.
+        device: Where; default: this process's CPU, of which one thread is used.
+        budget_s: Seconds for which programs are repeated, once they ran a few times.
+    """
+    budget_s = 3 * _BUDGET_S if budget_s is None else budget_s
+    began = time.perf_counter()
+    device = device or torch.device("cpu")
     program = compile_stage(
-        pack(stage.graph) if wire is None else wire,
+        job.wire,
         name="profiled",
         device=device,
-        recompute=stage.recompute,
-        trainable=stage.trainable,
-        differentiable=stage.differentiable,
-        outputs_with_grad=stage.outputs_with_grad,
-        changing=stage.changing,
+        recompute=job.recompute,
+        trainable=job.trainable,
+        differentiable=job.differentiable,
+        outputs_with_grad=job.outputs_with_grad,
+        changing=job.changing,
     )
-    holders = list(stage.graph.find_nodes(op="placeholder"))
-    generator = torch.Generator().manual_seed(0)
-    inputs = [_random(node, generator) for node in holders]
-    with one_thread(), _alone(dict(stage.axes)) as context, torch.no_grad():
-        return _measure(program, inputs, context)
+    inputs = job.inputs(device)
+    context = Alone(dict(job.axes), Clock(device))
+    with one_thread(), _in(context), torch.no_grad():
+        sums = _Sums()
+        seconds = _measure(program, inputs, context, sums, budget_s)
+        tangents = _tangents(program, program.forward(list(inputs)))
+        given = [*inputs, *tangents, *sums.values()]
+        held = most_held(lambda: _once(program, inputs, tangents, sums), given, device)
+    # Cost models count received values that backward reads among what is held for it.
+    edges = [i for i in program.kept if program.inputs[i].startswith("edge:")]
+    held += sum(inputs[i].nbytes for i in edges)
+    return ProfiledStage(seconds, held, time.perf_counter() - began)
 
 
-def _measure(program: StageProgram, inputs: list[torch.Tensor], context: _Alone) -> Seconds:
+def _tangents(program: StageProgram, made: Sequence[Any]) -> list[torch.Tensor]:
+    return [torch.ones_like(made[i]) for i in program.tangent_outputs]
+
+
+def _once(
+    program: StageProgram, inputs: list[torch.Tensor], tangents: list[torch.Tensor], sums: _Sums
+) -> None:
+    """One forward and backward pass that holds what a rank holds between them."""
+    made = program.forward(list(inputs))
+    if not program.weight_gradients and not program.input_gradients:
+        return
+    box = [*(inputs[i] for i in program.kept), *made[program.n_outputs :], *tangents]
+    made.clear()
+    program.backward(box, sums)
+
+
+def _measure(
+    program: StageProgram,
+    inputs: list[torch.Tensor],
+    context: Alone,
+    sums: _Sums,
+    budget_s: float,
+) -> Seconds:
     made: list[Any] = []
-    sums = _Sums()
     forward: list[float] = []
     backward: list[float] = []
     first: list[float] = []
@@ -103,18 +146,18 @@ def _measure(program: StageProgram, inputs: list[torch.Tensor], context: _Alone)
 
     def timed(found: list[float], run: Callable[..., list[Any]], *arguments: Any) -> list[Any]:
         context.seconds = 0.0
-        began = time.thread_time()  # of a core which nobody else is given
+        began = context.clock()
         results = run(*arguments)
-        found.append(time.thread_time() - began - context.seconds)
+        found.append(context.clock() - began - context.seconds)
         return results
 
     def box() -> list[Any]:
-        tangents = [torch.ones_like(made[i]) for i in program.tangent_outputs]
-        return [*(inputs[i] for i in program.kept), *made[program.n_outputs :], *tangents]
+        kept = (inputs[i] for i in program.kept)
+        return [*kept, *made[program.n_outputs :], *_tangents(program, made)]
 
     began = time.perf_counter()
     while len(forward) < _LEAST or (
-        time.perf_counter() - began < 3 * _BUDGET_S and len(forward) < _MOST
+        time.perf_counter() - began < budget_s and len(forward) < _MOST
     ):
         made = timed(forward, program.forward, list(inputs))
         if not program.weight_gradients and not program.input_gradients:
@@ -146,6 +189,10 @@ class _Sums:
         else:
             known.add_(gradient)
 
+    def values(self) -> list[torch.Tensor]:
+        """The sums."""
+        return list(self._sums.values())
+
 
 def _typical(found: Sequence[float]) -> float:
     """The lower quartile of all runs but the first: what other programs disturb least."""
@@ -153,89 +200,12 @@ def _typical(found: Sequence[float]) -> float:
     return kept[len(kept) // 4] if kept else 0.0
 
 
-def _random(node: fx.Node, generator: torch.Generator) -> torch.Tensor:
-    """A value for one input: floats near zero, indices that are in range wherever they are used."""
-    fake: torch.Tensor = node.meta["val"]
-    shape, dtype = tuple(int(n) for n in fake.shape), fake.dtype
-    if dtype == torch.bool:
-        return torch.ones(shape, dtype=dtype)
-    if not dtype.is_floating_point:
-        return torch.randint(0, _index_bound(node), shape, generator=generator, dtype=dtype)
-    key = str(node.meta["id"])
-    if key.startswith(("buffer:", "global:")):  # variances and counts are positive
-        return torch.rand(shape, generator=generator).add_(0.5).to(dtype)
-    return torch.randn(shape, generator=generator).mul_(0.05).to(dtype)
-
-
-_LARGEST_INDEX = 1 << 15
-
-
-def _index_bound(node: fx.Node) -> int:
-    """Below this, an integer is a valid index wherever the graph uses it or what it becomes.
-
-    Follows the value through integer ops to those that read float values beside it (tables,
-    logits); the smallest dim of these is safe.
-    """
-    bound = _LARGEST_INDEX
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        at = stack.pop()
-        for user in at.users:
-            if user in seen or user.op != "call_function":
-                continue
-            seen.add(user)
-            for other in user.all_input_nodes:
-                value = other.meta.get("val")
-                if isinstance(value, torch.Tensor) and value.is_floating_point():
-                    bound = min([bound, *(int(n) for n in value.shape)])
-            made = user.meta.get("val")
-            if isinstance(made, torch.Tensor) and not made.is_floating_point():
-                bound = min([bound, *(int(n) for n in made.shape if "one_hot" in str(user.target))])
-                stack.append(user)
-    return max(bound, 1)
-
-
-class _Alone:
-    """A mesh of which only this rank is there: collectives give the right shapes, and are timed.
-
-    Attributes:
-        seconds: Time spent in collectives.
-        sizes: Axis → ranks along it.
-    """
-
-    def __init__(self, sizes: dict[str, int]) -> None:
-        self.seconds = 0.0
-        self.sizes = sizes
-
-    def coordinate(self, axis: str) -> int:
-        """This rank is the first on every axis."""
-        return 0
-
-    def collective(
-        self, kind: str, x: torch.Tensor, cut: State, to: State, axis: str
-    ) -> torch.Tensor:
-        """What the collective would give if all ranks held the same."""
-        began = time.thread_time()
-        size = self.sizes[axis]
-        if kind == ALL_GATHER:
-            result = join([x] * size, cut)
-        elif kind == REDUCE_SCATTER:
-            result = part_of(x, cut, 0, size).clone()
-        elif kind == ALL_TO_ALL:
-            result = join([part_of(x, to, 0, size)] * size, cut)
-        else:
-            result = x.clone()
-        self.seconds += time.thread_time() - began
-        return result
-
-
 @contextmanager
-def _alone(sizes: dict[str, int]) -> Iterator[_Alone]:
-    context = _Alone(sizes)
+def _in(context: Alone) -> Iterator[None]:
+    """Collectives are those of a mesh of one."""
     set_context(context)
     try:
-        yield context
+        yield
     finally:
         set_context(None)
 

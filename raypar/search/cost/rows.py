@@ -45,6 +45,9 @@ class StageRow:
         origin: Stages with the same one come from one model.
         count: Measurements in it.
         at: When, in seconds since 1970.
+        working_bytes: Most bytes that one microbatch was seen to hold besides what it was given;
+            0 where that is not known.
+        counted_bytes: The same by the analytic model.
     """
 
     kind: ClassVar[str] = "stage"
@@ -56,6 +59,8 @@ class StageRow:
     origin: str = ""
     count: int = 1
     at: float = 0.0
+    working_bytes: int = 0
+    counted_bytes: int = 0
 
     @property
     def key(self) -> str:
@@ -69,6 +74,8 @@ class StageRow:
             newer,
             seconds=_merged(self.seconds, newer.seconds, share),
             count=self.count + newer.count,
+            working_bytes=newer.working_bytes or self.working_bytes,
+            counted_bytes=newer.counted_bytes or self.counted_bytes,
         )
 
 
@@ -162,6 +169,8 @@ def row_to_json(row: StoreRow) -> str:
     raw = dataclasses.asdict(row)
     if isinstance(row, StageRow):
         raw["work"]["works"] = [[*work, *counts] for work, counts in row.work.works]
+        if not row.working_bytes:  # as every row was written before bytes were measured
+            del raw["working_bytes"], raw["counted_bytes"]
     _check(row)
     return json.dumps({"kind": row.kind, **raw}, separators=(",", ":"), allow_nan=False)
 
@@ -209,6 +218,7 @@ def _check(row: StoreRow) -> None:
     if isinstance(row, StageRow):
         times: tuple[float, ...] = row.seconds
         sizes = [v for work, counts in row.work.works for v in (*work[:2], *work[5:], *counts)]
+        sizes += [row.working_bytes, row.counted_bytes]
         good = len(times) == 5 and row.where in (ALONE, TOGETHER) and row.ranks >= 1
     elif isinstance(row, CollectiveRow):
         times, sizes, good = (row.seconds,), [row.nbytes], row.size >= 2 and row.seconds > 0

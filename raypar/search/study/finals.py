@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 from raypar.errors import RayparError
 from raypar.plan import Plan
@@ -21,6 +22,7 @@ from raypar.search.interop.contest import in_words
 from raypar.search.measure import Measured, Measurer
 from raypar.search.study.judge import Judge, Outcome
 from raypar.search.study.ledger import Ledger
+from raypar.search.study.profiles import Profiles, error_words
 
 _MEASURED = 12
 """Plans that are run where the options do not say how many."""
@@ -43,6 +45,7 @@ class Finals:
         ledger: What was looked at.
         measurer: Runs them; None: predictions decide.
         config: How many may run.
+        profiles: Profiles a stage of a plan before it runs; None: none is.
 
     Attributes:
         seconds: What measuring took so far.
@@ -50,18 +53,24 @@ class Finals:
     """
 
     def __init__(
-        self, judge: Judge, ledger: Ledger, measurer: Measurer | None, config: SearchConfig
+        self,
+        judge: Judge,
+        ledger: Ledger,
+        measurer: Measurer | None,
+        config: SearchConfig,
+        profiles: Profiles | None = None,
     ) -> None:
         self.judge = judge
         self.ledger = ledger
         self.measurer = measurer
+        self.profiles = profiles
         self.seconds = 0.0
         self.notes: list[str] = []
         self._most = _MEASURED if config.measure == "auto" else config.measure
         self._measured: dict[int, float] = {}
         self._together: dict[int, float] = {}
         self._ran = 0
-        self._rows: list[StepRow] = []
+        self._rows: dict[int, StepRow] = {}
         self._failed: set[int] = set()
         self._correction = StepCorrection()
 
@@ -106,6 +115,9 @@ class Finals:
             number = self._next()
             if number is None:
                 break
+            if self._sharpened(number, share):
+                left_s -= self.profiles.last_s if self.profiles else 0.0
+                continue  # what is to run next is another question now
             seconds = self._seconds(self.ledger.outcomes[number])
             if self._measured and self.seconds > 0 and left_s < seconds:
                 break
@@ -115,6 +127,18 @@ class Finals:
             if step_s is not None:
                 found[number] = step_s
         return found
+
+    def _sharpened(self, number: int, share: float) -> bool:
+        """Profiles a stage of what is to run; whether predictions are others now."""
+        if self.profiles is None or not self.profiles.look(number, share=share):
+            return False
+        # Corrections are of what is predicted: what is learned of a stage must not count twice.
+        self.profiles.refresh(self._measured)
+        outcomes = self.ledger.outcomes
+        for measured, row in self._rows.items():
+            self._rows[measured] = replace(row, simulated_s=outcomes[measured].predicted_s)
+        self._correction = StepCorrection.fit(list(self._rows.values()))
+        return True
 
     def _next(self) -> int | None:
         """The trial whose plan is to run next; None where none can pay."""
@@ -198,7 +222,9 @@ class Finals:
         try:
             measured = _usable(self.measurer.measure(outcome.plan, seconds=seconds))
         except Exception as error:  # of whatever kind: what was searched so far is worth more
-            self.notes.append(f"a plan did not run ({in_words(outcome.plan)}): {_words(error)}")
+            self.notes.append(
+                f"a plan did not run ({in_words(outcome.plan)}): {error_words(error)}"
+            )
             self._give_up(number, error)
             return None
         self.seconds += measured.took_s
@@ -212,13 +238,13 @@ class Finals:
         text = self._text(number)
         kept = [n for n, outcome in self.ledger.outcomes.items() if outcome.state == "kept"]
         same = {number, *(n for n in kept if self._text(n) == text)}
-        self.ledger.note_failed(same, f"it did not run: {_words(error)}")
+        self.ledger.note_failed(same, f"it did not run: {error_words(error)}")
 
     def _take(self, number: int, measured: Measured) -> None:
         """Learns from a measurement."""
         self._measured[number] = measured.step_s
-        self._rows.append(self.judge.observe(self.ledger.outcomes[number], measured))
-        self._correction = StepCorrection.fit(self._rows)
+        self._rows[number] = self.judge.observe(self.ledger.outcomes[number], measured)
+        self._correction = StepCorrection.fit(list(self._rows.values()))
 
     def decide(self, left_s: float = math.inf) -> None:
         """Lets the best few run again, in turns, and keeps what that says of them.
@@ -242,14 +268,14 @@ class Finals:
         try:
             answers = self.measurer.measure_together(plans, seconds=seconds)
         except Exception as error:
-            self.notes.append(f"the best plans did not run a second time: {_words(error)}")
+            self.notes.append(f"the best plans did not run a second time: {error_words(error)}")
             return
         for number, found in zip(close, answers, strict=True):
             try:
                 again = _usable(found)
             except Exception as error:
                 del self._measured[number]
-                self.notes.append(f"a plan did not run a second time: {_words(error)}")
+                self.notes.append(f"a plan did not run a second time: {error_words(error)}")
                 self._give_up(number, error)
                 continue
             self.seconds += again.took_s
@@ -269,10 +295,6 @@ def _usable(found: Measured | Exception) -> Measured:
     if not (math.isfinite(found.step_s) and found.step_s > 0):
         raise RayparError(f"it was measured at {found.step_s} s a step")
     return found
-
-
-def _words(error: Exception) -> str:
-    return str(error) if isinstance(error, RayparError) else f"{type(error).__name__}: {error}"
 
 
 def _stages(plan: Plan) -> range:

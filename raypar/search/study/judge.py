@@ -7,21 +7,24 @@ import gc
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from raypar.errors import RayparError
 from raypar.fit import check_plan
 from raypar.lowered import LoweredPlan, lower_plan, with_schedule
 from raypar.plan import Plan
-from raypar.search.cost.base import CostModel
+from raypar.search.cost.base import CostModel, StageCode, stage_code
+from raypar.search.cost.features import stage_work
 from raypar.search.cost.learned import LearnedCost
+from raypar.search.cost.machine import MeshMachine, machine_of
+from raypar.search.cost.profiled import Seconds
 from raypar.search.cost.rows import StepRow
 from raypar.search.cost.step_correction import step_features
 from raypar.search.cost.store import MeasurementStore
 from raypar.search.interop.contest import entry_of, in_words
 from raypar.search.interop.workbench import Workbench
-from raypar.search.measure import Measured
+from raypar.search.measure import Measured, ProfiledStage
 from raypar.search.record import TrialRecord
 from raypar.search.simulate import simulate
 from raypar.search.simulation import Simulation
@@ -47,6 +50,7 @@ class Outcome:
         reason: Why it was pruned, infeasible or failed.
         features: What the correction by measured steps looks at.
         seconds: What looking at it took.
+        version: `Judge.version` when its step was predicted.
     """
 
     state: str
@@ -57,11 +61,12 @@ class Outcome:
     reason: str = ""
     features: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    version: int = 0
 
     @property
     def predicted_s(self) -> float:
         """Seconds of a step, by the best model that was asked."""
-        for name in ("learned", "simulated", "quick"):
+        for name in ("profiled", "learned", "simulated", "quick"):
             if name in self.step_s:
                 return self.step_s[name]
         return float("inf")
@@ -82,6 +87,23 @@ class Outcome:
             words=in_words(plan) if plan else "",
             seconds=self.seconds,
         )
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A stage that was never profiled.
+
+    Attributes:
+        index: Its number in the plan.
+        code: Its code.
+        machine: Where it runs.
+        seconds: What a forward and a backward pass of it are predicted to take alone.
+    """
+
+    index: int
+    code: StageCode
+    machine: MeshMachine
+    seconds: float
 
 
 @contextlib.contextmanager
@@ -109,6 +131,7 @@ class Judge:
     Attributes:
         learned: Corrects the analytic cost model by what was measured; None: the options want the
             analytic one, or nothing was measured yet.
+        version: How often it has learned from stages that were profiled on the way.
     """
 
     def __init__(self, bench: Workbench) -> None:
@@ -116,10 +139,11 @@ class Judge:
         self.space = Space(bench)
         self.drafter = Drafter(self.space)
         self.learned: LearnedCost | None = None
+        self.version = 0
         if bench.config.cost_model != "analytic":
             self.store = MeasurementStore.for_cluster(bench.cluster)
             if len(self.store.stages) or bench.config.cost_model == "learned":
-                self.learned = LearnedCost(self.store)
+                self.learned = self._learned_cost()
         self._lowered: OrderedDict[str, LoweredPlan] = OrderedDict()
 
     def look(self, decisions: Decisions, limits: Mapping[str, float] | None = None) -> Outcome:
@@ -193,6 +217,84 @@ class Judge:
             f"fills its devices {entry.overfull:.2f} times over" if over else "",
             features=step_features(plan, played),
             seconds=time.perf_counter() - began,
+            version=self.version,
+        )
+
+    def _learned_cost(self) -> LearnedCost:
+        return LearnedCost(self.store, origin=self.bench.graph.params_hash)
+
+    # -- stages profiled alone ----------------------------------------------------------------
+
+    def unknown(self, plan: Plan, may_run: Callable[[MeshMachine], bool]) -> Unknown | None:
+        """The stage of a plan that is worth most to profile; None where all are known.
+
+        It is the one whose time is least sure in seconds; a program that several stages share
+        counts for all of them.
+
+        Args:
+            plan: The plan.
+            may_run: Whether stages for a mesh can be profiled.
+        """
+        lowered = self._lower(plan)
+        model = self.learned or self._learned_cost()
+        programs: dict[str, Unknown] = {}
+        unsure: dict[str, float] = {}
+        for index, stage in enumerate(plan.stages):
+            machine = machine_of(self.bench.cluster, stage.mesh, self.bench.calibration)
+            code = stage_code(lowered, plan, index)
+            if not may_run(machine) or model.knows(code, machine):
+                continue
+            cost, sigma = model.predict(code, machine, alone=True)
+            seconds = cost.forward_s + cost.backward_s
+            key = stage_work(code).digest
+            programs.setdefault(key, Unknown(index, code, machine, seconds))
+            unsure[key] = unsure.get(key, 0.0) + sigma * seconds
+        return programs[max(unsure, key=lambda key: unsure[key])] if unsure else None
+
+    def learn(self, plan: Plan, stage: Unknown, found: ProfiledStage) -> None:
+        """Keeps what a stage of a plan was profiled at: predictions take it into account now.
+
+        Raises:
+            ValueError: The figures say nothing.
+        """
+        if self.learned is None:
+            self.learned = self._learned_cost()
+        self.learned.observe(
+            stage.code,
+            stage.machine,
+            Seconds(*found.seconds),
+            origin=plan.params_hash,
+            working_bytes=found.working_bytes,
+        )
+        self.learned.refit()
+        self.version += 1
+
+    def again(self, outcome: Outcome, fidelity: str = "learned") -> Outcome:
+        """The outcome with what is predicted now.
+
+        Args:
+            outcome: Of a plan that was kept.
+            fidelity: ``profiled`` for a plan of which a stage was profiled.
+        """
+        if self.learned is None or outcome.version == self.version:
+            return outcome
+        assert outcome.plan is not None
+        with _collecting_later():
+            played = self._simulate(outcome.plan, self._lower(outcome.plan), self.learned)
+        entry = entry_of(outcome.plan, played, self.bench.config.memory_fraction)
+        name = "profiled" if "profiled" in outcome.step_s else fidelity
+        found = replace(
+            outcome, step_s={**outcome.step_s, name: played.step_s}, version=self.version
+        )
+        if entry.overfull <= max(1.0, outcome.overfull):
+            return found
+        # More than the analytic model counts: a plan that is told to fit must fit.
+        return replace(
+            found,
+            state="infeasible",
+            peak_bytes=max(played.peak_bytes),
+            overfull=entry.overfull,
+            reason=f"fills its devices {entry.overfull:.2f} times over, by what was measured",
         )
 
     def observe(self, outcome: Outcome, measured: Measured) -> StepRow:

@@ -76,6 +76,42 @@ class Ledger:
         for number in numbers:
             self.trials[number] = replace(self.trials[number], state="failed", reason=reason)
             self.outcomes[number] = replace(self.outcomes[number], state="failed", reason=reason)
+        self._find_best()
+
+    def note_predicted(self, number: int, outcome: Outcome) -> None:
+        """Writes down what is predicted of a trial's plan now."""
+        self.outcomes[number] = outcome
+        record = self.trials[number]
+        self.trials[number] = replace(
+            record,
+            step_s={**record.step_s, **outcome.step_s},
+            state=outcome.state,
+            reason=outcome.reason,
+            peak_bytes=outcome.peak_bytes,
+            overfull=outcome.overfull,
+        )
+        self._find_best()
+
+    def note_pruned(self, number: int, reason: str) -> None:
+        """Writes down that a trial's plan fell behind once more was known of it."""
+        for noted in (self.trials, self.outcomes):
+            noted[number] = replace(noted[number], state="pruned", reason=reason)  # type: ignore
+        self._find_best()
+
+    def note_profile(self, number: int, words: str, seconds: float = 0.0) -> None:
+        """Writes down what profiling a stage of a trial's plan said, or why that was not done."""
+        record = self.trials[number]
+        record = replace(
+            record,
+            profile=words,
+            seconds=record.seconds + seconds,
+            measured_s=record.measured_s + seconds,
+        )
+        self.trials[number] = record
+        if self._progress is not None and self._best is not None:
+            self._progress(record, self.trials[self._best])
+
+    def _find_best(self) -> None:
         kept = [n for n, outcome in self.outcomes.items() if outcome.state == "kept"]
         self._best = min(kept, key=lambda n: self.outcomes[n].predicted_s, default=None)
 

@@ -141,13 +141,14 @@ class Proposals:
             self.study.tell(trial, state=TrialState.FAIL)
         self._open.clear()
 
-    def tell(self, asked: Asked, outcome: Outcome, expected_s: float) -> None:
+    def tell(self, asked: Asked, outcome: Outcome, expected_s: float, *, profile: str = "") -> None:
         """Tells what became of a proposal: seconds of a step, and memory as a constraint.
 
         Args:
             asked: The proposal.
             outcome: What it came to.
             expected_s: Seconds of a step that are expected of its plan.
+            profile: Why none of its stages can be profiled; empty where one can.
         """
         trial = asked.trial
         self._open.pop(trial.number, None)
@@ -156,6 +157,8 @@ class Proposals:
             trial.set_user_attr("plan", in_words(outcome.plan))
         if outcome.reason:
             trial.set_user_attr("reason", outcome.reason)
+        if profile:
+            trial.set_user_attr("profile", profile)
         over = outcome.overfull or (2.0 if outcome.state in ("infeasible", "failed") else 0.0)
         step = expected_s if outcome.step_s else _PENALTY * (self._slowest or 1.0)
         if outcome.step_s:
@@ -180,8 +183,14 @@ class Proposals:
         memory = max(cluster.memory(d) for d in range(cluster.n_devices))
         return memory * max(over, 1.0), float(cluster.n_devices)
 
-    def learn(self, number: int, step_s: float) -> None:
-        """Tells what steps of a proposed plan really took, as one more trial like its own."""
+    def learn(self, number: int, step_s: float, attributes: Mapping[str, str | bool]) -> None:
+        """Tells what is known better of a proposed plan, as one more trial like its own.
+
+        Args:
+            number: Optuna's, of the proposal.
+            step_s: What its steps really took, or are expected to take.
+            attributes: Where that comes from.
+        """
         if self.pareto:
             return
         like = self.study.trials[number]
@@ -190,7 +199,7 @@ class Proposals:
                 params=like.params,
                 distributions=like.distributions,
                 value=step_s,
-                user_attrs={**like.user_attrs, "measured": True},
+                user_attrs={**like.user_attrs, **attributes},
                 system_attrs=like.system_attrs,
             )
         )

@@ -2,7 +2,8 @@
 
 Plans of the exact planners come first, as seeds. Every proposal goes through fidelities: the
 solvers' own sums, a simulated step (by the learned cost model where there are measurements), and
-for those that could be the best, steps that really run (`raypar.search.study.finals`).
+for those that could be the best, one stage run alone (`raypar.search.study.profiles`), then steps
+that really run (`raypar.search.study.finals`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from raypar.mesh.cluster import Cluster
 from raypar.search.bounds import certificate, lower_bound
 from raypar.search.config import SearchConfig
 from raypar.search.interop.workbench import Workbench
-from raypar.search.measure import Measurer
+from raypar.search.measure import Measurer, StageProfiler
 from raypar.search.need import does_not_fit
 from raypar.search.plan import Found, Progress
 from raypar.search.record import SearchRecord
@@ -30,6 +31,7 @@ from raypar.search.study.elsewhere import Elsewhere, Question, answer_of
 from raypar.search.study.finals import Finals
 from raypar.search.study.judge import Judge, Outcome
 from raypar.search.study.ledger import Ledger
+from raypar.search.study.profiles import Profiles
 from raypar.search.study.proposals import Asked, Proposals
 from raypar.search.study.regular import REGULAR, regular_plans
 from raypar.search.study.samplers import quiet_optuna
@@ -59,6 +61,7 @@ class StudySearch:
         config: What is fixed and what is free, sampler and budget.
         calibration: What the cluster reaches; None: what is on disk for it, else the device table.
         measurer: Runs plans that could be the best; None: nothing is measured.
+        profiler: Runs single stages; None: this process, if the options say how many.
         executor: Looks at proposals elsewhere, side by side; None: here, one after the other.
         capture: Captures the model where the executor runs functions.
         progress: Is told of every trial.
@@ -76,6 +79,7 @@ class StudySearch:
         *,
         calibration: Calibration | None = None,
         measurer: Measurer | None = None,
+        profiler: StageProfiler | None = None,
         executor: Executor | None = None,
         capture: Callable[[], OpGraph] | None = None,
         progress: Progress | None = None,
@@ -91,7 +95,8 @@ class StudySearch:
         self.bench = Workbench(graph, cluster, config, calibration, least=least)
         self.judge = Judge(self.bench)
         self.ledger = Ledger(_GAIN, progress, _UNSURE if measurer is not None else _SLACK)
-        self.finals = Finals(self.judge, self.ledger, measurer, config)
+        self.profiles = Profiles(self.judge, self.ledger, profiler, config)
+        self.finals = Finals(self.judge, self.ledger, measurer, config, self.profiles)
         self.notes: list[str] = []
         self.stopped = ""
         self.bound = lower_bound(graph, cluster, self.bench.calibration, config)
@@ -121,7 +126,13 @@ class StudySearch:
         Choices and figures are those of one version and one calibration.
         """
         free = replace(
-            self.config, trials="auto", budget_s="auto", storage=None, measure="auto", cache=False
+            self.config,
+            trials="auto",
+            budget_s="auto",
+            storage=None,
+            measure="auto",
+            profile="auto",
+            cache=False,
         )
         graph, cluster = self.bench.graph.hash, repr(self.bench.cluster)
         asked = (__version__, graph, cluster, self.bench.calibration.to_json(), repr(free))
@@ -138,14 +149,14 @@ class StudySearch:
                 self._resume()
                 self._seed()
                 self._seed_regular()
-                if not self.finals.on:
+                if not self.finals.on and not self.profiles.on:
                     self._propose(self._trials())
                 else:
                     # Half of the time is kept to measure what was proposed.
                     self._propose(self._trials() // 2, self._left() / 2)
-                    self._learn(self.finals.measure(self._left(), share=0.5))
+                    self._measure(share=0.5)
                     self._propose(self._trials(), self._left() / 2)
-                    self._learn(self.finals.measure(self._left()))
+                    self._measure()
                     self.finals.decide(self._left())
             except KeyboardInterrupt:
                 if self.ledger.best is None:
@@ -251,7 +262,8 @@ class StudySearch:
         self._tell(asked, outcome)
 
     def _tell(self, asked: Asked, outcome: Outcome) -> None:
-        self.proposals.tell(asked, outcome, self.finals.expected_s(outcome))
+        skipped = self.profiles.absent(outcome.plan) if outcome.state == "kept" else ""
+        self.proposals.tell(asked, outcome, self.finals.expected_s(outcome), profile=skipped)
 
     def _look(self, decisions: Decisions) -> Future[Outcome]:
         if self.lookout is not None:
@@ -275,11 +287,25 @@ class StudySearch:
             return False
         return True
 
-    def _learn(self, measured: Mapping[int, float]) -> None:
-        """Lets Optuna know what steps of proposed plans really took."""
+    def _measure(self, share: float = 1.0) -> None:
+        """Profiles and runs what may be the best, and lets Optuna know.
+
+        Args:
+            share: Of what may be measured, at most so much has been when this ends.
+        """
+        measured: Mapping[int, float] = {}
+        if self.finals.on:  # profiles what it is about to run
+            measured = self.finals.measure(self._left(), share=share)
+        else:
+            self.profiles.sharpen(self._left(), share=share)
+        for number, step_s in self.profiles.news().items():
+            if number in self._asked and number not in measured:
+                words = self.ledger.trials[number].profile
+                attributes: dict[str, str | bool] = {"profiled": True, "profile": words}
+                self.proposals.learn(self._asked[number], step_s, attributes)
         for number, step_s in measured.items():
             if number in self._asked:
-                self.proposals.learn(self._asked[number], step_s)
+                self.proposals.learn(self._asked[number], step_s, {"measured": True})
 
     def _found(self) -> Found:
         """The winner, with its certificate and what else was looked at."""
@@ -307,12 +333,12 @@ class StudySearch:
             trials=tuple(self.ledger.trials),
             winner=number,
             seconds=time.perf_counter() - self.began,
-            measured_s=self.finals.seconds,
+            measured_s=self.finals.seconds + self.profiles.seconds,
             bound_s=self.bound.step_s,
             bound_parts=dict(self.bound.parts),
             importance=self.proposals.importance(),
             stopped=self.stopped,
-            notes=(*self.notes, *self.finals.notes),
+            notes=(*self.notes, *self.profiles.notes, *self.finals.notes),
         )
         return Found(plan, record)
 

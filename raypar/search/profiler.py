@@ -1,0 +1,61 @@
+"""Stages profiled in this process, on the device that it has."""
+
+from __future__ import annotations
+
+import torch
+
+from raypar.errors import ClusterError
+from raypar.mesh.devices import DEVICES, DeviceKind, device_kind
+from raypar.search.cost.profiled import profile_job
+from raypar.search.cost.stage_job import StageJob
+from raypar.search.measure import ProfiledStage
+
+REPEATED_S = 0.3
+"""How long the programs of a stage are repeated: the quickest quarter of runs counts."""
+_CPU = DEVICES["CPU"]
+_OTHERS = {"PCIE", "NVL", "MIG"}
+"""Words of forms that are slower than those of the device table."""
+
+
+class LocalProfiler:
+    """Profiles stages for devices of this machine's kinds; see `StageProfiler`.
+
+    One device is enough for a plan over thousands of its kind.
+    """
+
+    def lacks(self, kind: DeviceKind) -> str:
+        """Why stages for such a device cannot be profiled here; empty where they can."""
+        if kind == _CPU:
+            return ""
+        gpu = _gpu()
+        if gpu == kind:
+            return ""
+        here = "a CPU" if gpu is None else f"a CPU and {gpu.name}"
+        return f"no {kind.name} is here: this machine has {here}"
+
+    def profile_stage(self, job: StageJob, kind: DeviceKind, device: int) -> ProfiledStage:
+        """Runs a stage's programs a few times; see `StageProfiler.profile_stage`."""
+        where = torch.device("cuda" if kind.is_gpu else "cpu")
+        return profile_job(job, where, budget_s=REPEATED_S)
+
+
+def _gpu() -> DeviceKind | None:
+    """The kind of this process's GPU; None where there is none that the device table knows."""
+    return gpu_kind(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def gpu_kind(name: str) -> DeviceKind | None:
+    """The device kind that a driver's name stands for; None: the table does not have it.
+
+    Args:
+        name: For example ``NVIDIA H100 80GB HBM3`` or ``NVIDIA A100-SXM4-80GB``.
+    """
+    words = name.removeprefix("NVIDIA ").replace("-", " ").split()
+    if not words or _OTHERS & {word.upper() for word in words}:
+        return None
+    for known in (f"{words[0]}-{words[-1]}", words[0]):
+        try:
+            return device_kind(known)
+        except ClusterError:
+            continue
+    return None
