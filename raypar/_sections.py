@@ -166,6 +166,11 @@ class SearchSection(Section):
     measure: Annotated[int, Ge(0)] | Auto = Field(
         default="auto", description="plans that may really be run while searching"
     )
+    profile: Annotated[int, Ge(0)] | Auto = Field(
+        default="auto",
+        description="stages that may be run alone on one device, before whole plans are; auto: 8 "
+        "where training searches on its own devices, else none",
+    )
     storage: Text | None = Field(
         default=None, description="journal file of the study, which goes on where it is there"
     )
