@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from raypar._plan_text import count_of
 from raypar.errors import PlanError, RayparError, did_you_mean
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
@@ -72,17 +73,18 @@ def _check_alone(plan: Plan) -> None:
     _check_meshes(plan)
     parts = plan.microbatches * plan.replicas
     if plan.global_batch % parts:
-        fitting = _divisors(plan.global_batch // plan.replicas)
-        whole = plan.global_batch % plan.replicas == 0
-        near = min(fitting, key=lambda m: abs(m - plan.microbatches)) if whole else None
-        hint = (
-            f"microbatches={near} works"
-            if near
-            else f"a batch of {plan.global_batch} cannot be cut over {plan.replicas} replicas"
-        )
+        batch = plan.global_batch
+        if batch % plan.replicas:
+            near = _nearest_divisor(batch, plan.replicas)
+            hint = f"replicas={near} works (search.replicas)"
+        else:
+            near = _nearest_divisor(batch // plan.replicas, plan.microbatches)
+            hint = f"microbatches={near} works (train.microbatches)"
+        other = parts * max(1, round(batch / parts))
         raise PlanError(
-            f"a global batch of {plan.global_batch} does not divide into {plan.microbatches} "
-            f"microbatches × {plan.replicas} replicas = {parts} equal parts; {hint}"
+            f"a global batch of {batch} does not divide into {parts} equal parts, that is "
+            f"{count_of(plan.microbatches, 'microbatch')} × {count_of(plan.replicas, 'replica')}; "
+            f"{hint}, or a global batch of {other} (data.global_batch)"
         )
     for s, stage in enumerate(plan.stages):
         policy = stage.memory.recompute
@@ -105,9 +107,9 @@ def _check_alone(plan: Plan) -> None:
     _check_placement(plan)
 
 
-def _divisors(number: int) -> list[int]:
+def _nearest_divisor(number: int, wanted: int) -> int:
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
+    return min({*small, *(number // d for d in small)}, key=lambda d: (abs(d - wanted), d))
 
 
 def _check_meshes(plan: Plan) -> None:

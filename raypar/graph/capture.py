@@ -119,9 +119,22 @@ def _loss_of(
 def call_model(
     model: nn.Module, loss_fn: LossFn | None, call: Callable[..., Any], batch: Any
 ) -> Any:
-    """The module's output for a batch: it gets all but what is left for the loss function."""
+    """The module's output for a batch: it gets all but what is left for the loss function.
+
+    Raises:
+        CaptureError: Something is left, and there is no loss function.
+    """
     args, kwargs = split_arguments(batch)
-    taken = len(args) if loss_fn is None else _positional(model, args, kwargs)
+    taken = _positional(model, args, kwargs)
+    if loss_fn is None and taken < len(args):
+        name = type(model).__name__
+        raise CaptureError(
+            f"a batch has {len(args)} parts, of which {name}.forward"
+            f"{inspect.signature(model.forward)} takes {taken}, and there is no loss function for "
+            "the rest. Pass loss_fn (model.loss of a config), such as "
+            "torch.nn.functional.cross_entropy: it is called with the output and the rest. Or let "
+            f"{name} take all parts and return the loss"
+        )
     return call(*args[:taken], **kwargs)
 
 

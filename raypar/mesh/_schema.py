@@ -146,6 +146,17 @@ _KEYS: dict[str, tuple[str, ...]] = {
 }
 
 
+_EXAMPLES = {
+    "nodes": "nodes: [{device: A100-80, devices: 8, host_memory: 512 GB}]",
+    "device": "device: A100-80",
+    "devices": "devices: 8",
+    "host_memory": "host_memory: 512 GB (the node's main memory)",
+    "bandwidth": "bandwidth: 12.5 GB/s",
+    "memory": "memory: 80 GB",
+}
+"""What is written for keys that are needed."""
+
+
 def parse(raw: Any, where: str) -> ClusterForm:
     """Checks `raw`, the content of a cluster file.
 
@@ -178,7 +189,8 @@ def _line(item: Any) -> str:
             f"{key}: unknown key; known are {', '.join(valid)}.{did_you_mean(str(loc[-1]), valid)}"
         )
     if kind == "missing":
-        return f"{key}: this key is missing"
+        example = _EXAMPLES.get(str(loc[-1]))
+        return f"{key}: this key is missing" + (f", such as {example}" if example else "")
     told = item["msg"].removeprefix("Value error, ")
     return f"{key}: {told[0].lower()}{told[1:]}, found {found!r:.200}"
 

@@ -165,3 +165,13 @@ def test_more_stages_than_cuts_is_refused():
     graph = raypar.capture(Repeated, (torch.zeros(8, 6),))
     with pytest.raises(PlanError, match="places to cut"):
         random_plan(graph, raypar.Cluster.local(4), stages=len(graph.cuts) + 2)
+
+
+def test_a_batch_with_labels_and_no_loss_function_is_told_as_such() -> None:
+    batch = (torch.randn(4, 3), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(
+        raypar.CaptureError, match=r"2 parts, of which Linear.forward.* takes 1"
+    ) as found:
+        raypar.capture(lambda: nn.Linear(3, 2), batch)
+    assert "model.loss" in str(found.value)
+    raypar.capture(lambda: nn.Linear(3, 2), batch, nn.functional.cross_entropy)

@@ -169,7 +169,10 @@ nodes:
         ("nodes: []", "nodes: list should have at least 1"),
         ("- 1", "expected a mapping with the key 'nodes'"),
         ("nods: []", "nods: unknown key.*Did you mean 'nodes'"),
-        ("nodes: [{device: H100, host_memory: 1}]", r"nodes\[0\].devices: this key is missing"),
+        (
+            "nodes: [{device: H100, host_memory: 1}]",
+            r"nodes\[0\].devices: this key is missing, such as devices: 8",
+        ),
         ("nodes: [{device: H100, devices: 0, host_memory: 1}]", r"nodes\[0\].devices: .*found 0"),
         ("nodes: [{device: H10, devices: 1, host_memory: 1}]", r"nodes\[0\].device: .*H100"),
         ("nodes: [{device: L4, device_s: 2, host_memory: 1}]", "Did you mean 'devices'"),
