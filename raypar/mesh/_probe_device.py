@@ -17,6 +17,8 @@ aten = torch.ops.aten
 _REPEATS = 13
 _CASE_S = 0.06
 """Longest that one op is measured, in seconds, once it ran twice."""
+_ROWS_OF_CALLS, _MOST_CALLS = 5, 1000
+"""On a GPU: rows of calls that are timed, and calls in one at most."""
 _TURNS = 4
 """Ops take turns over this many inputs, as in a program, where inputs are not all in the cache."""
 
@@ -96,33 +98,67 @@ class _Stopwatch:
     program it does not, and small ops take a multiple of that. So a product and a softmax, which
     are not timed, run before every call on a CPU. There, time is the thread's own: that of a core
     which nobody else is given.
+
+    A GPU works through what it is told, and has its own clock: a row of calls lies between two
+    events, long enough that reading them does not count. So an op that takes less than telling it
+    to the device is measured at what telling costs, as in a program that is bound by it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._gpu = device.type == "cuda"
-        self._clock = time.perf_counter if self._gpu else time.thread_time
+        self._clock = time.thread_time
         self._left, self._right = _rand(device, 256, 192), _rand(device, 192, 384)
         self._cost = 0.0
-        self._cost = self(lambda turn: None)  # reading the clock takes time, too
+        if not self._gpu:
+            self._cost = self(lambda turn: None)  # reading the clock takes time, too
 
     def __call__(self, call: Callable[[int], Any]) -> float:
         """Seconds of one call: the lower quartile, which other programs disturb least."""
         for turn in range(2):
             call(turn)
         _wait(self._device)
+        if self._gpu:
+            return gpu_seconds(call)
         found: list[float] = []
         began = time.perf_counter()
         for turn in range(_REPEATS):
-            if not self._gpu:
-                torch.softmax(self._left @ self._right, -1)
+            torch.softmax(self._left @ self._right, -1)
             start = self._clock()
             call(turn % _TURNS)
-            _wait(self._device)
             found.append(self._clock() - start)
             if time.perf_counter() - began > _CASE_S and len(found) >= 4:
                 break
         return max(sorted(found)[len(found) // 4] - self._cost, 1e-9)
+
+
+def gpu_seconds(
+    call: Callable[[int], Any],
+    event: Callable[..., Any] = torch.cuda.Event,
+    least_s: float = 2e-3,
+) -> float:
+    """Seconds of one call on a GPU: the lower quartile over rows of calls between two events.
+
+    Args:
+        call: Has run before.
+        event: Makes an event that can be timed.
+        least_s: A row takes at least this long, in seconds.
+    """
+    count, found = 1, []
+    while len(found) < _ROWS_OF_CALLS:
+        begin, end = event(enable_timing=True), event(enable_timing=True)
+        begin.record()
+        for turn in range(count):
+            call(turn % _TURNS)
+        end.record()
+        end.synchronize()
+        seconds = begin.elapsed_time(end) / 1e3
+        if seconds < least_s and count < _MOST_CALLS:
+            count = min(_MOST_CALLS, max(2 * count, int(count * least_s / max(seconds, 1e-6))))
+            found.clear()
+            continue
+        found.append(seconds / count)
+    return max(sorted(found)[len(found) // 4], 1e-9)
 
 
 def _tiny(device: torch.device) -> list[Callable[[int], Any]]:
@@ -270,14 +306,23 @@ def _attentions(device: torch.device) -> Iterator[Case]:
 
 
 _ROWS = (64, 512, 4096, 16384)
+_BEYOND_CACHES = 1 << 17
+"""On a GPU 0.8 GB a tensor, some twelve of which are held at once."""
+_ROOM = 32 << 30
 _WIDTH = 192
 _TABLE = 2000
+
+
+def _rows(device: torch.device) -> tuple[int, ...]:
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= _ROOM:
+        return (*_ROWS, _BEYOND_CACHES)
+    return _ROWS
 
 
 def _elementwise(device: torch.device) -> Iterator[Case]:
     """One op of every class, from sizes that fit a cache to sizes that do not."""
     scale = 8 if device.type == "cuda" else 1
-    for rows in _ROWS:
+    for rows in _rows(device):
         n = rows * scale
         x = [_rand(device, n, _WIDTH) for _ in range(_TURNS)]
         g = _rand(device, n, _WIDTH)

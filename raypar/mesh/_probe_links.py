@@ -43,6 +43,14 @@ def measure_links(
     return found
 
 
+def loopback(group: Group, device: torch.device) -> list[LinkSample]:
+    """What a group of one rank costs: its collectives copy, or do nothing at all.
+
+    Messages need two ranks. `calibrate` is not given these: they say nothing about links.
+    """
+    return _collectives(group, device)
+
+
 def _own_line(world: Group, lines: Sequence[list[int]], tier: str) -> Group | None:
     """This rank's group along one tier; all ranks make all groups in the same order."""
     own = None

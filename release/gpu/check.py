@@ -1,19 +1,19 @@
 """Plans on CUDA ranks over cupy NCCL, without Ray: the law, and the time of a step.
 
     NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_MAX_CTAS=2 python release/gpu/check.py [--json FILE]
-    python release/gpu/check.py --device cpu     # the same over gloo, to try the script itself
+    python release/gpu/check.py --device cpu --smoke     # over sockets, to try the script itself
 
-Several ranks may share one GPU with NCCL 2.30 or newer. Every plan trains three AdamW steps in
-float64 and is compared with eager PyTorch on the same device kind; exits 1 on a difference.
+Several ranks share one GPU, which NCCL 2.30 or newer lets them. Every plan trains three AdamW
+steps in float64 and is compared with eager PyTorch on the CPU; exits 1 on a difference.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ from raypar.search.plan import plan
 from raypar.stages.batch import shard_batch
 from raypar.stages.compile import compile_plan
 from raypar.stages.consolidate import assemble
+from raypar.stages.engines import ENGINES
 from raypar.stages.interpreter import RankRunner
-from raypar.stages.spec import RankSpec
+from raypar.stages.spec import Engine, RankSpec
 from raypar.testing import models
 from raypar.testing.equivalence import (
     RunRecord,
@@ -43,6 +44,7 @@ from raypar.testing.equivalence import (
     reference_run,
     tolerance,
 )
+from release.gpu import kit
 
 STEPS = 3
 PLANS: tuple[dict[str, Any], ...] = (
@@ -62,6 +64,8 @@ def run_rank(rank: int, specs: list[RankSpec], tensors: list[Any], address: Any,
     """One rank: `STEPS` steps, then its reports, gradients and state go into the queue."""
     spec = specs[rank]
     torch.set_num_threads(1)
+    if spec.accelerator:
+        torch.cuda.set_device(0)
     backend: Any = get_backend("nccl" if spec.accelerator else "gloo")
     world = backend.create("check", rank, len(specs), address)
     runner = RankRunner(spec, world)
@@ -109,14 +113,16 @@ def run(specs: list[RankSpec], tensors: list[Any]) -> tuple[RunRecord, float]:
     return record, slowest
 
 
-def check(name: str, device: str) -> list[dict[str, Any]]:
-    """Every plan of `PLANS` that fits a zoo model, against eager PyTorch."""
+def check(
+    name: str, device: str, plans: Sequence[dict[str, Any]], engine: Engine
+) -> list[dict[str, Any]]:
+    """Every one of some plans that fits a zoo model, against eager PyTorch."""
     case = models.case(name)
     batch = case.batch(0, 8)
     graph = capture(case.model_fn, batch, case.loss_fn, case.batch_dims)
     tensors = [x for x in pytree.tree_leaves(batch) if isinstance(x, torch.Tensor)]
     rows = []
-    for options in PLANS:
+    for options in plans:
         if options["replicas"] > graph.max_replicas:
             continue
         chosen = plan(graph, Cluster.local(4), SearchConfig(**options))
@@ -127,6 +133,7 @@ def check(name: str, device: str) -> list[dict[str, Any]]:
             keep_gradients=True,
             accelerator=device == "cuda",
         )
+        specs = [replace(spec, engine=engine) for spec in specs]
         found, seconds = run(specs, tensors)
         wanted = reference_run(graph, batch, chosen)
         # Aliases of tied parameters are the state dict's business, not the ranks'.
@@ -145,15 +152,22 @@ def check(name: str, device: str) -> list[dict[str, Any]]:
 def main() -> int:
     """Runs the checks; returns the exit code."""
     warnings.filterwarnings("ignore")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--models", default="gpt,cnn,t5,moe_dense,unet")
-    parser.add_argument("--json", type=Path)
+    parser = kit.parser(__doc__)
+    parser.add_argument("--models", default="gpt,cnn,llama_own,moe_dense")
+    parser.add_argument("--plans", help="numbers of the plans to run; default: all")
+    parser.add_argument("--engine", choices=ENGINES, default="eager")
     options = parser.parse_args()
-    rows = [row for name in options.models.split(",") for row in check(name, options.device)]
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return int(any(row["differences"] for row in rows))
+    names = ["mlp"] if options.smoke else options.models.split(",")
+    every = range(len(PLANS))
+    numbers = [int(n) for n in options.plans.split(",")] if options.plans else list(every)
+    numbers = [2] if options.smoke else numbers
+    rows = []
+    for name in names:
+        rows += check(name, options.device, [PLANS[n] for n in numbers], options.engine)
+    wrong = sum(row["differences"] for row in rows)
+    part = "equivalence" if options.engine == "eager" else f"equivalence {options.engine}"
+    targets = [kit.Target("differences", wrong, "== 0")]
+    return kit.write(options, part, {"rows": rows}, targets)
 
 
 if __name__ == "__main__":
