@@ -127,7 +127,7 @@ class SearchSection(Section):
         default="auto", description="devices over which the ops of a stage are sharded"
     )
     chunks: Count = Field(
-        default=1, description="stages that each device holds; over 1 needs interleaved_1f1b"
+        default=1, description="stages that each device holds; over 1 needs an interleaved schedule"
     )
     recompute: Literal["auto", "none", "selective", "full"] = Field(
         default="auto", description="what backward computes again instead of keeping it"
@@ -196,7 +196,14 @@ class TrainSection(Section):
         default="auto", description="equal parts of a batch that flow through the pipeline"
     )
     schedule: Literal[
-        "auto", "gpipe", "1f1b", "eager_1f1b", "interleaved_1f1b", "zero_bubble_h1"
+        "auto",
+        "gpipe",
+        "1f1b",
+        "eager_1f1b",
+        "interleaved_1f1b",
+        "zero_bubble_h1",
+        "interleaved_zero_bubble",
+        "interleaved_eager",
     ] = Field(default="auto", description="order of forward and backward passes")
     accumulate: Count = Field(
         default=1, description="batches of the data that make one global batch"

@@ -106,7 +106,8 @@ class ScheduleSpec:
 
     Attributes:
         name: A registered schedule: ``gpipe``, ``1f1b``, ``eager_1f1b``,
-            ``interleaved_1f1b``, ``zero_bubble_h1``.
+            ``interleaved_1f1b``, ``zero_bubble_h1``, ``interleaved_zero_bubble``,
+            ``interleaved_eager``.
         placement: For every stage its (rank group, chunk): stages of one rank group share a mesh
             slice, and chunk counts them in stage order.
     """

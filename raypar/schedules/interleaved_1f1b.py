@@ -10,7 +10,7 @@ from raypar.schedules.instructions import Kind
 
 
 @dataclass(frozen=True, slots=True)
-class _Grid:
+class Grid:
     """A placement laid over the paper's n devices × v chunks; empty cells hold no stage.
 
     Attributes:
@@ -24,7 +24,7 @@ class _Grid:
     chunks: int
 
 
-def _lay_out(placement: Placement) -> _Grid:
+def lay_out(placement: Placement) -> Grid:
     """Gives every block the first free cell after its predecessor's, row by row.
 
     Devices are numbered in the order in which the chain meets them. The classic placement (stage s
@@ -42,7 +42,7 @@ def _lay_out(placement: Placement) -> _Grid:
             chunk += 1
         cells[device, chunk] = block
         position = chunk * len(rows) + device
-    return _Grid(rows, cells, 1 + max(chunk for _, chunk in cells))
+    return Grid(rows, cells, 1 + max(chunk for _, chunk in cells))
 
 
 class InterleavedOneFOneB(Schedule):
@@ -63,43 +63,70 @@ class InterleavedOneFOneB(Schedule):
         self, placement: Placement, microbatches: int, splits: Sequence[bool]
     ) -> list[list[Action]]:
         """The order of the full grid, without what is not there. See `Schedule.orders`."""
-        grid = _lay_out(placement)
+        grid = lay_out(placement)
         result: list[list[Action]] = [[] for _ in placement.stages]
         for device, rank in enumerate(grid.rows):
-            result[rank] = _device_order(grid, device, microbatches)
+            passes = Passes(grid, device, len(grid.rows), microbatches)
+            order = result[rank]
+            for k in range(passes.turns + passes.warm_up):
+                order += passes.forward(k)
+                order += passes.backward(k - passes.warm_up)
         return result
 
 
-def _device_order(grid: _Grid, device: int, microbatches: int) -> list[Action]:
-    n, v = len(grid.rows), grid.chunks
-    total = -(-microbatches // n) * n * v
+def warm_up(device: int, devices: int, chunks: int, round_size: int) -> int:
+    """Forward turns of a device before its first backward turn.
 
-    def forward(k: int) -> list[Action]:
-        return _actions(grid, device, k // n % v, k, Kind.FORWARD, microbatches)
-
-    def backward(k: int) -> list[Action]:
-        return _actions(grid, device, v - 1 - k // n % v, k, Kind.BACKWARD, microbatches)
-
-    # One chunk needs n - device - 1 forwards before its first backward comes back; with more
-    # chunks, groups of n microbatches take turns, and both ways must be filled.
-    warm_up = n - device - 1 if v == 1 else 2 * (n - device - 1) + (v - 1) * n
-    warm_up = min(warm_up, total)
-    order: list[Action] = []
-    for k in range(total + warm_up):
-        if k < total:
-            order += forward(k)
-        if k >= warm_up:
-            order += backward(k - warm_up)
-    return order
+    One chunk needs as many as there are devices to come before its first backward is back; with
+    more chunks, rounds take turns, and both ways must be filled.
+    """
+    to_come = devices - device - 1
+    return to_come if chunks == 1 else 2 * to_come + (chunks - 1) * round_size
 
 
-def _actions(
-    grid: _Grid, device: int, chunk: int, k: int, kind: Kind, microbatches: int
-) -> list[Action]:
-    """The k-th turn of a device: one microbatch through the stages of one chunk."""
-    n = len(grid.rows)
-    mb = k // (n * grid.chunks) * n + k % n
-    if mb >= microbatches:
-        return []
-    stages = grid.cells.get((device, chunk), ())
-    return [Action(kind, s, mb) for s in (stages if kind is Kind.FORWARD else stages[::-1])]
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """The turns of one device: in each, a microbatch goes through one of its chunks.
+
+    Attributes:
+        grid: The placement.
+        device: Which device of it.
+        round_size: Microbatches that go through a chunk before the next chunk is theirs, at least
+            as many as there are devices.
+        microbatches: M.
+    """
+
+    grid: Grid
+    device: int
+    round_size: int
+    microbatches: int
+
+    @property
+    def turns(self) -> int:
+        """Forward turns of the device, and as many backward turns."""
+        rounds = -(-self.microbatches // self.round_size)
+        return rounds * self.round_size * self.grid.chunks
+
+    @property
+    def warm_up(self) -> int:
+        """Forward turns before the first backward turn; see `warm_up`."""
+        wanted = warm_up(self.device, len(self.grid.rows), self.grid.chunks, self.round_size)
+        return min(wanted, self.turns)
+
+    def forward(self, k: int) -> list[Action]:
+        """The k-th forward turn; nothing where there is none."""
+        chunk = k // self.round_size % self.grid.chunks
+        return [Action(Kind.FORWARD, s, mb) for s, mb in self._of(k, chunk)]
+
+    def backward(self, k: int, kind: Kind = Kind.BACKWARD) -> list[Action]:
+        """The k-th backward turn, or the `kind` half of it; nothing where there is none."""
+        chunk = self.grid.chunks - 1 - k // self.round_size % self.grid.chunks
+        return [Action(kind, s, mb) for s, mb in self._of(k, chunk)[::-1]]
+
+    def _of(self, k: int, chunk: int) -> list[tuple[int, int]]:
+        """(stage, microbatch) of a turn, without what is missing."""
+        size = self.round_size
+        mb = k // (size * self.grid.chunks) * size + k % size
+        if not 0 <= k < self.turns or mb >= self.microbatches:
+            return []
+        return [(s, mb) for s in self.grid.cells.get((self.device, chunk), ())]

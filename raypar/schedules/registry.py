@@ -7,6 +7,8 @@ from raypar.schedules.base import Schedule
 from raypar.schedules.eager_1f1b import EagerOneFOneB
 from raypar.schedules.gpipe import GPipe
 from raypar.schedules.interleaved_1f1b import InterleavedOneFOneB
+from raypar.schedules.interleaved_eager import InterleavedEager
+from raypar.schedules.interleaved_zero_bubble import InterleavedZeroBubble
 from raypar.schedules.one_f_one_b import OneFOneB
 from raypar.schedules.zero_bubble_h1 import ZeroBubbleH1
 
@@ -57,5 +59,13 @@ def get_schedule(name: str) -> Schedule:
     return found
 
 
-for _schedule in (GPipe(), OneFOneB(), EagerOneFOneB(), InterleavedOneFOneB(), ZeroBubbleH1()):
+for _schedule in (
+    GPipe(),
+    OneFOneB(),
+    EagerOneFOneB(),
+    InterleavedOneFOneB(),
+    ZeroBubbleH1(),
+    InterleavedZeroBubble(),
+    InterleavedEager(),
+):
     register(_schedule)

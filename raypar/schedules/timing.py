@@ -158,7 +158,7 @@ def _figures(stages: int, chunks: int, microbatches: int) -> list[tuple[str, flo
 
     rows = []
     for name in schedule_names():
-        parts = chunks if name == "interleaved_1f1b" else 1
+        parts = chunks if name.startswith("interleaved") else 1
         n = stages * parts
         edges = tuple(Edge(f"x{s}", s, (s + 1,), True, 1) for s in range(n - 1))
         io = StageIO(n, tuple(s % stages for s in range(n)), edges, (True,) * n)
@@ -179,11 +179,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--stages", type=int, nargs="*", default=[2, 3, 4, 5, 6, 7, 8])
     parser.add_argument("--microbatches", type=int, help="default: twice the stages")
-    parser.add_argument("--chunks", type=int, default=2, help="chunks per rank of interleaved_1f1b")
+    parser.add_argument(
+        "--chunks", type=int, default=2, help="chunks per rank of interleaved schedules"
+    )
     args = parser.parse_args(argv)
     print("F = I = W = 1 per rank group, transfers free; peak: (stage, microbatch) pairs alive")
     print(
-        f"{'S':>2} {'M':>4}  {'schedule':<20} {'step':>7} {'bubble':>7} {'of 1f1b':>8} {'peak':>5}"
+        f"{'S':>2} {'M':>4}  {'schedule':<28} {'step':>7} {'bubble':>7} {'of 1f1b':>8} {'peak':>5}"
     )
     for stages in args.stages:
         microbatches = args.microbatches or 2 * stages
@@ -192,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, step, bubble, peak in rows:
             ratio = f"{bubble / base:8.2f}" if base else f"{'-':>8}"
             figures = f"{step:>7g} {bubble:>7g} {ratio} {peak:>5}"
-            print(f"{stages:>2} {microbatches:>4}  {name:<20} {figures}")
+            print(f"{stages:>2} {microbatches:>4}  {name:<28} {figures}")
 
 
 if __name__ == "__main__":

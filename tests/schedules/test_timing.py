@@ -59,6 +59,32 @@ def test_interleaved_peaks_follow_the_warm_up() -> None:
     assert peak == 2 * 3 + 4 + 1
 
 
+@pytest.mark.parametrize("stages", [2, 4, 8])
+@pytest.mark.parametrize("chunks", [2, 4])
+def test_interleaved_zero_bubble_has_a_third_of_the_bubble(stages: int, chunks: int) -> None:
+    for microbatches in (2 * stages, 3 * stages):
+        ours, peak = play("interleaved_zero_bubble", stages, microbatches, chunks=chunks)
+        _, plain_peak = play("interleaved_1f1b", stages, microbatches, chunks=chunks)
+        assert max(ours.bubble) == pytest.approx((stages - 1) / chunks)  # (n - 1)(F + I - W) / v
+        assert peak == plain_peak
+
+
+@pytest.mark.parametrize(("stages", "chunks"), [(2, 4), (4, 2), (8, 3)])
+def test_long_rounds_hide_transfers_for_more_values_held(stages: int, chunks: int) -> None:
+    microbatches = 6 * stages  # four rounds of one and a half times the rank groups
+    io = chain_io(stages * chunks, stages)
+    times = Durations.uniform(stages * chunks, 1 / chunks, 1 / chunks, 1 / chunks)
+    steps, peaks = {}, {}
+    for name in ("interleaved_zero_bubble", "interleaved_eager"):
+        lists = compile_schedule(name, io, microbatches)
+        steps[name] = ideal_timeline(lists, times, transfer=0.5 / chunks).makespan
+        peaks[name] = max(check_lists(lists, io, microbatches).peak_saved_bytes((1,) * io.n_stages))
+    assert steps["interleaved_eager"] < steps["interleaved_zero_bubble"]
+    size = 3 * stages // 2
+    assert peaks["interleaved_zero_bubble"] == stages * chunks + stages - 1
+    assert peaks["interleaved_eager"] == (chunks - 1) * size + 2 * (stages - 1) + 1
+
+
 def test_microbatches_that_do_not_fill_the_last_group_cost_less_than_a_group() -> None:
     for stages in (2, 3, 4):
         for microbatches in range(2 * stages, 3 * stages):
@@ -84,7 +110,8 @@ def test_a_deadlock_is_refused() -> None:
 
 def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--stages", "4", "--microbatches", "8"])
-    table = {line[8:28].strip(): line[28:].split() for line in capsys.readouterr().out.split("\n")}
+    table = {line[8:37].strip(): line[37:].split() for line in capsys.readouterr().out.split("\n")}
     assert table["1f1b"] == ["33", "9", "1.00", "4"]
     assert table["zero_bubble_h1"] == ["27", "3", "0.33", "4"]
     assert table["interleaved_1f1b ×2"] == ["28.5", "4.5", "0.50", "11"]
+    assert table["interleaved_zero_bubble ×2"] == ["25.5", "1.5", "0.17", "11"]
