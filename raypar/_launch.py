@@ -28,7 +28,7 @@ from raypar._targets import (
     steps_of,
 )
 from raypar.config import STUDY_KEYS, Config, SearchSection, load_config
-from raypar.errors import ConfigError, DataError
+from raypar.errors import CheckpointError, ConfigError, DataError
 from raypar.graph.capture import capture
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
@@ -266,8 +266,12 @@ def resume_run(
     place = folder.absolute()
     if config.run.name != place.name or Path(config.run.storage_path).absolute() != place.parent:
         config = config.resolved(**{"run.name": place.name, "run.storage_path": str(place.parent)})
-    if checkpoint is None:
-        checkpoint_at(folder, folder)
+    if checkpoint is None and checkpoint_at("auto", folder, config.checkpoint.storage) is None:
+        raise CheckpointError(
+            f"run {str(folder)!r} has no checkpoint to go on from: it ended before it wrote one. "
+            f"Start it anew: raypar train {file}; with --set checkpoint.every_steps=100 one is "
+            "written every 100 steps"
+        )
     return train_config(config, resume=True, checkpoint=checkpoint)
 
 

@@ -14,10 +14,19 @@ if TYPE_CHECKING:
     from raypar.train.result import Result
 
 
+workers_option = click.option(
+    "--num-workers", type=click.IntRange(min=0), help="Same as --set mesh.num_workers=N."
+)
+
+
+def _workers(number: int | None) -> tuple[str, ...]:
+    return () if number is None else (f"mesh.num_workers={number}",)
+
+
 @click.command()
 @click.argument("config_file", metavar="CONFIG")
 @set_option
-@click.option("--num-workers", type=click.IntRange(min=0), help="Same as --set mesh.num_workers=N.")
+@workers_option
 @click.option("--resume", "go_on", is_flag=True, help="Go on from run.name's newest checkpoint.")
 @json_option
 def train(
@@ -31,9 +40,7 @@ def train(
 
     Ctrl-C and SIGTERM end the run after the step under way, with a checkpoint.
     """
-    if num_workers is not None:
-        overrides = (*overrides, f"mesh.num_workers={num_workers}")
-    config = load_config(config_file, overrides)
+    config = load_config(config_file, (*overrides, *_workers(num_workers)))
     from raypar._launch import train_config
 
     _tell(train_config(config, resume=go_on), json_file)
@@ -42,19 +49,25 @@ def train(
 @click.command()
 @click.argument("run_folder", metavar="RUN")
 @set_option
+@workers_option
 @click.option("--checkpoint", metavar="PATH", help="Go on from here; default: the newest of RUN.")
 @json_option
 def resume(
-    run_folder: str, overrides: tuple[str, ...], checkpoint: str | None, json_file: str | None
+    run_folder: str,
+    overrides: tuple[str, ...],
+    num_workers: int | None,
+    checkpoint: str | None,
+    json_file: str | None,
 ) -> None:
     """Go on with a run from its newest checkpoint.
 
     RUN is the run's folder; its config.resolved.yaml says what is trained. Other devices are
-    planned for anew: raypar resume runs/gpt --set mesh.num_workers=4 --set train.steps=400
+    planned for anew: raypar resume runs/gpt --num-workers 4 --set train.steps=400
     """
     from raypar._launch import resume_run
 
-    _tell(resume_run(run_folder, overrides, checkpoint), json_file)
+    changed = (*overrides, *_workers(num_workers))
+    _tell(resume_run(run_folder, changed, checkpoint), json_file)
 
 
 @click.command()

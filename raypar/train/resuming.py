@@ -35,6 +35,11 @@ def checkpoint_at(
         return CheckpointStore(folder).latest() if there else None
     inside = Path(where) / CHECKPOINTS
     if "://" in str(where) or not inside.is_dir():
+        if (Path(where) / "plan.json").is_file():
+            raise CheckpointError(
+                f"run {str(where)!r} has no checkpoints in {str(inside)!r}: it ended before its "
+                "first one, or keeps them elsewhere (checkpoint.storage), and then give that folder"
+            )
         return Checkpoint(where)
     found = CheckpointStore(inside).latest()
     if found is None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -286,6 +287,26 @@ def test_a_run_is_resumed_inspected_and_reported(config_file: Path, tmp_path: Pa
     nothing = run("resume", tmp_path)
     assert nothing.exit_code == 2
     assert "holds no run that was started from a config" in nothing.stderr
+
+
+def test_a_run_that_keeps_its_checkpoints_elsewhere_is_resumed_from_there(
+    config_file: Path, tmp_path: Path
+) -> None:
+    folder, away = tmp_path / "runs" / "small", tmp_path / "away"
+    place = ("--set", f"checkpoint.storage={away}")
+    trained = run("train", config_file, "--num-workers", 0, *place)
+    assert trained.exit_code == 0, trained.output
+    resumed = run("resume", folder, "--num-workers", 0, "--set", "train.steps=3")
+    assert resumed.exit_code == 0, resumed.output
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+    inside = run("checkpoint", "inspect", folder)
+    assert inside.exit_code == 1
+    assert "elsewhere (checkpoint.storage)" in inside.stderr
+    assert run("checkpoint", "inspect", next(away.glob("*-step-3"))).exit_code == 0
+    shutil.rmtree(away)
+    nothing = run("resume", folder)
+    assert nothing.exit_code == 1
+    assert "ended before it wrote one. Start it anew: raypar train" in nothing.stderr
 
 
 def test_bench_tells_measured_and_predicted(config_file: Path, tmp_path: Path) -> None:
