@@ -98,12 +98,14 @@ def explain(
     sections = [
         lines,
         _ends(table(columns)),
-        [] if played is None else [*rank_lines(played), *_overfull(plan, lowered, played)],
+        [] if played is None else rank_lines(played),
         ["what stages do:", *stage_lines(plan, graph, lowered, costs)],
         _unsplit(plan, graph),
         alternative_lines(plan),
         _notes(graph, lowered),
         instruction_lists(plan, lowered, costs).splitlines() if lists else [],
+        # Last, where it is seen: all that stands above is of no use then.
+        [] if played is None else _overfull(plan, lowered, played),
     ]
     return joined(sections)
 
@@ -113,8 +115,13 @@ def _overfull(plan: Plan, lowered: LoweredPlan, played: Simulation) -> list[str]
     need = need_of(plan, lowered, played)
     if need.nbytes <= need.limit:
         return []
-    words = [f"what binds is {need.binding}", "see search.zero, search.recompute, search.stages"]
-    return paragraph("  this plan does not fit: ", words)
+    words = [
+        f"a rank needs {size(need.nbytes)} of {size(need.limit)}",
+        f"what binds is {need.binding}",
+        "search.planner: optuna without search.stages, search.replicas and search.tensor finds a "
+        "plan that fits, or tells what would",
+    ]
+    return paragraph("THIS PLAN DOES NOT FIT: ", words)
 
 
 def _ends(rows: list[str]) -> list[str]:

@@ -89,7 +89,10 @@ def test_explain_tells_a_plan_that_does_not_fit() -> None:
     plan = rp.plan(_graph(), cluster, rp.SearchConfig(stages=2))
     text = rp.explain(plan, _graph(), cluster)
     assert "MORE THAN THERE IS" in text
-    assert "this plan does not fit: what binds is stage" in text
+    (told,) = re.findall(r"^THIS PLAN DOES NOT FIT: .*\Z", text, re.M | re.S)  # it comes last
+    told = " ".join(told.split())
+    assert re.search(r"a rank needs [\d.]+ .?B of [\d.]+ .?B; what binds is stage", told)
+    assert "search.planner: optuna" in told
     assert "wide.weight" in text
     enough = rp.explain(plan, _graph(), _cluster(2, 10**9))
-    assert "does not fit" not in enough
+    assert "DOES NOT FIT" not in enough
