@@ -120,6 +120,7 @@ class Attempts:
                 )
             plan = found
         check_devices(plan, cluster, settings.scaling)
+        _check_precision(plan, settings, made)
         plan.save(made.folder / "plan.json")
         if settings.on_plan is not None:
             settings.on_plan(plan, made.graph, cluster)
@@ -190,6 +191,22 @@ def check_restartable(settings: Settings, made: Prepared) -> None:
             f"checkpoint's position, and data is a {type(settings.data).__name__}, which can be "
             "gone through only once; pass what can be iterated again (a DataLoader, a list, "
             "raypar.batches(...)) or a callable that returns the iterator, or set max_failures=0"
+        )
+
+
+def _check_precision(plan: Plan, settings: Settings, made: Prepared) -> None:
+    """Tells why a plan that fits the model as written does not fit it under autocast.
+
+    Raises:
+        PlanError: It was made for the same parameters and other ops.
+    """
+    other = plan.graph_hash != made.graph.hash and plan.params_hash == made.graph.params_hash
+    if settings.precision is not None and other:
+        raise PlanError(
+            f'precision="{settings.precision}" makes other ops of the model than the plan was made '
+            'for: leave plan="auto", or plan what trains: raypar.capture(model, batch, loss) of '
+            "model, loss = raypar.graph.autocast.under_autocast(model_fn, loss_fn, "
+            f'"{settings.precision}")'
         )
 
 

@@ -50,8 +50,9 @@ class Trainer:
             loss or has it as ``.loss``. See `raypar.capture`.
         optimizer: Builds the optimizer from parameters, for example
             ``lambda params: torch.optim.AdamW(params, lr=3e-4)``; called on every rank.
-        data: Global batches: what `raypar.batches` makes of a data set, an iterable, a DataLoader,
-            an iterator, or a callable that returns one. What can be iterated again is repeated.
+        data: Global batches, of tensors or NumPy arrays: what `raypar.batches` makes of a data set,
+            an iterable, a DataLoader, an iterator, or a callable that returns one. What can be
+            iterated again is repeated.
         plan: ``"auto"`` searches one; or a Plan, or the path of a plan file.
         steps: Optimizer steps in all, those before a resume among them.
         epochs: Times through the data, in place of `steps`.

@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import raypar as rp
 from raypar.errors import ConfigError
+from raypar.graph.autocast import under_autocast
 from raypar.search.plan import Found, search
 from raypar.search.record import SearchRecord
+from raypar.testing import random_plan
 from raypar.train.devices import first_devices
 from raypar.train.settings import Settings
 
@@ -102,6 +104,19 @@ def test_a_plan_file_is_run_as_it_is(fit: Callable[..., rp.Result], tmp_path: Pa
     again = fit(plan=str(first.path / "plan.json"), search_config=None)
     assert again.plan == first.plan
     assert again.metrics["loss"] == first.metrics["loss"]
+
+
+def test_a_plan_of_the_model_without_its_precision_is_told_as_such(
+    fit: Callable[..., rp.Result],
+) -> None:
+    plain = rp.capture(model, batches(1)[0], nn.functional.cross_entropy)
+    plan = random_plan(plain, rp.Cluster.local(2), stages=2, replicas=1, microbatches=2)
+    with pytest.raises(rp.PlanError, match=r'precision="bf16" makes other ops.*under_autocast'):
+        fit(plan=plan, precision="bf16")
+    made, loss = under_autocast(model, nn.functional.cross_entropy, "bf16")
+    cast = rp.capture(made, batches(1)[0], loss)
+    plan = random_plan(cast, rp.Cluster.local(2), stages=2, replicas=1, microbatches=2)
+    assert fit(plan=plan, precision="bf16").plan.graph_hash == cast.hash
 
 
 def test_an_interrupted_search_ends_the_run_and_keeps_its_best_plan(
