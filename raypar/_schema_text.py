@@ -40,7 +40,20 @@ def problem(detail: Any, schema: type[BaseModel]) -> str:
         return f"{path} is missing{example}"
     wanted = "a mapping" if info is None else expected(info)
     near = did_you_mean(str(detail["input"]), [] if info is None else _words(info.annotation))
+    near = near or _meant(detail["input"], wanted)
     return f"{path}: expected {wanted}; found {show(detail['input'])}{near and '.' + near}"
+
+
+def _meant(found: Any, wanted: str) -> str:
+    """What a value of the wrong kind was probably meant to be."""
+    if not isinstance(found, str):
+        return ""
+    module, dot, name = found.rpartition(".")
+    if "module:name" in wanted and ":" not in found and dot and module and name.isidentifier():
+        return f" Write {module}:{name}"
+    if "number" in wanted and found.lstrip("+-").isdigit():
+        return f" Write {found} without quotes"
+    return ""
 
 
 def _words(annotation: Any) -> list[str]:
@@ -112,7 +125,14 @@ def _bound(item: Any) -> str:
 
 def show(value: Any) -> str:
     """A value and its kind, as an error shows it."""
-    kinds = {dict: "mapping", list: "list", str: "text", bool: "boolean", int: "whole number"}
+    kinds = {
+        dict: "mapping",
+        list: "list",
+        str: "text",
+        bool: "boolean",
+        int: "whole number",
+        float: "number",
+    }
     if value is None:
         return "nothing"
     text = repr(value)

@@ -18,7 +18,7 @@ from raypar._builders import (
 )
 from raypar.comm.network import NetworkSettings
 from raypar.config import STUDY_KEYS, Config, SearchSection, resolve_target
-from raypar.errors import ConfigError, OptimizerError
+from raypar.errors import ConfigError, OptimizerError, did_you_mean
 from raypar.graph.autocast import AUTOCAST_DTYPES
 from raypar.search.config import SearchConfig
 from raypar.train.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -280,9 +280,11 @@ def _check_call(target: Callable[..., Any], section: str, *args: Any, **kwargs: 
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
+        unknown = next((name for name in kwargs if name not in signature.parameters), "")
+        near = did_you_mean(unknown, signature.parameters) if unknown else ""
         raise ConfigError(
             f"{section}.kwargs: {name_of(target)} cannot be called with "
-            f"{', '.join(kwargs) or 'no arguments'}: {error}; it takes {_names(signature)}"
+            f"{', '.join(kwargs) or 'no arguments'}: {error}.{near} It takes {_names(signature)}"
         ) from None
 
 

@@ -12,7 +12,12 @@ from raypar.cli._shared import Commands
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(raypar.__version__, prog_name="raypar")
 def main() -> None:
-    """Pipeline- and data-parallel training of PyTorch models on Ray."""
+    """Split a PyTorch model over the devices of a Ray cluster, and train it.
+
+    CONFIG is a YAML file; `raypar config` prints all its keys. To begin with, raypar plan CONFIG
+    tells how it would be split, raypar train CONFIG trains it, and raypar report runs/NAME shows
+    the run.
+    """
 
 
 for _command in (

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def checkpoint() -> None:
-    """Look into checkpoints, check them, and bring models in and out of them."""
+    """Look into checkpoints, check them, bring models in and out."""
 
 
 def _checkpoint_at(where: str) -> Checkpoint:
@@ -36,7 +36,10 @@ def checkpoint_inspect(where: str) -> None:
 @checkpoint.command("verify")
 @click.argument("where", metavar="CHECKPOINT|RUN")
 def checkpoint_verify(where: str) -> None:
-    """Read all of a checkpoint, or of the newest of a run, and compare checksums."""
+    """Read all of a checkpoint and compare checksums.
+
+    Of a run it is the newest one.
+    """
     found = _checkpoint_at(where)
     problems = found.verify()
     for problem in problems:
@@ -58,10 +61,10 @@ def checkpoint_verify(where: str) -> None:
 def checkpoint_export(
     where: str, output: str, ema: bool, base: str | None, config: str | None, shard_size: str | None
 ) -> None:
-    """Write the model of a checkpoint to OUT, under the model's own names.
+    """Write the model of a checkpoint to OUT.
 
-    OUT is a safetensors file; with --hf or --hf-config it is a folder that transformers loads, with
-    FOLDER's tokenizer.
+    OUT is a safetensors file, under the model's own names; with --hf or --hf-config it is a folder
+    that transformers loads, with FOLDER's tokenizer.
     """
     from raypar.train.weights import save_hugging_face
     from raypar.train.weights.hugging_face import SHARD_BYTES, bytes_of
@@ -87,7 +90,7 @@ def checkpoint_export(
 @click.argument("source", metavar="IN")
 @click.argument("output", metavar="OUT")
 def checkpoint_convert(source: str, output: str) -> None:
-    """Make a checkpoint of a model's weights, or copy a checkpoint to another storage.
+    """Make a checkpoint of weights, or copy one to another storage.
 
     IN is a safetensors file, a Hugging Face folder, a file of torch.save(model.state_dict()), a
     checkpoint, or a run, whose newest checkpoint it is. OUT is the folder or URL of the new

@@ -21,7 +21,10 @@ from raypar.cli._shared import written_option
 )
 @written_option("--out", "Also write the constants here (JSON).")
 def probe(address: str | None, processes: int | None, out: str | None) -> None:
-    """Measure the cluster and keep what the cost models need of it (under a minute)."""
+    """Measure devices and links, and keep what was found.
+
+    Plans and predictions then go by that instead of a device table. It takes under a minute.
+    """
     if address is not None and processes is not None:
         raise click.UsageError("give --address or --local, not both")
     from raypar.mesh.cluster import Cluster
@@ -50,7 +53,7 @@ def doctor(
     ports: str | None,
     json_file: str | None,
 ) -> None:
-    """Tell what is installed and seen here, what does not fit, and how to mend it.
+    """Tell what is installed and seen here, and how to mend it.
 
     With --cluster, on every node of a Ray cluster: versions, devices, clocks, and whether all nodes
     reach each other.

@@ -13,7 +13,10 @@ from raypar.config import default_yaml, json_schema, load_config
 @click.group(invoke_without_command=True)
 @click.pass_context
 def config(ctx: click.Context) -> None:
-    """Print, check or describe a config; alone: every key, its default and its meaning."""
+    """Print, check or describe a config.
+
+    Alone it prints every key, its default and its meaning.
+    """
     if ctx.invoked_subcommand is None:
         click.echo(default_yaml(), nl=False)
 
@@ -29,7 +32,7 @@ def config_show(config_file: str, overrides: tuple[str, ...]) -> None:
 @config.command("schema")
 @output_option
 def config_schema(output: str | None) -> None:
-    """Print the JSON Schema of a config, for editors that complete and check YAML."""
+    """Print the JSON Schema of a config, for editors of YAML."""
     print_or_write(json_schema(), output)
 
 
@@ -37,7 +40,10 @@ def config_schema(output: str | None) -> None:
 @click.argument("config_file", metavar="CONFIG")
 @set_option
 def config_check(config_file: str, overrides: tuple[str, ...]) -> None:
-    """Check CONFIG: its keys, and that what it names can be imported and called."""
+    """Check CONFIG.
+
+    Its keys are checked, and that what it names can be imported and called.
+    """
     from raypar._targets import check_config
 
     found = load_config(config_file, overrides)
@@ -50,7 +56,10 @@ def config_check(config_file: str, overrides: tuple[str, ...]) -> None:
 @click.option("-o", "--output", metavar="FILE", help="The page; default: RUN/report.html.")
 @click.option("--trace", metavar="FILE", help="Also write a Chrome trace, for ui.perfetto.dev.")
 def report(run_folder: str, output: str | None, trace: str | None) -> None:
-    """Write a run as one offline page: loss, steps as measured and as planned, memory, events."""
+    """Write a run as one offline page.
+
+    It shows the loss, steps as measured and as planned, memory and events.
+    """
     from raypar.report.run import write_report, write_run_trace
 
     out = Path(output) if output is not None else Path(run_folder) / "report.html"
@@ -64,7 +73,7 @@ def report(run_folder: str, output: str | None, trace: str | None) -> None:
 @click.command()
 @output_option
 def dashboard(output: str | None) -> None:
-    """Print the Grafana dashboard of runs that log to Ray (run.loggers: [ray])."""
+    """Print a Grafana dashboard for runs with run.loggers: [ray]."""
     from raypar.train.dashboards import grafana_dashboard
 
     print_or_write(grafana_dashboard(), output)

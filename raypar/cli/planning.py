@@ -48,7 +48,7 @@ def plan(
     overrides: tuple[str, ...],
     cluster_file: str | None,
 ) -> None:
-    """Plan what CONFIG says, without training; write the plan and explain it.
+    """Plan what CONFIG says, without training, and explain the plan.
 
     Ctrl-C ends the search with the best plan so far. With --ladder, a folder is written: a plan for
     every size of the cluster (whole nodes in their order, then a part of the next) and ladder.json.
@@ -117,7 +117,7 @@ def explain(
     overrides: tuple[str, ...],
     cluster_file: str | None,
 ) -> None:
-    """Explain a plan file, or the plan that a config would get or is given.
+    """Explain a plan file, or the plan that CONFIG would get.
 
     A plan file alone tells what it holds; with its CONFIG, time, memory and shardings are told too.
     """
@@ -167,7 +167,7 @@ def simulate(
     gantt: bool,
     trace: str | None,
 ) -> None:
-    """Tell step time and memory of what CONFIG says, without starting anything."""
+    """Tell step time and memory, without starting anything."""
     config = load_config(config_file, overrides)
     from raypar._simulate import simulate_config
     from raypar.report.gantt import gantt as draw
@@ -191,9 +191,10 @@ def simulate(
 @click.option("--steps", type=click.IntRange(min=1), default=1, show_default=True)
 @set_option
 def verify(config_file: str, plan_file: str | None, steps: int, overrides: tuple[str, ...]) -> None:
-    """Run a plan beside the unsplit model, in this process; name the first value that differs.
+    """Check that a plan trains exactly like the unsplit model.
 
-    The exit code is 1 where one does. The plan is the one that CONFIG would get, or --plan.
+    Both run in this process. The first value that differs is named, and the exit code is then 1.
+    The plan is the one that CONFIG would get, or --plan.
     """
     config = load_config(config_file, overrides)
     from raypar._launch import verify_config

@@ -93,10 +93,10 @@ def submit(
     env: tuple[str, ...],
     go_on: bool,
 ) -> None:
-    """Train CONFIG as a job of a Ray cluster, and follow it; Ctrl-C stops the job.
+    """Train CONFIG as a job of a Ray cluster, and follow it.
 
-    It is `ray job submit -- raypar train CONFIG` with the settings that make it smooth; the exit
-    code is that of the training.
+    It is `ray job submit -- raypar train CONFIG` with the settings that make it smooth. Ctrl-C
+    stops the job; the exit code is that of the training.
     """
     load_config(config_file, overrides)  # what is wrong with it is told before anything is sent
     from raypar.errors import ConfigError
@@ -132,7 +132,10 @@ def bench(
     steps: int,
     json_file: str | None,
 ) -> None:
-    """Time some steps of CONFIG's plan: measured beside predicted, and where the time goes."""
+    """Time some steps of a plan, measured beside predicted.
+
+    The plan is the one that CONFIG would get, or --plan. It is told where the time goes, too.
+    """
     config = load_config(config_file, overrides)
     from raypar._bench import bench_config, bench_text
 

@@ -40,6 +40,8 @@ def run(*args: object) -> Result:
 def test_version_and_help() -> None:
     assert run("--version").output.strip().endswith(raypar.__version__)
     text = run("--help").output
+    for group in ((), ("config",), ("checkpoint",)):  # what a command does is not cut off
+        assert "..." not in run(*group, "--help").output.partition("Commands:")[2]
     for command in ("config", "doctor", "explain", "plan", "train"):
         assert re.search(rf"^  {command} ", text, re.M), text
 
@@ -92,6 +94,12 @@ def test_a_wrong_kwarg_names_its_key_and_what_is_taken(
     assert f"{section}.kwargs: " in done.stderr
     assert "unexpected keyword argument 'depth'" in done.stderr
     assert takes in done.stderr
+
+
+def test_a_misspelt_argument_of_the_model_is_recognised(config_file: Path) -> None:
+    done = run("config", "check", config_file, "--set", "model.kwargs.widht=8")
+    assert done.exit_code == 2
+    assert "Did you mean 'width'? It takes " in done.stderr
 
 
 def test_global_batch_is_said_once(config_file: Path) -> None:
