@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
@@ -45,7 +46,8 @@ def reduced_as(dtype: torch.dtype, op: str, call: str) -> tuple[int, int, int]:
         CommError: NCCL cannot reduce the dtype so.
     """
     if op not in _OPS:
-        raise CommError(f"{call}: unknown op {op!r}; valid: {', '.join(_OPS)}")
+        valid = ", ".join(map(repr, _OPS))
+        raise CommError(f"{call}: unknown op {op!r}; valid: {valid}")
     if dtype.is_complex and op == "sum" and dtype in (torch.complex64, torch.complex128):
         return 2, _TYPES[torch.float32 if dtype == torch.complex64 else torch.float64], _OPS[op]
     if dtype == torch.bool and op != "sum":
@@ -54,6 +56,31 @@ def reduced_as(dtype: torch.dtype, op: str, call: str) -> tuple[int, int, int]:
         names = ", ".join(sorted(str(d).removeprefix("torch.") for d in _TYPES))
         raise CommError(f"{call}: NCCL has no {op} of {dtype}; it is for {names}")
     return 1, _TYPES[dtype], _OPS[op]
+
+
+def numbered(device: torch.device | str | int | None) -> torch.device:
+    """A device as tensors name it: ``cuda`` alone is the current one."""
+    if isinstance(device, int):
+        return torch.device("cuda", device)
+    place = torch.device("cuda" if device is None else device)
+    if place.type == "cuda" and place.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return place
+
+
+def as_one(rows: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Tensors of equal form that follow one another in memory, as one; None where they do not."""
+    first = rows[0]
+    step = first.numel() * first.element_size()
+    for i, row in enumerate(rows):
+        follows = row.data_ptr() == first.data_ptr() + i * step
+        alike = row.shape == first.shape and row.dtype == first.dtype
+        if not (follows and alike and row.is_contiguous()) or row.is_conj() or row.is_neg():
+            return None
+    storage = first.untyped_storage()
+    if any(row.untyped_storage().data_ptr() != storage.data_ptr() for row in rows):
+        return None  # neighbours by chance
+    return first.as_strided((len(rows), *first.shape), (first.numel(), *first.stride()))
 
 
 def pack_ids(ids: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -81,6 +108,47 @@ def pip_line(cuda: str | None = None) -> str:
     return f"pip install 'raypar[cuda{major}]'"
 
 
+def installed_cupys() -> list[str]:
+    """Names of the cupy distributions of this environment."""
+    names = ("cupy", *(f"cupy-cuda{major}x" for major in (11, 12, 13)))
+    return [name for name in names if _installed(name)]
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def mismatch(cuda: str | None, installed: Sequence[str]) -> str | None:
+    """Why the cupy that is installed does not fit torch's CUDA, with the way out; None if it does.
+
+    Two builds of CUDA in one process each bring their own runtime and NCCL, and crash where the
+    first of them hands the other a stream.
+
+    Args:
+        cuda: The version of CUDA that torch was built for.
+        installed: Names of cupy's distributions.
+    """
+    major = (cuda or "").split(".")[0]
+    right = f"cupy-cuda{major}x"
+    wrong = [name for name in installed if name not in (right, "cupy")]
+    if not wrong or not major:
+        return None
+    change = f"pip uninstall {' '.join(wrong)}"
+    if right in installed:
+        return (
+            f"both {right} and {', '.join(wrong)} are installed, and overwrite each other's files: "
+            f"{change}, then pip install --force-reinstall {right}"
+        )
+    return (
+        f"torch was built for CUDA {cuda}, and {', '.join(wrong)} is for another: {change}, then "
+        f"{pip_line(cuda)}"
+    )
+
+
 def unavailable_reason() -> str | None:
     """Why NCCL cannot be used on this machine, with the way out; None if it can."""
     if not torch.cuda.is_available():
@@ -90,6 +158,9 @@ def unavailable_reason() -> str | None:
         return f"torch sees no CUDA GPU ({built}); use backend 'gloo' for CPU tensors"
     if importlib.util.find_spec("cupy") is None:
         return f"cupy is not installed; {pip_line()}"
+    reason = mismatch(torch.version.cuda, installed_cupys())
+    if reason is not None:
+        return reason
     try:
         load()
     except CommError as error:

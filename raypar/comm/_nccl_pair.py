@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from raypar.errors import CommError, CommTimeoutError
 
 _KNOCK = "nccl: make our pair"
 _IDS = "nccl: ids of our pair"
+_IN_PROGRESS = 7
+"""ncclInProgress."""
 
 
 class Lane:
@@ -48,13 +50,36 @@ class Lane:
             else:
                 self.comm.abort()
 
-    def async_error(self) -> int | None:
-        """NCCL's status code if the communicator failed in the background."""
+    def async_error(self) -> str | None:
+        """What NCCL says if the communicator failed in the background.
+
+        cupy raises it: `NcclError`, or KeyError for a code that is newer than cupy (6, a remote
+        error). That a call is still in progress (7) is no error.
+        """
         with self._end_lock:
             if self._ended:
                 return None
-            status = int(self.comm.check_async_error() or 0)
-        return status or None
+            try:
+                self.comm.check_async_error()
+            except KeyError as error:
+                code = error.args[0] if error.args else None
+                return None if code == _IN_PROGRESS else f"NCCL reports error code {code}"
+            except RuntimeError as error:
+                return str(_nccl_api.explain(error, "NCCL reports an error"))
+        return None
+
+
+def end_all(lanes: Sequence[Lane], clean: bool) -> None:
+    """Ends lanes at the same time.
+
+    Aborting one frees memory of the device, which may wait for every kernel on it: those of other
+    lanes, too, which only their own abort ends.
+    """
+    threads = [threading.Thread(target=lane.end, args=(clean,), daemon=True) for lane in lanes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 class Pairs:
@@ -81,11 +106,20 @@ class Pairs:
         self._control = control
         self._nccl = nccl
         self._device = device
+        self._fail = fail
         self._lock = threading.Lock()
         self._made: dict[int, _Pair] = {}
-        for peer in range(control.size):
-            if peer != control.rank:
-                control.listen(peer, _KNOCK, lambda peer=peer: self._start(peer), fail)  # type: ignore[misc]
+
+    def listen(self) -> None:
+        """Begins to answer knocks; a peer that has failed already is told of here and now."""
+        for peer in range(self._control.size):
+            if peer != self._control.rank:
+                self._control.listen(
+                    peer,
+                    _KNOCK,
+                    lambda peer=peer: self._start(peer),  # type: ignore[misc]
+                    self._fail,
+                )
 
     def lane(self, peer: int, *, outward: bool, call: Callable[[], str]) -> Lane:
         """The lane to (`outward`) or from a peer; makes the pair if need be.

@@ -29,7 +29,7 @@ import torch
 from raypar.comm import _nccl_api
 from raypar.comm._exchange import ExchangeGroup
 from raypar.comm._nccl_api import unavailable_reason
-from raypar.comm._nccl_pair import Lane, Pairs
+from raypar.comm._nccl_pair import Lane, Pairs, end_all
 from raypar.comm._work import PeerClosedError
 from raypar.comm.gloo import GlooGroup
 from raypar.comm.group import DEFAULT_TIMEOUT_S, Group, Ready, TensorSpec, Work
@@ -72,6 +72,7 @@ class NcclGroup(Group):
             )
             self._all = Lane(comm, torch.cuda.Stream(device), 0)  # type: ignore[no-untyped-call]
         self._pairs = Pairs(control, self._nccl, device, self._fail)
+        self._pairs.listen()
         self._stop = threading.Event()
         self._watch = threading.Thread(
             target=self._poll, name=f"raypar-nccl-{self.name}", daemon=True
@@ -110,8 +111,7 @@ class NcclGroup(Group):
         reason = unavailable_reason()
         if reason is not None:
             raise CommError(f"{name}: comm backend 'nccl' cannot be used here: {reason}")
-        index = torch.cuda.current_device() if device is None else device
-        place = torch.device("cuda", index) if isinstance(index, int) else torch.device(index)
+        place = _nccl_api.numbered(device)
         if place.type != "cuda":
             raise CommError(f"{name}: backend 'nccl' needs a CUDA device, not {place}")
         if network is not None:
@@ -217,7 +217,10 @@ class NcclGroup(Group):
         """
         call = self._call(f"reduce_scatter {name!r}")
         self._one_per_rank(tensors, call)
-        stacked = self._plain(torch.stack([t.detach() for t in tensors]), call)
+        rows = [t.detach() for t in tensors]
+        # Rows of one flat bucket are reduced where they lie.
+        whole = _nccl_api.as_one(rows)
+        stacked = self._plain(torch.stack(rows) if whole is None else whole, call)
         per, kind, code = _nccl_api.reduced_as(stacked.dtype, "sum", call())
         out = torch.empty_like(stacked[0]) if into is None else into
         if out.numel() == 0:
@@ -301,14 +304,13 @@ class NcclGroup(Group):
         self._closed = True
         self._stop.set()
         self._watch.join(1.0)
-        lanes = [self._all, *self._pairs.lanes()]
+        lanes = self._lanes()
         deadline = time.monotonic() + self.timeout_s
         while self._failed is None and time.monotonic() < deadline:
             if all(lane.stream.query() for lane in lanes):
                 break
             time.sleep(_POLL_S)
-        for lane in lanes:
-            lane.end(clean=self._failed is None and bool(lane.stream.query()))
+        end_all(lanes, self._failed is None and all(lane.stream.query() for lane in lanes))
         self._control.close()
 
     def _fail(self, kind: type[CommError], reason: str) -> None:
@@ -317,10 +319,21 @@ class NcclGroup(Group):
                 return
             self._failed = (kind, reason)
             children = list(self._children)
-        for lane in [self._all, *self._pairs.lanes()]:
-            lane.end(clean=False)
+        end_all([lane for group in self._family(children) for lane in group._lanes()], False)
+
+    def _family(self, children: Sequence[NcclGroup]) -> list[NcclGroup]:
+        """This group, and all below it that had not failed before: they fail with it."""
+        found = [self]
         for child in children:
-            child._fail(kind, reason)
+            with child._lock:
+                if child._failed is None and not child._closed:
+                    child._failed = self._failed
+                below = list(child._children)
+            found += child._family(below)
+        return found
+
+    def _lanes(self) -> list[Lane]:
+        return [self._all, *self._pairs.lanes()]
 
     # ---- plumbing -------------------------------------------------------------------------
 
@@ -391,9 +404,12 @@ class NcclGroup(Group):
                         waited = time.monotonic() - work.began
                         if waited > self.timeout_s and (late is None or waited > late[0]):
                             late = (waited, work.call())
-                error = self._all.async_error()
+                errors = (lane.async_error() for lane in self._lanes())
+                error = next((e for e in errors if e is not None), None)
             except RuntimeError as failure:  # the CUDA context is lost
-                self._fail(CommError, str(_nccl_api.explain(failure, "watching its kernels")))
+                text = str(_nccl_api.explain(failure, "watching its kernels"))
+                self._fail(CommError, text)
+                self._control.abort(f"on rank {self.rank} {text}")
                 return
             if late is not None:
                 self._fail(
@@ -404,8 +420,8 @@ class NcclGroup(Group):
                 self._control.abort(f"{late[1]} missed its deadline")
                 return
             if error is not None:
-                self._fail(CommError, f"NCCL reports error {error}; NCCL_DEBUG=WARN tells more")
-                self._control.abort(f"NCCL error {error} on rank {self.rank}")
+                self._fail(CommError, error)
+                self._control.abort(f"on rank {self.rank} {error}")
                 return
 
 
