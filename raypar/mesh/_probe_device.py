@@ -144,7 +144,8 @@ def gpu_seconds(
         event: Makes an event that can be timed.
         least_s: A row takes at least this long, in seconds.
     """
-    count, found = 1, []
+    count = 1
+    found: list[float] = []
     while len(found) < _ROWS_OF_CALLS:
         begin, end = event(enable_timing=True), event(enable_timing=True)
         begin.record()

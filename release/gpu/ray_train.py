@@ -73,14 +73,18 @@ def _train(on_gpu: bool, folder: str) -> dict[str, Any]:
     """Half of the steps, and the other half in a second run that begins from the checkpoint."""
     import raypar as rp
     from release.gpu.models import SMOKE
+    from release.gpu.solo import solo_plan
 
+    shape = SMOKE["gpt-smoke"]
+    graph = rp.capture(shape.model, shape.data())
+    plan = solo_plan(graph, "cuda" if on_gpu else "cpu", 2)
     began = time.perf_counter()
     results = [
         rp.Trainer(
-            SMOKE["gpt-smoke"].model,
+            shape.model,
             optimizer=_optimizer,
             data=Batches,
-            plan="auto",
+            plan=plan,
             steps=steps,
             resume_from="auto",
             scaling_config=rp.ScalingConfig(num_workers=1, use_gpu=on_gpu),
