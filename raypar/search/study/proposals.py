@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -129,11 +130,27 @@ class Proposals:
         return self._ask(self.config.sampler) if near is None else self._ask(NEIGHBOUR, near)
 
     def _ask(self, proposer: str, params: Mapping[str, Any] | None = None) -> Asked:
-        if params is not None:
-            self.study.enqueue_trial(dict(params))
-        trial = self.study.ask()
+        trial = self.study.ask() if params is None else self._given(params)
         self._open[trial.number] = trial
         return Asked(trial, self.space.suggest(trial), proposer)
+
+    def _given(self, params: Mapping[str, Any]) -> optuna.Trial:
+        """A trial of given parameters.
+
+        It does not go through Optuna's queue: of that, whoever asks next takes the first, and that
+        may be another process on the same journal.
+        """
+        mark = uuid.uuid4().hex
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.RUNNING,
+                system_attrs={"fixed_params": dict(params)},
+                user_attrs={"mark": mark},
+            )
+        )
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        own = next(t for t in running if t.user_attrs.get("mark") == mark)
+        return optuna.Trial(self.study, own._trial_id)
 
     def close(self) -> None:
         """Nobody will tell any more what became of proposals that are still open."""

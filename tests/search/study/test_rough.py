@@ -20,9 +20,12 @@ from raypar.graph.opgraph import OpGraph
 from raypar.plan import Plan
 from raypar.search.config import SearchConfig
 from raypar.search.interop.contest import in_words
+from raypar.search.interop.workbench import Workbench
 from raypar.search.measure import Measured
 from raypar.search.plan import Found, search
 from raypar.search.record import TrialRecord
+from raypar.search.study.judge import Judge
+from raypar.search.study.proposals import Proposals
 from raypar.testing import models
 
 
@@ -102,6 +105,26 @@ def test_a_journal_tells_what_it_is_about(tmp_path: Path) -> None:
     for trial in plain.trials:
         if trial.state == TrialState.COMPLETE and "plan" in trial.user_attrs:
             assert f"× {trial.params['replicas']} replica" in trial.user_attrs["plan"]
+
+
+def test_processes_on_one_journal_do_not_take_each_others_proposals(tmp_path: Path) -> None:
+    config = SearchConfig(planner="optuna", seed=5, storage=str(tmp_path / "search.journal"))
+    space = Judge(Workbench(graph(), rp.Cluster.local(2), config)).space
+    one, other = (Proposals(config, "shared", space, parallel=False) for _ in range(2))
+    plan = rp.plan(graph(), rp.Cluster.local(2), SearchConfig(stages=2, microbatches=4))
+    wanted = space.suggest(optuna.trial.FixedTrial(space.parameters_of(plan)))
+    taken: list[optuna.Trial] = []
+    add = one.study.add_trial
+
+    def add_while_the_other_asks(trial: optuna.trial.FrozenTrial) -> None:
+        add(trial)
+        taken.append(other.study.ask())
+
+    one.study.add_trial = add_while_the_other_asks  # type: ignore[method-assign]
+    asked = one.near_plan(plan, "alpa")
+    assert asked.decisions == wanted
+    assert [trial.number for trial in taken] != [asked.trial.number]
+    assert "fixed_params" not in other.study.trials[taken[0].number].system_attrs
 
 
 def test_an_interrupt_leaves_no_trial_open(tmp_path: Path) -> None:
