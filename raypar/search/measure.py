@@ -81,7 +81,8 @@ class ProfiledStage:
     """What the programs of one stage took, alone on one device.
 
     Attributes:
-        seconds: Of a forward pass, a backward pass, and the two halves of one.
+        seconds: Of a forward pass, a backward pass, and the two halves of one; 0 for halves that
+            were not asked for.
         working_bytes: Most bytes that one microbatch held from its forward to the end of its
             backward, besides what was given; 0 where that is not known.
         took_s: Seconds of the whole measurement, compilation included.

@@ -21,6 +21,8 @@ from raypar.search.measure import ProfiledStage
 from raypar.sharding.collectives import set_context
 
 _LEAST, _MOST = 5, 40
+_FEWEST = 3
+"""Least runs where whoever asks has little time."""
 _BUDGET_S = 0.4
 """Longest that one program is repeated, in seconds, once it ran `_LEAST` times."""
 
@@ -88,6 +90,7 @@ def profile_job(
         device: Where; default: this process's CPU, of which one thread is used.
         budget_s: Seconds for which programs are repeated, once they ran a few times.
     """
+    least = _LEAST if budget_s is None else _FEWEST
     budget_s = 3 * _BUDGET_S if budget_s is None else budget_s
     began = time.perf_counter()
     device = device or torch.device("cpu")
@@ -105,7 +108,8 @@ def profile_job(
     context = Alone(dict(job.axes), Clock(device))
     with one_thread(), _in(context), torch.no_grad():
         sums = _Sums()
-        seconds = _measure(program, inputs, context, sums, budget_s)
+        bound = (least, budget_s)
+        seconds = _measure(program, inputs, context, sums, bound, halves=job.halves)
         tangents = _tangents(program, program.forward(list(inputs)))
         given = [*inputs, *tangents, *sums.values()]
         held = most_held(lambda: _once(program, inputs, tangents, sums), given, device)
@@ -136,8 +140,12 @@ def _measure(
     inputs: list[torch.Tensor],
     context: Alone,
     sums: _Sums,
-    budget_s: float,
+    bound: tuple[int, float],
+    *,
+    halves: bool,
 ) -> Seconds:
+    least, budget_s = bound
+    halves = halves and bool(program.input_gradients)
     made: list[Any] = []
     forward: list[float] = []
     backward: list[float] = []
@@ -156,13 +164,11 @@ def _measure(
         return [*kept, *made[program.n_outputs :], *_tangents(program, made)]
 
     began = time.perf_counter()
-    while len(forward) < _LEAST or (
-        time.perf_counter() - began < budget_s and len(forward) < _MOST
-    ):
+    while len(forward) < least or (time.perf_counter() - began < budget_s and len(forward) < _MOST):
         made = timed(forward, program.forward, list(inputs))
         if not program.weight_gradients and not program.input_gradients:
             continue
-        if program.input_gradients:
+        if halves:
             given = box()
             later = [given[i] for i in program.weight_kept]
             results = timed(first, program.backward_input, given)
@@ -173,6 +179,8 @@ def _measure(
         made.clear()
         timed(backward, program.backward, given, sums)
     whole = _typical(backward)
+    if program.input_gradients and not halves:
+        return Seconds(_typical(forward), whole, 0.0, 0.0)
     return Seconds(_typical(forward), whole, _typical(first) if first else whole, _typical(second))
 
 

@@ -32,6 +32,7 @@ class StageJob:
         outputs_with_grad: Positions of outputs with one.
         changing: Buffers that forward replaces.
         axes: (name, size) of its mesh.
+        halves: Whether the two halves of a backward pass are asked for besides the whole.
     """
 
     wire: Wire
@@ -42,6 +43,7 @@ class StageJob:
     outputs_with_grad: tuple[int, ...]
     changing: tuple[str, ...]
     axes: tuple[tuple[str, int], ...]
+    halves: bool = True
 
     def inputs(self, device: torch.device) -> list[torch.Tensor]:
         """Values for all inputs, the same each time."""
@@ -53,12 +55,13 @@ class StageJob:
         ]
 
 
-def job_of(stage: StageCode, wire: Wire | None = None) -> StageJob:
+def job_of(stage: StageCode, wire: Wire | None = None, *, halves: bool = True) -> StageJob:
     """The job of profiling a stage.
 
     Args:
         stage: The stage.
         wire: Its graph as it is shipped, where that is known.
+        halves: Whether the two halves of a backward pass are asked for besides the whole.
     """
     return StageJob(
         wire=pack(stage.graph) if wire is None else wire,
@@ -69,6 +72,7 @@ def job_of(stage: StageCode, wire: Wire | None = None) -> StageJob:
         outputs_with_grad=tuple(stage.outputs_with_grad),
         changing=tuple(stage.changing),
         axes=tuple(stage.axes),
+        halves=halves,
     )
 
 

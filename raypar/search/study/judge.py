@@ -14,6 +14,7 @@ from raypar.errors import RayparError
 from raypar.fit import check_plan
 from raypar.lowered import LoweredPlan, lower_plan, with_schedule
 from raypar.plan import Plan
+from raypar.schedules.instructions import Kind
 from raypar.search.cost.base import CostModel, StageCode, stage_code
 from raypar.search.cost.features import stage_work
 from raypar.search.cost.learned import LearnedCost
@@ -98,12 +99,14 @@ class Unknown:
         code: Its code.
         machine: Where it runs.
         seconds: What a forward and a backward pass of it are predicted to take alone.
+        halves: Whether its plan runs backward passes in halves.
     """
 
     index: int
     code: StageCode
     machine: MeshMachine
     seconds: float
+    halves: bool
 
 
 @contextlib.contextmanager
@@ -236,6 +239,7 @@ class Judge:
             may_run: Whether stages for a mesh can be profiled.
         """
         lowered = self._lower(plan)
+        halves = any(one.kind is Kind.BACKWARD_INPUT for own in lowered.lists for one in own)
         model = self.learned or self._learned_cost()
         programs: dict[str, Unknown] = {}
         unsure: dict[str, float] = {}
@@ -247,7 +251,7 @@ class Judge:
             cost, sigma = model.predict(code, machine, alone=True)
             seconds = cost.forward_s + cost.backward_s
             key = stage_work(code).digest
-            programs.setdefault(key, Unknown(index, code, machine, seconds))
+            programs.setdefault(key, Unknown(index, code, machine, seconds, halves))
             unsure[key] = unsure.get(key, 0.0) + sigma * seconds
         return programs[max(unsure, key=lambda key: unsure[key])] if unsure else None
 

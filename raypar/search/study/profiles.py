@@ -169,7 +169,8 @@ class Profiles:
         cluster = self.judge.bench.cluster
         devices = plan.stages[stage.index].mesh.devices
         device = next(d for d in devices if cluster.node_of(d).device == kind)
-        found = self._profiler.profile_stage(job_of(stage.code), kind, device)
+        job = job_of(stage.code, halves=stage.halves)
+        found = self._profiler.profile_stage(job, kind, device)
         if not (all(math.isfinite(s) and s >= 0.0 for s in found.seconds) and max(found.seconds)):
             raise RayparError(f"its programs were measured at {found.seconds} s")
         return found
