@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from raypar.errors import PlanError
 from raypar.plan import DATA, MeshSlice
@@ -81,7 +82,8 @@ class _Builder:
         """The program."""
         computes = self._computes()
         steps = [self._once(lane, group, rep) for lane, (group, rep) in enumerate(self.lanes)]
-        buckets = [self._buckets(group) for group, _ in self.lanes]
+        buckets = [self._buckets(group, "sync") for group, _ in self.lanes]
+        rounds = [self._buckets(group, "rounds") for group, _ in self.lanes]
         way_keys, ways = self._ways()
         tied = [self._tied(number) for number in range(len(self.setting.tied))]
         timed, resources = settle(self.needs)
@@ -94,6 +96,7 @@ class _Builder:
                 gather=timed[steps[lane][1]],
                 globals=timed[steps[lane][2]],
                 buckets={s: tuple(timed[at] for at in found) for s, found in buckets[lane].items()},
+                rounds={s: tuple(timed[at] for at in found) for s, found in rounds[lane].items()},
                 overhead=self.setting.overhead_s,
             )
             for lane, (group, replica) in enumerate(self.lanes)
@@ -162,6 +165,7 @@ class _Builder:
             if replica in (None, 0):
                 cost = self.setting.costs[stage]
                 self._count(mesh, mesh.devices, (*cost.gather, *cost.sync), 1)
+                self._count(mesh, mesh.devices, cost.rounds, self.setting.microbatches)
 
     def _count(
         self, mesh: MeshSlice, devices: Sequence[int], comm: Sequence[Collective], times: int
@@ -199,14 +203,19 @@ class _Builder:
             self._need(self.fabric.compute(actor, mesh, devices, counting)),
         )
 
-    def _buckets(self, group: int) -> dict[int, list[int]]:
-        """Stage → needs of its gradient buckets, all replicas together."""
+    def _buckets(self, group: int, which: Literal["sync", "rounds"]) -> dict[int, list[int]]:
+        """Stage → needs of its gradient buckets, all replicas together.
+
+        Args:
+            group: The rank group.
+            which: The buckets of a step, or those of a microbatch.
+        """
         mesh = self.setting.meshes[group]
         machine = machine_of(self.setting.cluster, mesh, self.setting.calibration)
         found = {}
         for stage in self.setting.stages_of(group):
             kinds: dict[tuple[str, str], int] = {}
-            for one in self.setting.costs[stage].sync:
+            for one in getattr(self.setting.costs[stage], which):
                 kinds[one.axis, one.kind] = kinds.get((one.axis, one.kind), 0) + one.nbytes
             total = max(kinds.values(), default=0)
             if not total:

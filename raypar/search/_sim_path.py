@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raypar.search._sim_build import Built
-from raypar.search._sim_program import DRAIN, JOIN, MEET, POST, TAKE, WORK
+from raypar.search._sim_program import AWAIT, DRAIN, JOIN, MEET, POST, TAKE, WORK
 from raypar.search._sim_run import Played
 
 
@@ -85,6 +85,8 @@ class _Walker:
             return sender, posted - 1
         if op[0] == DRAIN:
             return self._through_sync(lane, at)
+        if op[0] == AWAIT:
+            return self._through_meeting(lane, at, op[1], "sync")
         return self._through_meeting(lane, at, op[1], "norm")
 
     def _through_sync(self, lane: int, at: int) -> tuple[int, int]:

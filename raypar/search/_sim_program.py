@@ -6,6 +6,8 @@ those of `raypar.schedules.compile`; what travels beside compute is that of the 
 * a message leaves when its SEND is reached, behind earlier messages of the same pair of lanes;
 * gradient buckets leave one by one while the last backward of their stage goes on, one after the
   other in the background, and NORM waits for them;
+* gradients of which no rank keeps the whole (ZeRO-2) leave after every microbatch: those of a stage
+  only when those of the microbatch before are through;
 * gradients of a parameter that several rank groups hold are summed once all of them have them;
 * NORM is a meeting of all lanes.
 
@@ -22,15 +24,16 @@ from typing import Any
 from raypar.schedules.instructions import COMPUTE, RECV, SEND, Instruction, Kind
 from raypar.search._sim_fluid import Uses
 
-WORK, POST, TAKE, JOIN, MEET, DRAIN = range(6)
+WORK, POST, TAKE, JOIN, MEET, DRAIN, AWAIT = range(7)
 """Operations: compute; send; receive; join a meeting in the background; wait in one; wait for
-those joined in the background."""
+those joined in the background; wait for one of them."""
 
 OPTIMIZE, GATHER = -2, -1
 """Labels of the operations that belong to no instruction of the list."""
 
 Op = tuple[Any, ...]
-"""(WORK, seconds, uses), (POST, message), (TAKE, message), (JOIN or MEET, meeting), (DRAIN,)."""
+"""(WORK, seconds, uses), (POST, message), (TAKE, message), (DRAIN,); JOIN, MEET and AWAIT with
+their meeting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,8 @@ class LaneTimes:
         optimizer: The optimizer step.
         gather: What it does with its parameters before the first forward.
         globals: The counts of the whole batch.
-        buckets: Stage → its gradient buckets' times.
+        buckets: Stage → its gradient buckets' times, once a step.
+        rounds: Stage → the same of what leaves after every microbatch.
         overhead: Seconds around every instruction that computes or moves something.
     """
 
@@ -101,6 +105,7 @@ class LaneTimes:
     gather: Timed = Timed(0.0)
     globals: Timed = Timed(0.0)
     buckets: Mapping[int, tuple[Timed, ...]] = field(default_factory=dict)
+    rounds: Mapping[int, tuple[Timed, ...]] = field(default_factory=dict)
     overhead: float = 0.0
 
 
@@ -197,18 +202,25 @@ class _Compiler:
         return len(self.meetings) - 1
 
     def _buckets(self, group: int) -> dict[int, list[int]]:
-        """Stage → meetings of its gradient buckets: of all replicas of the group.
+        """Position of a backward → meetings of its gradient buckets: of all replicas of the group.
 
-        They are numbered in the order in which the stages complete them, which is that of the
+        They are numbered in the order in which the backwards complete them, which is that of the
         interpreter: the first of a queue never waits for a bucket that is filled later.
         """
-        own = self.lanes_of[group]
+        own = tuple(self.lanes_of[group])
         first = self.lanes[own[0]]
-        final = _final_backwards(self.lists[group], first)
-        return {
-            stage: [self._meeting(Meeting(tuple(own), t, group)) for t in first.buckets[stage]]
-            for stage in sorted(first.buckets, key=lambda stage: final.get(stage, 0))
-        }
+        found: dict[int, list[int]] = {}
+        delivered = _delivering(self.lists[group], first)
+        final = {stage: position for position, stage in delivered.items()}
+        for position, stage in delivered.items():
+            times = first.rounds.get(stage, ())
+            if final[stage] == position:
+                times = (*times, *first.buckets.get(stage, ()))
+            elif times:  # leaves as one: only how long it takes holds others up
+                times = (Timed(sum(t.seconds for t in times), times[0].uses),)
+            if times:
+                found[position] = [self._meeting(Meeting(own, t, group)) for t in times]
+        return found
 
     def _tied(self, one: Tied) -> tuple[int, dict[int, set[int]]]:
         """(meeting, rank group → its stages that deliver)."""
@@ -235,7 +247,8 @@ class _Compiler:
     def _lane(self, index: int, lane: LaneTimes) -> tuple[list[Op], list[int], list[int]]:
         program = self.lists[lane.group]
         work = {key: (WORK, t.seconds + lane.overhead, t.uses) for key, t in lane.compute.items()}
-        final = _final_backwards(program, lane)
+        final = {stage: position for position, stage in _delivering(program, lane).items()}
+        under_way: dict[int, int] = {}  # stage → the last meeting of its gradients' last round
         waiting = [(meeting, set(p.get(lane.group, ()))) for meeting, p in self.tied]
         ops: list[Op] = [
             (WORK, lane.optimizer.seconds, lane.optimizer.uses),
@@ -247,14 +260,15 @@ class _Compiler:
             if kind in COMPUTE:
                 assert now.stage is not None
                 op = work[now.stage, kind]
+                leaving = self.bucket_meetings[lane.group].get(position, [])
+                ops += self._leaving(op, leaving, under_way.get(now.stage))
+                if leaving and now.stage in lane.rounds:
+                    under_way[now.stage] = leaving[-1]
                 if final.get(now.stage) == position:
-                    ops += self._final(op, self.bucket_meetings[lane.group].get(now.stage, []))
                     for meeting, stages in waiting:
                         if now.stage in stages:
                             stages.remove(now.stage)
                             ops += [] if stages else [(JOIN, meeting)]
-                else:
-                    ops.append(op)
             elif kind in SEND:
                 ops.append((POST, self._message(now, index, lane)))
             elif kind in RECV:
@@ -267,12 +281,16 @@ class _Compiler:
             last.append(len(ops) - 1)
         return ops, labels, last
 
-    def _final(self, op: Op, meetings: Sequence[int]) -> list[Op]:
-        """The last backward of a stage: after every part of it one bucket is complete."""
+    def _leaving(self, op: Op, meetings: Sequence[int], before: int | None) -> list[Op]:
+        """A backward: after every part of it one bucket is complete.
+
+        Buckets that leave in every microbatch wait for those of the one `before`.
+        """
         if not meetings:
             return [op]
         part = (WORK, op[1] / len(meetings), op[2])
-        return [each for meeting in meetings for each in (part, (JOIN, meeting))]
+        ops = [each for meeting in meetings for each in (part, (JOIN, meeting))]
+        return ops if before is None else [part, (AWAIT, before), *ops[1:]]
 
     def _message(self, now: Instruction, index: int, lane: LaneTimes) -> int:
         assert now.peer is not None and now.message is not None
@@ -291,17 +309,19 @@ class _Compiler:
         return own[replica] if len(own) > 1 else own[0]
 
 
-def _final_backwards(program: Sequence[Instruction], lane: LaneTimes) -> dict[int, int]:
-    """Stage → position of the instruction that completes its gradients.
+def _delivering(program: Sequence[Instruction], lane: LaneTimes) -> dict[int, int]:
+    """Position → stage of every instruction that delivers gradients of parameters.
 
-    That is its last backward or weight half, or, where the weight half has nothing to do, its
-    last input half.
+    These are backwards and weight halves, or, where the weight half has nothing to do, input
+    halves. The last one of a stage completes its gradients.
     """
     found: dict[int, int] = {}
     for position, now in enumerate(program):
-        if now.kind in COMPUTE and now.kind is not Kind.FORWARD and now.stage is not None:
-            empty = lane.compute[now.stage, now.kind].seconds <= 0.0
-            if now.kind is Kind.BACKWARD_WEIGHT and empty:
+        if now.kind not in COMPUTE or now.kind is Kind.FORWARD or now.stage is None:
+            continue
+        if now.kind is not Kind.BACKWARD:
+            empty = lane.compute[now.stage, Kind.BACKWARD_WEIGHT].seconds <= 0.0
+            if empty is (now.kind is Kind.BACKWARD_WEIGHT):
                 continue
-            found[now.stage] = position
+        found[position] = now.stage
     return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from raypar.errors import ScheduleError
 from raypar.search._sim_fluid import FluidClock
 from raypar.search._sim_program import (
+    AWAIT,
     DRAIN,
     JOIN,
     MEET,
@@ -84,6 +85,7 @@ class _Player:
         self.in_meeting: dict[int, bool] = dict.fromkeys(self.queues, False)
         self.open = [0] * n_lanes  # meetings joined in the background and not over
         self.draining = [False] * n_lanes
+        self.awaiting: dict[int, list[int]] = {}  # meeting → lanes that wait for it
         self.complete = [0.0] * n_lanes
 
     def run(self) -> None:
@@ -137,6 +139,11 @@ class _Player:
                         self.waiter[op[1]] = lane
                     else:
                         self.clock.at(there, self._next, lane)
+                    return
+            elif code == AWAIT:
+                if self.met[op[1]][2] == _NEVER:
+                    self.at[lane] = at
+                    self.awaiting.setdefault(op[1], []).append(lane)
                     return
             elif code == DRAIN:
                 if self.open[lane]:
@@ -225,3 +232,5 @@ class _Player:
                 self.draining[lane] = False
                 self.complete[lane] = joined
                 self._next(lane)
+        for lane in self.awaiting.pop(meeting, ()):
+            self._next(lane)

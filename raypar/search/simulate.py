@@ -18,7 +18,7 @@ from raypar.plan import Plan
 from raypar.schedules.instructions import COMPUTE, Instruction
 from raypar.search._sim_build import Built, build
 from raypar.search._sim_input import Moved, Setting
-from raypar.search._sim_program import DRAIN, GATHER, MEET, TAKE
+from raypar.search._sim_program import AWAIT, DRAIN, GATHER, MEET, TAKE
 from raypar.search._sim_run import Played, play
 from raypar.search._sim_setting import setting_of
 from raypar.search.cost.base import CostModel
@@ -121,6 +121,8 @@ def _lane_report(
         if took > 0.0:
             if op[0] == TAKE:
                 comm += end - min(max(played.sent[op[1]], start), end)
+            elif op[0] == AWAIT:
+                comm += end - max(played.met[op[1]][0], start)
             elif op[0] == MEET:
                 comm += end - played.met[op[1]][0]
             elif op[0] == DRAIN:

@@ -11,7 +11,7 @@ from raypar.search._sim_build import Built
 from raypar.search._sim_input import Setting
 from raypar.search._sim_memory import MOVING, MemoryTimeline, memory_of
 from raypar.search._sim_path import Link, critical_path
-from raypar.search._sim_program import DRAIN, GATHER, MEET, OPTIMIZE, TAKE
+from raypar.search._sim_program import AWAIT, DRAIN, GATHER, MEET, OPTIMIZE, TAKE
 from raypar.search._sim_run import Played
 
 __all__ = [
@@ -258,6 +258,8 @@ class Simulation:
         if op[0] == TAKE:
             handed = min(max(played.sent[op[1]], start), end)
             return _split(start, handed, end)
+        if op[0] == AWAIT:
+            return _split(start, max(played.met[op[1]][0], start), end)
         if op[0] == MEET:
             return _split(start, played.met[op[1]][0], end)
         if op[0] == DRAIN:

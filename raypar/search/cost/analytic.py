@@ -57,6 +57,7 @@ class AnalyticCost(CostModel):
             backward_weight_comm=timed(second.moves, machine),
             gather=timed(params.gather, machine),
             sync=timed(params.sync, machine),
+            rounds=timed(params.rounds, machine),
             optimizer_s=machine.optimizer_s(params.optimized_bytes, params.optimized),
             param_bytes=params.param_bytes,
             gradient_bytes=params.gradient_bytes,

@@ -79,6 +79,7 @@ class StageCost:
         gather: Collectives that bring parameters from how they are stored to how programs take
             them, once per step.
         sync: Collectives that sum up gradients, once per step.
+        rounds: Collectives that sum up gradients after every microbatch (ZeRO-2).
         optimizer_s: Seconds of the optimizer, once per step.
         param_bytes: Parameters as they are stored, and as programs take them where that is a copy.
         gradient_bytes: Accumulated gradients.
@@ -105,6 +106,7 @@ class StageCost:
     backward_weight_comm: tuple[Collective, ...] = ()
     gather: tuple[Collective, ...] = ()
     sync: tuple[Collective, ...] = ()
+    rounds: tuple[Collective, ...] = ()
     optimizer_s: float = 0.0
     param_bytes: int = 0
     gradient_bytes: int = 0

@@ -37,6 +37,7 @@ class ParamCost(NamedTuple):
         optimized: How many tensors these are.
         gather: Once per step: stored → held.
         sync: Once per step: gradients of held → of stored.
+        rounds: After every microbatch: the same where no rank keeps whole gradients (ZeRO-2).
     """
 
     param_bytes: int
@@ -46,6 +47,7 @@ class ParamCost(NamedTuple):
     optimized: int
     gather: tuple[Move, ...]
     sync: tuple[Move, ...]
+    rounds: tuple[Move, ...]
 
 
 def moves(
@@ -112,6 +114,7 @@ def param_cost(stage: StageCode) -> ParamCost:
     held = gradients = states = optimized = count = 0
     gather: list[Move] = []
     sync: list[Move] = []
+    rounds: list[Move] = []
     for node in stage.graph.find_nodes(op="placeholder"):
         key = str(node.meta["id"])
         if not key.startswith("param:"):
@@ -133,8 +136,9 @@ def param_cost(stage: StageCode) -> ParamCost:
                 )
                 gather += moves(*arguments)
                 back = moves(*arguments, backward=True)
-                if trainable:
-                    sync += back
+                for move in back if trainable else ():
+                    every = layout.zero >= 2 and move.kind == REDUCE_SCATTER
+                    (rounds if every else sync).append(move)
                 if all(move.kind != REDUCE_SCATTER for move in back):
                     summed = part  # each rank's own part of the gradient needs no other's
         held += own + (part if _has_copy(layout) else 0)
@@ -143,7 +147,8 @@ def param_cost(stage: StageCode) -> ParamCost:
             states += part
             optimized += part
             count += 1
-    return ParamCost(held, gradients, states, optimized, count, bundle(gather), bundle(sync))
+    once, often = bundle(sync), bundle(rounds)
+    return ParamCost(held, gradients, states, optimized, count, bundle(gather), once, often)
 
 
 def _stored_bytes(layout: ParamLayout, itemsize: int, axes: Axes) -> int:

@@ -207,7 +207,7 @@ class WayMaker:
             return (self.config.zero,)
         if devices == 1:
             return (0,)  # there is nobody to share with
-        return (0, 2, 3) if wish.zero == "auto" else (wish.zero,)
+        return (0, 1, 2, 3) if wish.zero == "auto" else (wish.zero,)
 
     def short(self, local_batch: int) -> _Short:
         """The short graph at a microbatch size."""

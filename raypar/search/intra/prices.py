@@ -17,7 +17,7 @@ from raypar.search.cost.machine import MeshMachine
 from raypar.search.cost.params import BUCKET_BYTES, Move, moves
 from raypar.search.cost.work import BACKWARD_KIND, Work, is_free, node_work
 from raypar.search.intra.settings import Graph, IntraSettings, Value
-from raypar.sharding.convert import COLLECTIVES, NONE, conversion, state_after
+from raypar.sharding.convert import COLLECTIVES, NONE, REDUCE_SCATTER, conversion, state_after
 from raypar.sharding.layout import layout_of
 from raypar.sharding.rules.base import Strategy
 from raypar.sharding.spec import RG, ShardingSpec, is_shard
@@ -52,7 +52,8 @@ class ParamPrice(NamedTuple):
 
     Attributes:
         step_s: Seconds once per step: gather, gradient sync, optimizer.
-        microbatch_s: Seconds per microbatch (ZeRO-3 gathers inside the programs).
+        microbatch_s: Seconds per microbatch (ZeRO-3 gathers inside the programs, ZeRO-2 shares
+            gradients out).
         resident: Bytes held through the step: parameter, gradient and optimizer states.
     """
 
@@ -247,7 +248,9 @@ class Prices:
         if layout.in_program:
             inside = sum(self.collective(m) for m in (*gather, *sync))
         else:
-            step = sum(map(self._bucketed, (*gather, *sync)))
+            often = [m for m in sync if layout.zero >= 2 and m.kind == REDUCE_SCATTER]
+            inside = sum(map(self._bucketed, often))
+            step = sum(map(self._bucketed, (*gather, *sync))) - inside
         if trained:
             step += self.machine.optimizer_s(part, 1)
             gradient = part if layout.zero >= 2 else own
