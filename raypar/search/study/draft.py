@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 
 from raypar.errors import PlanError
 from raypar.plan import Plan
+from raypar.schedules.interleaved_1f1b import warm_up
+from raypar.schedules.interleaved_zero_bubble import InterleavedZeroBubble
+from raypar.schedules.registry import get_schedule
 from raypar.search.interop.pipeline import Pipeline, Stage, Way, WayTable, best_pipeline
 from raypar.search.interop.space import Split, stage_sizes
 from raypar.search.interop.ways import WayKey, Wish
@@ -22,7 +25,7 @@ from raypar.search.study.space import MIXED, SOLVER, Decisions, Space
 _MOST_TABLES = 256
 _MIXED_SLOTS = 16
 """Unequal stages are searched in sizes of which so many fill the cluster."""
-_RAMP = {"zero_bubble_h1": 1 / 3}
+RAMP = dict.fromkeys(("zero_bubble_h1", "interleaved_zero_bubble", "interleaved_eager"), 1 / 3)
 """Share of 1F1B's fill and drain that other schedules have."""
 
 
@@ -296,19 +299,32 @@ def _smaller(tables: Sequence[WayTable], share: float) -> list[WayTable]:
     return [made[id(table)] for table in tables]
 
 
+def held_per_chunk(schedule: str, groups: int, chunks: int, microbatches: int) -> int:
+    """Microbatches that a chunk holds, on average over those of the group that holds most.
+
+    That is the first group: one turn through a chunk for each of its warm-up, and the next one.
+    """
+    found = get_schedule(schedule)
+    size = groups
+    if isinstance(found, InterleavedZeroBubble):
+        size = found.round_size(groups, microbatches)
+    turns = min(warm_up(0, groups, chunks, size) + 1, chunks * microbatches)
+    return -(-turns // chunks)
+
+
 def _by_shape(
     table: WayTable, groups: int, chunks: int, microbatches: int
 ) -> dict[tuple[int, ...], WayTable]:
     """Tables of ways on one mesh shape each, with a chunk's share of the memory.
 
-    A group runs ahead by one round through all its chunks, and by what one round of the pipeline
-    takes: all its chunks together hold that many microbatches (Narayanan et al. 2021, section 2.2).
+    What an op needs while it runs is needed once, since one chunk runs at a time.
     """
-    held = -(-(chunks + 1) * groups // chunks)
+    held = held_per_chunk(table.schedule, groups, chunks, microbatches)
     found: dict[tuple[int, ...], list[Way]] = {}
     for way in table.ways:
         assert isinstance(way.key, WayKey)
-        found.setdefault(way.key.shape, []).append(replace(way, memory=way.memory / chunks))
+        share = replace(way, memory=way.memory / chunks, transient=way.transient / chunks)
+        found.setdefault(way.key.shape, []).append(share)
     return {s: WayTable(ways, microbatches, table.schedule, held) for s, ways in found.items()}
 
 
@@ -320,5 +336,5 @@ def _step_s(stages: Sequence[Stage], groups: int, microbatches: int, schedule: s
     busy = [sum(s.seconds for s in stages[g::groups]) for g in range(groups)]
     slowest = max(busy)
     chunks = len(stages) / groups
-    ramp = (sum(busy) - slowest) / chunks * _RAMP.get(schedule, 1.0)
+    ramp = (sum(busy) - slowest) / chunks * RAMP.get(schedule, 1.0)
     return microbatches * slowest + ramp

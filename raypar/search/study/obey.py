@@ -11,8 +11,8 @@ from raypar.plan import Plan
 from raypar.search.config import SearchConfig
 from raypar.search.interop.space import check_options
 
-INTERLEAVED = "interleaved_1f1b"
-"""The schedule of several stages per rank group."""
+INTERLEAVED = ("interleaved_1f1b", "interleaved_zero_bubble", "interleaved_eager")
+"""The schedules of several stages per rank group."""
 
 
 def least_groups(config: SearchConfig) -> int:
@@ -50,10 +50,10 @@ def _check_chunks(graph: OpGraph, config: SearchConfig) -> None:
     chunks, most = config.chunks, len(graph.cuts) + 1
     if chunks < 1:
         raise PlanError(f"search.chunks is {chunks}; it is at least 1")
-    if config.schedule not in ("auto", INTERLEAVED):
+    if config.schedule not in ("auto", *INTERLEAVED):
         raise PlanError(
             f"search.chunks is {chunks}, and train.schedule {config.schedule} runs one stage per "
-            f"rank group: set train.schedule: {INTERLEAVED}, or search.chunks: 1"
+            f"rank group: set train.schedule: {' or '.join(INTERLEAVED)}, or search.chunks: 1"
         )
     if config.stages != "auto" and (config.stages < 2 * chunks or config.stages % chunks):
         raise PlanError(

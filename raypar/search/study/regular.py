@@ -12,8 +12,7 @@ from collections.abc import Iterator
 
 from raypar.search.config import SearchConfig
 from raypar.search.interop.workbench import Workbench
-from raypar.search.study.draft import Draft, Drafter, InfeasibleError
-from raypar.search.study.obey import INTERLEAVED
+from raypar.search.study.draft import RAMP, Draft, Drafter, InfeasibleError
 from raypar.search.study.space import Decisions
 
 REGULAR = "regular"
@@ -21,7 +20,7 @@ REGULAR = "regular"
 _LEAST_DEVICES = 8
 """On fewer, the exact planners and the sampler see all of it."""
 _LOCAL_BATCHES = (1, 2, 4)
-_CHUNKS = (1, 2, 4, 6, 8)
+_CHUNKS = (1, 2, 4, 6, 8, 12)
 _MOST_DRAFTS = 200
 _SHOWN = 4
 
@@ -61,7 +60,8 @@ def _step_s(draft: Draft) -> float:
     groups = len({group for group, _ in draft.placement})
     seconds = [stage.seconds for stage in draft.stages]
     rounds = [max(seconds[i : i + groups]) for i in range(0, len(seconds), groups)]
-    return sum(rounds) * draft.split.microbatches + max(rounds) * (groups - 1)
+    ramp = max(rounds) * (groups - 1) * RAMP.get(draft.schedule, 1.0)
+    return sum(rounds) * draft.split.microbatches + ramp
 
 
 def _fixes(config: SearchConfig) -> bool:
@@ -85,5 +85,5 @@ def _all(bench: Workbench) -> Iterator[Decisions]:
                 for chunks in _CHUNKS:
                     if groups * chunks > len(bench.units) or (chunks > 1 and microbatches % groups):
                         continue
-                    schedule = INTERLEAVED if chunks > 1 else "eager_1f1b"
+                    schedule = "interleaved_zero_bubble" if chunks > 1 else "eager_1f1b"
                     yield Decisions(replicas, local, tensor, groups, chunks, schedule, used=devices)

@@ -32,11 +32,11 @@ _MOST_OWN = 16
 """Up to so many rank groups, every stage can have cuts and policies of its own."""
 _FURTHEST = 3
 """Units by which a proposal may move a cut from where the solver put it."""
-_MOST_CHUNKS = 8
+_CHUNKS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 _MODES = (SOLVER, "batch", "tensor")
 _PLAIN = (
-    "replicas", "local_batch", "used", "devices", "groups", "chunks", "schedule", "recompute",
-    "zero", "modes", "turned",
+    "replicas", "local_batch", "used", "devices", "groups", "chunks", "schedule", "interleaved",
+    "recompute", "zero", "modes", "turned",
 )  # fmt: skip
 """Decisions for the whole plan, not for one layer or stage."""
 
@@ -133,7 +133,7 @@ class Space:
         self.most_groups = min(len(bench.units), cluster.n_devices, MOST_STAGES)
         self.groups = _groups(self.config, self.most_groups)
         self.chunks = _chunks(self.config, len(bench.units))
-        self.schedules = _schedules(self.config)
+        self.schedules, self.interleaved = _schedules(self.config)
         self.recompute = _fixed(self.config.recompute, (SOLVER, *RECOMPUTE_POLICIES))
         self.zero = _fixed(self.config.zero, (SOLVER, 0, 1, 2, 3))
         sharded = max(self.devices) > 1 or MIXED in self.devices
@@ -161,12 +161,11 @@ class Space:
             groups = min(groups, max(units // chunks, self._least_groups))
         elif groups > 1:
             chunks = min(chunks, max(units // groups, 1))
-        schedules = self.schedules if self.config.chunks == 1 else [INTERLEAVED]
-        schedule = _pick(trial, "schedule", schedules)
+        schedule = _pick(trial, "schedule", self.schedules)
         if chunks > 1:
-            schedule = INTERLEAVED
+            schedule = _pick(trial, "interleaved", self.interleaved)
         elif groups == 1:
-            schedule = schedules[0]
+            schedule = self.schedules[0]
         forms: tuple[tuple[str, str], ...] = ()
         if self.patterns and devices != 1 and _pick(trial, "told", (False, True)):
             forms = self._forms(trial)
@@ -249,6 +248,8 @@ class Space:
             "turned": self.turned,
             "used": self.used,
         }
+        if base.get("chunks", self.chunks[0]) > 1:
+            unordered = {"interleaved": self.interleaved, **unordered}
         for name, choices in unordered.items():
             yield from _others(base, name, choices)
         for step in (1, 2):
@@ -285,6 +286,7 @@ class Space:
             "groups": (groups, self.groups),
             "chunks": (chunks, self.chunks),
             "schedule": (plan.schedule.name, self.schedules),
+            "interleaved": (plan.schedule.name, self.interleaved),
             "told": (False, (False, True)),
             "own": ("none", ("none", "cuts", "policies")),
             "recompute": (recompute.pop() if len(recompute) == 1 else SOLVER, self.recompute),
@@ -346,16 +348,19 @@ def _groups(config: SearchConfig, most: int) -> list[int]:
 def _chunks(config: SearchConfig, units: int) -> list[int]:
     if config.chunks != 1 or config.stages != "auto":
         return [config.chunks]
-    if config.schedule not in ("auto", INTERLEAVED):
+    if config.schedule not in ("auto", *INTERLEAVED):
         return [1]
-    return list(range(1, min(_MOST_CHUNKS, max(units // 2, 1)) + 1))
+    return [n for n in _CHUNKS if n <= max(units // 2, 1)]
 
 
-def _schedules(config: SearchConfig) -> list[str]:
+def _schedules(config: SearchConfig) -> tuple[list[str], list[str]]:
+    """Those of one stage per rank group, and those of several."""
     if config.schedule != "auto":
-        return [config.schedule]
-    names = [n for n in schedule_names() if n != INTERLEAVED]
-    return sorted(names, key=lambda n: n != "1f1b")
+        return [config.schedule], [config.schedule]
+    if config.chunks > 1:
+        return [INTERLEAVED[0]], list(INTERLEAVED)
+    names = [n for n in schedule_names() if n not in INTERLEAVED]
+    return sorted(names, key=lambda n: n != "1f1b"), list(INTERLEAVED)
 
 
 def _used(bench: Workbench) -> list[int]:

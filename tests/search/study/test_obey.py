@@ -33,6 +33,7 @@ def graph() -> OpGraph:
     [
         {"chunks": 2},
         {"stages": 4, "chunks": 2, "schedule": "interleaved_1f1b"},
+        {"stages": 4, "chunks": 2, "schedule": "interleaved_eager"},
         {"stages": 5},
         {"stages": 2, "tensor": 2},
         {"tensor": 3},

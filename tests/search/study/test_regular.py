@@ -11,11 +11,16 @@ import raypar as rp
 from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
+from raypar.schedules.check import check_lists
+from raypar.schedules.compile import compile_schedule
 from raypar.search.config import SearchConfig
 from raypar.search.interop.workbench import Workbench
+from raypar.search.study.draft import held_per_chunk
 from raypar.search.study.judge import Judge
+from raypar.search.study.obey import INTERLEAVED
 from raypar.search.study.regular import regular_plans
 from raypar.testing import models
+from raypar.testing.schedules import chain_io
 
 
 @cache
@@ -47,6 +52,18 @@ def test_each_shape_comes_once_the_best_first_and_can_be_carried_out() -> None:
 )
 def test_what_the_user_fixed_is_left_to_the_others(options: dict[str, Any]) -> None:
     assert regular_plans(_judge(**options).drafter) == []
+
+
+@pytest.mark.parametrize("schedule", INTERLEAVED)
+@pytest.mark.parametrize(("groups", "chunks", "microbatches"), [(4, 2, 8), (4, 3, 24), (2, 4, 2)])
+def test_drafts_count_what_chunks_hold(
+    schedule: str, groups: int, chunks: int, microbatches: int
+) -> None:
+    io = chain_io(groups * chunks, groups)
+    report = check_lists(compile_schedule(schedule, io, microbatches), io, microbatches)
+    most = max(report.peak_saved_bytes((1,) * io.n_stages))
+    counted = chunks * held_per_chunk(schedule, groups, chunks, microbatches)
+    assert most <= counted < most + chunks
 
 
 def test_a_small_cluster_has_none() -> None:
