@@ -28,6 +28,7 @@ def main() -> int:
             result = train_config(config)
         else:
             # Logical CPUs: two actors share the core of a machine that has one.
+            print("starting a Ray on this machine, and the model's ranks on it", flush=True)
             with start_private_ray(max(workers, os.cpu_count() or 1)):
                 result = train_config(config)
     except RayparError as error:
@@ -40,6 +41,7 @@ def main() -> int:
     print(f"\nloss {losses[0]:.2f} → {final:.2f} nats/byte (mean of the last {len(tail)} steps)")
     print(f"{result.metrics['tokens_per_s']:,.0f} tokens/s over {len(result.plan.stages)} stages")
     print(f"files: {result.path}/ (plan.json, metrics.jsonl, checkpoints/, config.resolved.yaml)")
+    print(f"as one page: {Path(sys.executable).with_name('raypar')} report {result.path}")
     if len(losses) >= config.train.steps and final > GOAL:
         print(f"the loss did not get below {GOAL} nats/byte", file=sys.stderr)
         return 1

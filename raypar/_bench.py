@@ -47,8 +47,9 @@ def bench_config(config: Config, plan_file: str | None, steps: int) -> dict[str,
         steps: Steps; the first two do not count.
 
     Returns:
-        ``steps`` that count, ``step_s`` (median, ``lowest``, ``highest``), ``predicted_s``, rates,
-        ``mfu`` where it is known, ``breakdown`` (part → median seconds), ``plan`` in words.
+        ``steps`` that count, ``step_s`` (median, ``lowest``, ``highest``), ``predicted_s`` and
+        what its ``costs`` rest on, rates, ``mfu`` where it is known, ``breakdown`` (part → median
+        seconds), ``plan`` in words.
     """
     seen = _Lines()
     with tempfile.TemporaryDirectory(prefix="raypar-bench-") as folder:
@@ -78,7 +79,7 @@ def bench_config(config: Config, plan_file: str | None, steps: int) -> dict[str,
             network=network_of(config),
         ).fit()
         written = Path(result.path) / PREDICTED_FILE
-        predicted = read_prediction(written).step_s if written.exists() else None
+        predicted = read_prediction(written) if written.exists() else None
     counted = seen.lines[_WARM_UP:]
     seconds = [line["step_s"] for line in counted]
     names = ("tokens_per_s", "samples_per_s", "mfu")
@@ -88,7 +89,8 @@ def bench_config(config: Config, plan_file: str | None, steps: int) -> dict[str,
         "step_s": statistics.median(seconds),
         "lowest_s": min(seconds),
         "highest_s": max(seconds),
-        "predicted_s": predicted,
+        "predicted_s": predicted and predicted.step_s,
+        "costs": predicted and predicted.source,
         **{
             name: statistics.median(line[name] for line in counted)
             for name in names
@@ -111,7 +113,8 @@ def bench_text(found: dict[str, Any]) -> str:
     ]
     if predicted:
         lines.append(
-            f"predicted {1000 * predicted:.1f} ms: measured ÷ predicted {step_s / predicted:.2f}"
+            f"predicted {1000 * predicted:.1f} ms: measured ÷ predicted {step_s / predicted:.2f} "
+            f"(costs: {found['costs']})"
         )
     rates = [
         f"{found[name]:,.0f} {name.removesuffix('_per_s')}/s"

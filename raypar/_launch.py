@@ -207,12 +207,26 @@ def train_config(
         if config.run.log_every:
             print(explained(config, made, graph, cluster), flush=True)
 
+    if config.run.log_every and config.mesh.num_workers != 0:
+        print(f"run {folder.name}: {_ray_in_words()}", flush=True)
     trainer = trainer_of(config).changed(
         run=dataclasses.replace(wanted, name=folder.name),
         resume_from=checkpoint or ("auto" if resume else None),
         on_plan=on_plan,
     )
     return trainer.fit()
+
+
+def _ray_in_words() -> str:
+    """Which Ray a run is about to use: to bring one up can take a minute without a word."""
+    import ray  # plans are made without it
+
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if ray.is_initialized():
+        return "on the Ray of this process"
+    if address in ("", "local"):
+        return "starting a Ray of its own on this machine (RAY_ADDRESS names no other)"
+    return f"on the Ray at {address}"
 
 
 def verify_config(config: Config, plan_file: str | Path | None = None, steps: int = 1) -> str:

@@ -141,7 +141,9 @@ def size(nbytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds with a unit: ``12.3 us``, ``7.21 ms``, ``3.5 s``."""
+    """Seconds with a unit: ``0 s``, ``12.3 us``, ``7.21 ms``, ``3.5 s``."""
+    if not seconds:
+        return "0 s"
     for unit, scale in (("us", 1e6), ("ms", 1e3)):
         if seconds * scale < 999.5:
             return f"{seconds * scale:.3g} {unit}"

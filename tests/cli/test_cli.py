@@ -321,4 +321,5 @@ def test_bench_tells_measured_and_predicted(config_file: Path, tmp_path: Path) -
     done = run("bench", config_file, "--set", "mesh.num_workers=0", "--steps", 4)
     assert done.exit_code == 0, done.output
     assert "measured ÷ predicted" in done.stdout
+    assert "(costs: uncalibrated: device table)" in done.stdout
     assert not (tmp_path / "runs").exists()

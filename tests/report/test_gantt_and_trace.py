@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raypar._plan_text import throughput
+from raypar._plan_text import duration, throughput
 from raypar.errors import ConfigError
 from raypar.mesh.devices import Link
 from raypar.report.gantt import gantt, gantt_rows
@@ -49,6 +49,10 @@ def test_no_cell_of_the_table_is_cut(step: Simulation, monkeypatch: pytest.Monke
 )
 def test_samples_a_second_are_written_out(rate: float, text: str) -> None:
     assert throughput(rate) == f"{text} samples/s"
+
+
+def test_nothing_has_no_small_unit() -> None:
+    assert [duration(0), duration(2e-6), duration(0.5)] == ["0 s", "2 us", "500 ms"]
 
 
 def test_the_chart_is_as_wide_as_it_may_be(step: Simulation) -> None:

@@ -49,7 +49,7 @@ def loss_curve(
     words = "of the global batch of every step"
     if dots:
         words += "; dots: loss on the evaluation data"
-    return _curve("loss", words, points, dots, lambda v: f"{v:.4g}", _HEIGHT)
+    return _curve("loss", words, points, dots, _number, _HEIGHT)
 
 
 def small_curves(steps: Sequence[dict[str, Any]]) -> list[Curve]:
@@ -66,7 +66,7 @@ def small_curves(steps: Sequence[dict[str, Any]]) -> list[Curve]:
             continue
         points = series(steps, key)
         if len({value for _, value in points}) > 1:
-            made = _curve(title, words, points, [], lambda v: f"{v:.4g}", _SMALL)
+            made = _curve(title, words, points, [], _number, _SMALL)
             if made is not None:
                 found.append(made)
     return found
@@ -133,6 +133,11 @@ def series(steps: Sequence[dict[str, Any]], key: str) -> list[Point]:
         for line in steps
         if (value := number(line.get(key))) is not None
     ]
+
+
+def _number(value: float) -> str:
+    """``0.0314``, ``4.25``, ``15,000``."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _curve(
