@@ -20,7 +20,8 @@ _GOLDEN = 137.508
 _MOST_STAGES = 24
 _STYLE = (
     "font:13px/1.45 system-ui,sans-serif;border:1px solid #8884;border-radius:8px;"
-    "padding:10px 14px;max-width:900px;display:inline-block"
+    "padding:10px 14px;max-width:min(900px,100%);box-sizing:border-box;display:inline-block;"
+    "overflow-x:auto"
 )
 # Told to inherit: in pages without a doctype tables do not.
 _TABLE = "border-collapse:collapse;color:inherit;font:inherit"
