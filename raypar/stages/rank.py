@@ -127,10 +127,6 @@ class Rank:
             ],
         )
 
-    def predicted_saved(self) -> dict[int, int]:
-        """Stage → predicted bytes that one microbatch holds between forward and backward."""
-        return {i: s.program.saved_bytes for i, s in self._holdings.stages.items()}
-
     @property
     def note(self) -> str | None:
         """Why the whole model had to be built here, or None."""

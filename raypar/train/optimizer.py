@@ -28,37 +28,22 @@ _REFUSED = {
 }
 
 
-def check_optimizer(optimizer: Any, forms: ParamForms) -> OptimizerFn:
-    """Builds `optimizer` once, on empty tensors of the model's shapes, to see what it is.
+def check_recipe(optimizer: Any, recipe: Recipe, forms: ParamForms) -> None:
+    """Checks, before anything is started, all that decides the numbers of a training.
+
+    The optimizer is built once, on empty tensors of the model's shapes, to see what it is.
 
     Args:
         optimizer: A callable from parameters to an optimizer, such as
             ``lambda params: torch.optim.AdamW(params, lr=3e-4)``, or an optimizer class; one whose
             first parameter is called ``named_parameters`` is given (name, parameter) pairs.
+        recipe: What goes with it.
         forms: The model's parameters (`raypar.OpGraph.params`).
 
-    Returns:
-        `optimizer` itself.
-
     Raises:
-        OptimizerError: It is no such callable, raises, or makes something that cannot be run on
-            one rank's parameters.
-    """
-    _check_built(_callable(optimizer), forms)
-    return optimizer  # type: ignore[no-any-return]
-
-
-def check_recipe(optimizer: Any, recipe: Recipe, forms: ParamForms) -> None:
-    """Checks, before anything is started, all that decides the numbers of a training.
-
-    Args:
-        optimizer: As in `check_optimizer`.
-        recipe: What goes with it.
-        forms: The model's parameters.
-
-    Raises:
-        OptimizerError: Optimizer or scheduler cannot be built or not be resumed, or the loss is
-            scaled for parameters that are float16 themselves.
+        OptimizerError: Optimizer or scheduler cannot be built or not be resumed, the optimizer
+            cannot be run on one rank's parameters, or the loss is scaled for parameters that are
+            float16 themselves.
     """
     built = _check_built(_callable(optimizer), forms)
     if recipe.scheduler is not None:
@@ -78,7 +63,7 @@ def check_resumed(optimizer: Any, recipe: Recipe, forms: ParamForms, saved: Chec
     """Checks, before anything is started, that a checkpoint can be gone on from.
 
     Args:
-        optimizer: As in `check_optimizer`.
+        optimizer: As in `check_recipe`.
         recipe: What goes with it.
         forms: The model's parameters.
         saved: The checkpoint.

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from raypar.errors import OptimizerError
-from raypar.train.optimizer import check_optimizer
+from raypar.stages.recipe import Recipe
+from raypar.train.optimizer import check_recipe
 
 PARAMETERS = {"first": ((4, 3), "float32", True), "second": ((3, 3), "float64", True)}
 
@@ -28,7 +29,7 @@ PARAMETERS = {"first": ((4, 3), "float32", True), "second": ((3, 3), "float64", 
     ],
 )
 def test_these_are_taken(optimizer: Any) -> None:
-    assert check_optimizer(optimizer, PARAMETERS) is optimizer
+    check_recipe(optimizer, Recipe(), PARAMETERS)
 
 
 @pytest.mark.parametrize(
@@ -45,4 +46,4 @@ def test_these_are_taken(optimizer: Any) -> None:
 )
 def test_these_are_refused_by_name(optimizer: Any, text: str) -> None:
     with pytest.raises(OptimizerError, match=text):
-        check_optimizer(optimizer, PARAMETERS)
+        check_recipe(optimizer, Recipe(), PARAMETERS)

@@ -218,13 +218,6 @@ def seconds_of(work: OpWork, machine: MeshMachine) -> OpSeconds:
     )
 
 
-def strategy_seconds(
-    node: fx.Node, strategy: Strategy, mesh: Sequence[int], machine: MeshMachine
-) -> OpSeconds:
-    """How long an op takes where it runs as `strategy` on a mesh of the given sizes."""
-    return seconds_of(op_work(node).scaled(share_of(strategy, mesh)), machine)
-
-
 class QuickCosts(NamedTuple):
     """Costs of many ops, one row for each, in the order they were given.
 

@@ -39,11 +39,6 @@ def tie(graph: Graph, options: Mapping[fx.Node, Sequence[Strategy]]) -> list[lis
     return sorted(ordered, key=lambda members: at[members[0]])
 
 
-def untied(graph: Graph) -> list[list[fx.Node]]:
-    """Every op for itself."""
-    return [[op] for op in graph.ops]
-
-
 def split(classes: Sequence[Sequence[fx.Node]], parts: int) -> list[list[fx.Node]]:
     """Cuts every class: half of it, half of the rest, and so on, `parts` pieces at most.
 

@@ -49,7 +49,6 @@ class Case:
         feels_microbatches: The result depends on how a batch is cut, even without randomness
             (BatchNorm, expert capacity, in-batch negatives, auxiliary losses).
         hf: Needs the ``hf`` extra (transformers).
-        replicas_exact: Two replicas must give the result of one.
         fp32_ops: Computes some ops in float32 whatever the model's dtype.
     """
 
@@ -64,7 +63,6 @@ class Case:
     batchnorm: bool = False
     feels_microbatches: bool = False
     hf: bool = False
-    replicas_exact: bool = True
     fp32_ops: bool = False
 
     def batch(self, seed: int = 0, global_batch: int = 8) -> Batch:

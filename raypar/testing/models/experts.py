@@ -100,13 +100,13 @@ class MoE(nn.Module):
         return task + 0.01 * balance
 
 
-@register(language, feels_microbatches=True, replicas_exact=False)
+@register(language, feels_microbatches=True)
 def moe_dense() -> nn.Module:
     """Capacity-limited experts: which tokens are dropped depends on the microbatch."""
     return MoE(DenseExperts)
 
 
-@register(language, data_dependent=True, replicas_exact=False)
+@register(language, data_dependent=True)
 def moe_sparse() -> nn.Module:
     """Experts that gather their tokens: shapes known only at run time."""
     return MoE(SparseExperts)

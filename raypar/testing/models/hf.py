@@ -104,7 +104,7 @@ def hf_bert() -> nn.Module:
     return tf.BertForMaskedLM(config).train()
 
 
-@register(_causal, hf=True, reduction="count", fp32_ops=True, replicas_exact=False)
+@register(_causal, hf=True, reduction="count", fp32_ops=True)
 def hf_mixtral() -> nn.Module:
     """Mixtral with two layers of four experts, computed as batched matrix products."""
     tf = _transformers()

@@ -174,7 +174,7 @@ def _views(g: torch.Generator, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     return base + 0.1 * floats(g, batch, FEATURES), base
 
 
-@register(_views, feels_microbatches=True, replicas_exact=False)
+@register(_views, feels_microbatches=True)
 def contrastive() -> nn.Module:
     """A loss with in-batch negatives: it mixes the samples of a microbatch."""
     return Contrastive()

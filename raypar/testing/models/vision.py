@@ -54,7 +54,7 @@ class CNN(nn.Module):
         return F.cross_entropy(self.classify(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)), label)
 
 
-@register(images, batchnorm=True, feels_microbatches=True, replicas_exact=False)
+@register(images, batchnorm=True, feels_microbatches=True)
 def cnn() -> nn.Module:
     """A residual network with BatchNorm and in-place activations."""
     return CNN()
