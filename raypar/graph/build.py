@@ -14,7 +14,7 @@ from raypar.compat import is_mutable
 from raypar.errors import CaptureError
 from raypar.graph.batchspec import BatchSpec
 from raypar.graph.passes.canonical import canonicalize
-from raypar.graph.passes.emit import Emitter, aten, is_op, op_name
+from raypar.graph.passes.emit import Emitter, aten, drop_unused, is_op, op_name
 from raypar.graph.passes.functionalize import functionalize
 from raypar.graph.passes.randomness import seed_random_ops
 from raypar.graph.passes.regions import drop_regions
@@ -105,8 +105,8 @@ def build_graph(
     output.args = ((*results, *updates.values()),)
     output.meta["results"] = len(results)
     output.meta["updates"] = list(updates)
-    _drop_dead(graph)
-    _name(raw, constants, rng)
+    drop_unused(graph)
+    _name(raw)
     assign_ids(graph)
     graph.lint()
     return CleanGraph(graph, raw.params, raw.buffers, raw.inputs, constants, rng, updates, results)
@@ -202,13 +202,7 @@ def _resolve(node: fx.Node) -> fx.Node:
     return node
 
 
-def _drop_dead(graph: fx.Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users:
-            graph.erase_node(node)
-
-
-def _name(raw: RawTrace, constants: dict[str, tuple[fx.Node, torch.Tensor]], rng: fx.Node) -> None:
+def _name(raw: RawTrace) -> None:
     for name, node in raw.params.items():
         node.meta["id"] = f"param:{name}"
     for name, node in raw.buffers.items():

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from raypar.compat import forgetting_sizes, make_fx, pytree
-from raypar.graph.passes.emit import aten
+from raypar.graph.passes.emit import aten, drop_unused
 from raypar.graph.passes.functionalize import functionalize
 from raypar.graph.replay import replay
 from raypar.sharding.convert import NONE
@@ -120,13 +120,6 @@ _SAME = frozenset((aten.detach.default, aten.alias.default, aten.lift_fresh.defa
 def is_transparent(node: fx.Node) -> bool:
     """Whether a traced node stands for its first argument, and is left out of joint graphs."""
     return node.op == "call_function" and (node.target in _SAME or _moves_nothing(node))
-
-
-def drop_unused(graph: fx.Graph) -> None:
-    """Erases the calls that nothing reads."""
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users:
-            graph.erase_node(node)
 
 
 def _moves_nothing(node: fx.Node) -> bool:

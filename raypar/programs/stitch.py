@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from raypar.graph.passes.emit import drop_unused
 from raypar.programs._op_template import Call, Lie, Made, Step, Template, template_of
-from raypar.programs.joint import Joint, drop_unused
+from raypar.programs.joint import Joint
 from raypar.programs.recurrent import KINDS
 from raypar.programs.wire import Wire, torch_constant
 

@@ -257,7 +257,7 @@ class _Lowering:
         args: Any = fx.map_arg(node.args, local)
         kwargs: Any = fx.map_arg(node.kwargs, local)
         self._at(node)
-        if _is_whole(strategy):
+        if strategy.whole:
             assert callable(node.target)
             with self.out.inserting_before(self.anchor):
                 call = self.out.call_function(node.target, args, kwargs)
@@ -325,7 +325,3 @@ class _Lowering:
             value.meta.pop("autocast", None)
             value.meta["id"] = f"{key}~{i}"
         return value
-
-
-def _is_whole(strategy: Strategy) -> bool:
-    return all(s == R for spec in (*strategy.inputs, *strategy.outputs) for s in spec)

@@ -79,6 +79,11 @@ def piece_of(ranges: tuple[Ranges, ...]) -> Piece:
     return Piece(shape, tuple(boxes))
 
 
+def whole_piece(shape: Sequence[int]) -> Piece:
+    """All of a tensor."""
+    return piece_of(tuple(((0, n),) for n in shape))
+
+
 def within(outer: Ranges, inner: Ranges) -> Ranges | None:
     """Where the elements `inner` of a dim are in the concatenation of `outer`.
 

@@ -7,13 +7,13 @@ that `raypar.stages.layouts.reports` gives it, and takes whatever parts its own 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from raypar.errors import CheckpointError
-from raypar.sharding.pieces import Piece, piece_of
+from raypar.sharding.pieces import Piece, piece_of, whole_piece
 from raypar.stages.generators import random_states, set_random_states
 from raypar.stages.holdings import Holdings
 from raypar.stages.layouts import is_view, reports, stored_piece, taken_ranges
@@ -150,7 +150,7 @@ class RankState:
             # New memory: the present one may be shared with what a program returned.
             held.buffers[name] = torch.empty_like(buffer)
             key, shape = Key(BUFFER, "", name), tuple(buffer.shape)
-            wants.append(Want(key, shape, _all_of(shape), held.buffers[name]))
+            wants.append(Want(key, shape, whole_piece(shape), held.buffers[name]))
         if weights_only:
             return wants
         names = {id(param): name for name, param in held.stored.items()}
@@ -168,7 +168,7 @@ class RankState:
     ) -> Iterator[Want]:
         before, state = self._state_of(param), dict(saved.values["states"].get(name, {}))
         for slot, form in saved.slots(OPTIMIZER, name).items():
-            piece = self._stored_piece(name) if form.like else _all_of(form.shape)
+            piece = self._stored_piece(name) if form.like else whole_piece(form.shape)
             device = param.device
             if slot == "step" and not (group.get("capturable") or group.get("fused")):
                 device = torch.device("cpu")  # where torch's optimizers count
@@ -190,7 +190,7 @@ class RankState:
         if saved.world == self.spec.world:
             for slot, form in saved.slots(RANDOM, rank).items():
                 self._generators[slot] = torch.empty(form.shape, dtype=form.dtype)
-                key, piece = Key(RANDOM, slot, rank), _all_of(form.shape)
+                key, piece = Key(RANDOM, slot, rank), whole_piece(form.shape)
                 wants.append(Want(key, form.shape, piece, self._generators[slot]))
         return wants
 
@@ -239,23 +239,19 @@ class RankState:
     def _stored_piece(self, name: str) -> Piece:
         layout = self.spec.params.get(name)
         if layout is None:
-            return _all_of(self._shape(name))
+            return whole_piece(self._shape(name))
         return stored_piece(layout, self.spec.axes, self.spec.coordinate)
 
     def _taken_piece(self, name: str) -> Piece:
         layout = self.spec.params.get(name)
         if layout is None:
-            return _all_of(self._shape(name))
+            return whole_piece(self._shape(name))
         return piece_of(taken_ranges(layout, self.spec.axes, self.spec.coordinate))
 
 
 def _whole(key: Key, tensor: torch.Tensor) -> Held:
     shape = tuple(tensor.shape)
-    return Held(key, shape, _all_of(shape), tensor.detach(), False)
-
-
-def _all_of(shape: Sequence[int]) -> Piece:
-    return piece_of(tuple(((0, n),) for n in shape))
+    return Held(key, shape, whole_piece(shape), tensor.detach(), False)
 
 
 def _has_form(

@@ -135,9 +135,7 @@ class StageReplay:
 
     def _text(self, key: str) -> str:
         strategy = self._strategies.get(key)
-        specs = () if strategy is None else (*strategy.inputs, *strategy.outputs)
-        whole = all(state == "R" for spec in specs for state in spec)
-        return "" if whole else str(strategy)
+        return "" if strategy is None or strategy.whole else str(strategy)
 
     def _ranks(self, replica: int) -> list[int]:
         count = self._mesh.size // len(self._parts)

@@ -53,6 +53,13 @@ def pick(bound: dict[str, Any], *names: str) -> Any:
     return next((bound[name] for name in names if name in bound), None)
 
 
+def drop_unused(graph: fx.Graph) -> None:
+    """Erases the calls that nothing reads."""
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
+
+
 def fake_call(target: Any, args: Any, kwargs: Any, graph: fx.Graph | None = None) -> Any:
     """Runs `target` on the fake values of its node arguments; gives a fake result.
 

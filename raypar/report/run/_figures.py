@@ -14,7 +14,7 @@ from raypar.report.run.measured import MeasuredStep
 
 def figures(run: RunFiles, measured: MeasuredStep | None) -> list[Figure]:
     """What one looks at first; what is not known is left out."""
-    found = [_outcome(run), _loss(run), _step(run), _throughput(run), _bubble(run, measured)]
+    found = [_outcome(run), _loss(run), _step(run), _throughput(run), _bubble(run)]
     found += [_mfu(run), _memory(run, measured), _devices(run)]
     return [one for one in found if one is not None]
 
@@ -73,7 +73,7 @@ def _throughput(run: RunFiles) -> Figure | None:
     return Figure("throughput", value, f"{batch} a step" if batch else "median over the run")
 
 
-def _bubble(run: RunFiles, measured: MeasuredStep | None) -> Figure | None:
+def _bubble(run: RunFiles) -> Figure | None:
     shares = []
     for line in run.steps[1:]:
         waited, seconds = number(line.get("breakdown", {}).get("bubble")), line["step_s"]

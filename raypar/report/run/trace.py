@@ -73,8 +73,8 @@ def _measured(timeline: Timeline) -> Iterator[dict[str, Any]]:
         )
         for one in all_spans(timeline, rank, meetings):
             yield _slice(rank, one)
-        for step, stamps in zip(timeline.steps, timeline.stamps, strict=True):
-            yield from _held(timeline, rank, stamps[starts[rank] : starts[rank + 1]], step)
+        for stamps in timeline.stamps:
+            yield from _held(timeline, rank, stamps[starts[rank] : starts[rank + 1]])
     number = 0
     for stamps in timeline.stamps:
         for take, taker, senders in zip(
@@ -94,7 +94,7 @@ def _measured(timeline: Timeline) -> Iterator[dict[str, Any]]:
             number += 1
 
 
-def _held(timeline: Timeline, rank: int, stamps: np.ndarray, step: int) -> Iterator[dict[str, Any]]:
+def _held(timeline: Timeline, rank: int, stamps: np.ndarray) -> Iterator[dict[str, Any]]:
     """A counter of what the rank keeps for backward, where that is known and changes."""
     if not timeline.saved or not timeline.saved[rank]:
         return

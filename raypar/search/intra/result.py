@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from raypar.sharding.rules.base import Strategy
-from raypar.sharding.spec import R
 from raypar.sharding.strategies import pattern_of
 
 
@@ -46,16 +45,12 @@ class IntraPlan:
         found: dict[str, str] = {}
         for pattern, keys in alike.items():
             (common, _), *_ = Counter(self.choices[k] for k in keys).most_common(1)
-            left_out = _is_whole(common)
+            left_out = common.whole
             if len(keys) > 1 and not left_out:
                 found[pattern] = str(common)
             for key in keys:
                 strategy = self.choices[key]
-                said = _is_whole(strategy) if left_out else len(keys) > 1 and strategy == common
+                said = strategy.whole if left_out else len(keys) > 1 and strategy == common
                 if not said:
                     found[key] = str(strategy)
         return found
-
-
-def _is_whole(strategy: Strategy) -> bool:
-    return all(s == R for spec in (*strategy.inputs, *strategy.outputs) for s in spec)

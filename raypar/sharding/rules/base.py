@@ -21,7 +21,7 @@ import raypar.sharding.collectives  # noqa: F401  (registers raypar::convert)
 from raypar.compat import argument_names
 from raypar.graph.passes.emit import Emitter, bound_args, is_op, op_name
 from raypar.sharding.convert import conversion
-from raypar.sharding.spec import ShardingSpec, State
+from raypar.sharding.spec import R, ShardingSpec, State
 
 
 class Choice(NamedTuple):
@@ -125,6 +125,11 @@ class Strategy(NamedTuple):
     outputs: tuple[ShardingSpec, ...]
     tags: tuple[str, ...]
 
+    @property
+    def whole(self) -> bool:
+        """Whether every rank has all of every tensor."""
+        return all(state == R for spec in (*self.inputs, *self.outputs) for state in spec)
+
     def __str__(self) -> str:
         """``S0,R Rg,S1 > S0,P``: inputs, then results."""
         left = " ".join(str(s) for s in self.inputs)
@@ -142,6 +147,7 @@ class LocalCall:
         args: The call's positional arguments with local tensors in place.
         kwargs: The same for keyword arguments.
         emit: Writes nodes: ``emit(target, *args, **kwargs) -> node``.
+        mesh: Size of every mesh axis.
     """
 
     op: OpView
@@ -264,12 +270,6 @@ def find_localiser(name: str) -> Localiser | None:
     """The localiser of an op, if it has one."""
     _load()
     return _LOCALISERS.get(name)
-
-
-def rule_names() -> tuple[str, ...]:
-    """Every op that has a rule."""
-    _load()
-    return tuple(sorted(_RULES))
 
 
 def is_tensor(value: Any) -> bool:

@@ -19,6 +19,7 @@ import torch
 
 from raypar._version import __version__
 from raypar.errors import CheckpointError
+from raypar.sharding.pieces import whole_piece
 from raypar.stages.saved import PARAMETER, Key
 from raypar.train.checkpoint import Checkpoint
 from raypar.train.checkpoint.format import (
@@ -34,7 +35,7 @@ from raypar.train.checkpoint.reading import CheckedFile
 from raypar.train.checkpoint.storage import Storage, storage_at
 from raypar.train.checkpoint.writing import file_name
 from raypar.train.state import TrainState
-from raypar.train.weights.weights import Weights, refuse_existing, whole_of
+from raypar.train.weights.weights import Weights, refuse_existing
 
 _SPAN = 4 * BLOCK
 
@@ -56,7 +57,7 @@ def save_as_checkpoint(weights: Weights, path: str | Path) -> Checkpoint:
     tensors = {}
     for text, key in keys.items():
         form = weights.forms[key.name]
-        boxes = whole_of(form.shape).boxes
+        boxes = whole_piece(form.shape).boxes
         piece = SavedPiece(0, len(header) + offsets[text], form.shape, boxes)
         tensors[key] = SavedTensor(key, form.shape, form.dtype, True, (piece,))
 

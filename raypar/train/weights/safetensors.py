@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from raypar.errors import CheckpointError
-from raypar.sharding.pieces import Piece
+from raypar.sharding.pieces import Piece, whole_piece
 from raypar.train.checkpoint.image import DTYPES_BY_NAME, memory_of, write_tensors
 from raypar.train.checkpoint.reading import read_box
 from raypar.train.checkpoint.storage import Storage, storage_at
-from raypar.train.weights.weights import Form, Weights, whole_of
+from raypar.train.weights.weights import Form, Weights
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -105,7 +105,7 @@ def save_safetensors(weights: Weights, path: str | Path, names: Iterable[str] = 
     """
 
     def fill(name: str, room: torch.Tensor) -> None:
-        weights.fill(name, whole_of(tuple(room.shape)), room)
+        weights.fill(name, whole_piece(tuple(room.shape)), room)
 
     wanted = list(names) or list(weights.names)
     write_tensors(Path(path), {n: weights.forms[weights.names[n]] for n in wanted}, fill)

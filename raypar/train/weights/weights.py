@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from raypar.errors import CheckpointError
-from raypar.sharding.pieces import Piece, piece_of
+from raypar.sharding.pieces import Piece, whole_piece
 from raypar.train.checkpoint import Checkpoint
 from raypar.train.checkpoint.reading import Reader
 
@@ -54,7 +54,7 @@ class Weights(ABC):
         """A whole tensor, in its own dtype."""
         form = self.forms[self.names[name]]
         out = torch.empty(form.shape, dtype=form.dtype)
-        self.fill(name, whole_of(form.shape), out)
+        self.fill(name, whole_piece(form.shape), out)
         return out
 
 
@@ -93,11 +93,6 @@ class CheckpointWeights(Weights):
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_reader": None}  # it holds blocks that were read
-
-
-def whole_of(shape: tuple[int, ...]) -> Piece:
-    """All of a tensor."""
-    return piece_of(tuple(((0, n),) for n in shape))
 
 
 def refuse_existing(path: str, exists: bool) -> None:
