@@ -19,7 +19,7 @@ from raypar.programs.slicing import StageGraph
 from raypar.programs.wire import pack
 from raypar.stages.initial import InitialWeights
 from raypar.stages.recipe import Recipe
-from raypar.stages.spec import OptimizerFn, RankSpec, StageSpec
+from raypar.stages.spec import Engine, OptimizerFn, RankSpec, StageSpec
 from raypar.stages.transfers import posting_plan
 
 
@@ -33,6 +33,7 @@ def compile_plan(
     keep_gradients: bool = False,
     threads: int | None = None,
     accelerator: bool = False,
+    engine: Engine = "eager",
     initial: InitialWeights | None = None,
 ) -> list[RankSpec]:
     """Compiles a plan into one spec per rank, in rank order.
@@ -46,6 +47,7 @@ def compile_plan(
         keep_gradients: Keep a copy of every step's gradients on the ranks.
         threads: torch threads per rank, or None to leave them alone.
         accelerator: Whether ranks run on GPUs.
+        engine: How ranks run their programs (`raypar.stages.engines`).
         initial: What the model begins with in place of what the seed makes.
 
     Raises:
@@ -109,6 +111,7 @@ def compile_plan(
             threads=threads,
             keep_gradients=keep_gradients,
             accelerator=accelerator,
+            engine=engine,
         )
         specs += [_at(first, position, device) for position, device in enumerate(devices)]
     return specs

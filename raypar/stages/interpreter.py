@@ -21,6 +21,7 @@ from raypar.sharding.collectives import set_context
 from raypar.stages.batch import first_sample, microbatch_rows
 from raypar.stages.holdings import HeldStage, Workshop
 from raypar.stages.meters import FiniteWatch, SavedMeter
+from raypar.stages.pinned import Inputs
 from raypar.stages.rank import Rank
 from raypar.stages.spec import RankSpec, StepReport
 from raypar.stages.transfers import Transfers
@@ -46,6 +47,7 @@ class RankRunner(Rank):
         super().__init__(spec, world, workshop)
         self._replicas = self._mesh.along((DATA,))
         self._transfers = Transfers(spec, world)
+        self._arrivals = Inputs.to(self._device)
         self._scaled_by = self._update.scaler.scale
         self._tangents = self._loss_tangents()
         self._at = -1
@@ -95,7 +97,7 @@ class RankRunner(Rank):
             OptimizerError: The optimizer raised.
         """
         self._step = step
-        self._inputs = {k: t.to(self._device, non_blocking=True) for k, t in inputs.items()}
+        self._inputs = self._arrivals.put(inputs)
         scaler = self._update.scaler
         if scaler.scale != self._scaled_by:
             self._scaled_by = scaler.scale

@@ -32,6 +32,9 @@ ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (
 )
 """torch's optimizers that treat every element alone."""
 
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+"""Classes that torch can update in one kernel of a GPU."""
+
 EXAMPLE = "for example lambda params: torch.optim.AdamW(params, lr=3e-4)"
 _MEMBERS = ("params", "param_names")
 
@@ -171,7 +174,23 @@ def build_optimizer(
     for name, param in shown.items():
         if name not in held:
             made.state.pop(param, None)
+    prefer_fused(made, device)
     return made
+
+
+def prefer_fused(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """On a GPU, has torch's own classes update all of a group in one kernel.
+
+    Groups that say how they want to be updated (``fused``, ``foreach``, ``differentiable``) and
+    parameters that the kernel does not take stay as they are.
+    """
+    if device.type != "cuda" or type(optimizer) not in _FUSED:
+        return
+    for group in optimizer.param_groups:
+        said = group.get("foreach") is not None or group.get("differentiable")
+        fits = all(p.is_floating_point() for p in group["params"])
+        if group.get("fused") is None and not said and fits:
+            group["fused"] = True
 
 
 def _grouped(

@@ -13,7 +13,6 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +131,8 @@ def check(
             optimizer=default_optimizer,
             keep_gradients=True,
             accelerator=device == "cuda",
+            engine=engine,
         )
-        specs = [replace(spec, engine=engine) for spec in specs]
         found, seconds = run(specs, tensors)
         wanted = reference_run(graph, batch, chosen)
         # Aliases of tied parameters are the state dict's business, not the ranks'.

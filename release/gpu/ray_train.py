@@ -87,7 +87,7 @@ def _train(on_gpu: bool, folder: str) -> dict[str, Any]:
             plan=plan,
             steps=steps,
             resume_from="auto",
-            scaling_config=rp.ScalingConfig(num_workers=1, use_gpu=on_gpu),
+            scaling_config=rp.ScalingConfig(num_workers=1, use_gpu=on_gpu, threads_per_worker=1),
             run_config=rp.RunConfig(name="gpu", storage_path=f"{folder}/runs"),
         ).fit()
         for steps in (STEPS // 2, STEPS)

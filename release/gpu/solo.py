@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,8 +58,8 @@ class Solo:
         engine: Engine = "eager",
         runner: type[RankRunner] = RankRunner,
     ) -> None:
-        (spec,) = compile_plan(graph, plan, optimizer=adamw, accelerator=device == "cuda")
-        self.spec = replace(spec, engine=engine)
+        on_gpu = device == "cuda"
+        (self.spec,) = compile_plan(graph, plan, optimizer=adamw, accelerator=on_gpu, engine=engine)
         self._world = LocalWorld(1, name="solo", timeout_s=60.0)
         self.runner = runner(self.spec, self._world.group(0))
         self._inputs = shard_batch(self.spec, list(tensors))

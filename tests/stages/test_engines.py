@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,8 +67,10 @@ def specs_of(name: str, shape: dict[str, Any], engine: Any) -> tuple[Any, Any, A
     batch = case.batch(0, 8)
     graph = rp.capture(case.model_fn, batch, case.loss_fn, case.batch_dims)
     chosen = make_plan(graph, rp.Cluster.local(4), SearchConfig(**shape))
-    specs = compile_plan(graph, chosen, optimizer=default_optimizer, keep_gradients=True)
-    return graph, batch, chosen, [replace(s, engine=engine) for s in specs]
+    specs = compile_plan(
+        graph, chosen, optimizer=default_optimizer, keep_gradients=True, engine=engine
+    )
+    return graph, batch, chosen, specs
 
 
 def assert_trains_the_same(name: str, shape: dict[str, Any], engine: str) -> None:
