@@ -6,7 +6,6 @@ import hashlib
 import math
 import operator
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import networkx as nx
@@ -25,7 +24,7 @@ from raypar.graph.origins import Path, find_tensor
 from raypar.graph.passes.emit import op_name
 from raypar.graph.passes.randomness import SEEDED
 from raypar.graph.states import Const
-from raypar.graph.turns import in_turn
+from raypar.graph.turns import in_turn, kept_in_turn
 
 
 class OpGraph:
@@ -78,17 +77,17 @@ class OpGraph:
         """Batch dim of every example tensor, or None for broadcast."""
         return self.spec.batch_dims
 
-    @cached_property
+    @kept_in_turn
     def ops(self) -> tuple[Op, ...]:
         """Every op, in execution order."""
         return tuple(_op(node) for node in self.clean.ops)
 
-    @cached_property
+    @kept_in_turn
     def index(self) -> dict[str, int]:
         """Canonical id → position in `ops`."""
         return {op.id: i for i, op in enumerate(self.ops)}
 
-    @cached_property
+    @kept_in_turn
     def layers(self) -> list[Layer]:
         """Consecutive ops under one module, in order."""
         return cluster_layers(self.ops)
@@ -98,7 +97,7 @@ class OpGraph:
         """Layer signature → indices into `layers`, for layers that occur more than once."""
         return repeated_layers(self.layers)
 
-    @cached_property
+    @kept_in_turn
     def params(self) -> dict[str, tuple[tuple[int, ...], str, bool]]:
         """Parameter name → (shape, dtype, trainable)."""
         return {
@@ -106,7 +105,7 @@ class OpGraph:
             for n, p in self._model.named_parameters()
         }
 
-    @cached_property
+    @kept_in_turn
     def hash(self) -> str:
         """Hash of ops, shapes and edges."""
         digest = hashlib.sha256()
@@ -117,12 +116,12 @@ class OpGraph:
         digest.update(self.params_hash.encode())
         return digest.hexdigest()[:32]
 
-    @cached_property
+    @kept_in_turn
     def params_hash(self) -> str:
         """Hash of the parameters' names and shapes."""
         return hashlib.sha256(repr(sorted(self.params.items())).encode()).hexdigest()[:32]
 
-    @cached_property
+    @kept_in_turn
     def dtypes(self) -> frozenset[torch.dtype]:
         """Floating-point dtypes that occur in the graph."""
         found = set()
@@ -177,7 +176,7 @@ class OpGraph:
             "be split: use microbatches=1 and replicas=1, or make the code independent of the size"
         )
 
-    @cached_property
+    @kept_in_turn
     def analysis(self) -> BatchAnalysis:
         """How every value relates to the samples; see `raypar.graph.batch`."""
         try:
@@ -191,7 +190,7 @@ class OpGraph:
             self.clean.graph, twin.graph, inputs, self.param_free, per_sample=self._per_sample
         )
 
-    @cached_property
+    @kept_in_turn
     def param_free(self) -> set[fx.Node]:
         """Nodes that depend only on inputs, constants and unchanging buffers."""
         clean = self.clean
@@ -226,7 +225,7 @@ class OpGraph:
         power = getattr(state, "power", 0)
         return power - 1 if isinstance(state, Const) else power
 
-    @cached_property
+    @kept_in_turn
     def cloneable(self) -> frozenset[str]:
         """Ids of cheap ops that depend on inputs and constants only.
 
@@ -247,7 +246,7 @@ class OpGraph:
                 chosen.add(node.meta["id"])
         return frozenset(chosen)
 
-    @cached_property
+    @kept_in_turn
     def cuts(self) -> tuple[int, ...]:
         """Positions where a stage may end: cut k lies between ``ops[k-1]`` and ``ops[k]``.
 

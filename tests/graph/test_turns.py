@@ -1,0 +1,32 @@
+"""Threads that take turns to trace never wait for each other for ever."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import nn
+
+import raypar as rp
+from raypar.graph.turns import TRACING
+
+
+def test_a_graph_is_looked_at_while_another_thread_plans() -> None:
+    first, second = (rp.capture(nn.Linear(4, 1), torch.ones(4, 4), torch.sum) for _ in range(2))
+    looks, done = threading.Event(), threading.Event()
+
+    def look() -> None:
+        looks.set()
+        assert first.analysis is not None
+
+    def plan() -> None:
+        with TRACING:
+            threading.Thread(target=look, daemon=True).start()
+            looks.wait(30)
+            # The other thread has nothing to do now but to come to the turn, and wait for it.
+            done.wait(0.5)
+            assert second.max_replicas
+        done.set()
+
+    threading.Thread(target=plan, daemon=True).start()
+    assert done.wait(30), "both threads wait for what the other one holds"
