@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from raypar.plan import Plan
 from raypar.search.interop.contest import in_words
 from raypar.search.plan import Progress
 from raypar.search.record import TrialRecord
@@ -138,13 +137,20 @@ class Ledger:
         best = self.best.predicted_s
         return {"quick": best * over * self._slack, "simulated": best * self._slack}
 
-    def alternatives(self, chosen: Plan) -> dict[str, float]:
-        """The best other plans in words → their predicted step in seconds."""
+    def alternatives(self, chosen: Outcome) -> dict[str, float]:
+        """The best other plans in words → their predicted step, in seconds of the chosen plan.
+
+        Trials are compared by the best model that was asked, and a plan tells what its simulation
+        says: the figures are brought to its scale, so that what each loses is what was compared.
+        """
+        assert chosen.plan is not None
+        scale = chosen.plan.predicted.get("step_s", chosen.predicted_s) / chosen.predicted_s
+        own = in_words(chosen.plan)
         named: dict[str, float] = {}
         kept = [o for o in self.outcomes.values() if o.state == "kept" and o.plan is not None]
         for outcome in sorted(kept, key=lambda o: o.predicted_s):
             assert outcome.plan is not None
             text = in_words(outcome.plan)
-            if text != in_words(chosen):
-                named.setdefault(text, outcome.predicted_s)
+            if text != own:
+                named.setdefault(text, scale * outcome.predicted_s)
         return dict(list(named.items())[:_MOST_ALTERNATIVES])

@@ -323,7 +323,7 @@ class StudySearch:
         plan = replace(
             outcome.plan,
             planner="optuna",
-            alternatives=self.ledger.alternatives(outcome.plan),
+            alternatives=self.ledger.alternatives(outcome),
             certificate=certificate(outcome.step_s["simulated"], self.bound),
         )
         record = SearchRecord(

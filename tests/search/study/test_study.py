@@ -21,6 +21,8 @@ from raypar.search.interop.contest import in_words
 from raypar.search.measure import Measured
 from raypar.search.plan import search
 from raypar.search.record import SearchRecord, TrialRecord
+from raypar.search.study.judge import Outcome
+from raypar.search.study.ledger import Ledger
 from raypar.testing import models
 
 SOME: dict[str, Any] = {"planner": "optuna", "trials": 14, "seeds": ("alpa",)}
@@ -233,3 +235,17 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_what_runner_up_plans_lose_is_told_on_the_scale_of_the_plan() -> None:
+    graph = rp.capture(lambda: torch.nn.Linear(4, 4), torch.randn(8, 4), lambda out: out.mean())
+    ledger, steps = Ledger(0.0), {1: 1.0, 2: 1.1}
+    for replicas, learned in steps.items():
+        made = rp.plan(graph, rp.Cluster.local(2), SearchConfig(stages=1, replicas=replicas))
+        made = replace(made, predicted={"step_s": learned / 2})  # a simulation says half of it
+        ledger.add(
+            "tpe", None, Outcome("kept", made, {"simulated": learned / 2, "learned": learned})
+        )
+    assert ledger.best is not None
+    (lost,) = ledger.alternatives(ledger.best).values()
+    assert lost == pytest.approx(0.55)  # a tenth more than 0.5
