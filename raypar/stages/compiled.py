@@ -5,6 +5,9 @@ look into. So it is run once under `make_fx`, which writes the operators down, a
 is compiled. Gradients that a program hands to a sink on its way are delivered at its end: what is
 compiled is one function. Fused kernels round differently: a compiled plan equals the uncompiled one
 up to rounding, not bit for bit.
+
+A program is compiled in the first step, which can take minutes, while other stages wait for what it
+makes: the deadline of transfers (``timeout_s``) has to be longer than that.
 """
 
 from __future__ import annotations
@@ -77,7 +80,9 @@ class CompiledProgram:
         """As the program; see `raypar.programs.codegen.Program`."""
         first = self._run is None
         try:
-            run = self._run = self._run or self._compile(box)
+            if self._run is None:  # its truth is not asked: a compiled module has no length
+                self._run = self._compile(box)
+            run = self._run
             given = [box[i] for i in self._tensors]
             box.clear()
             results = list(run(*given))
