@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -143,28 +144,14 @@ def search_of(config: Config) -> SearchConfig:
     Raises:
         ConfigError: An option of the study is given, and the planner makes none.
     """
+    section = config.search
+    same = [f.name for f in fields(SearchConfig) if f.name in type(section).model_fields]
+    keys: dict[str, Any] = {name: getattr(section, name) for name in same}
     wanted = SearchConfig(
-        planner=config.search.planner,
-        stages=config.search.stages,
-        replicas=config.search.replicas,
+        **keys | {"seeds": "auto" if section.seeds == "auto" else tuple(section.seeds)},
         microbatches=config.train.microbatches,
         schedule=config.train.schedule,
-        tensor=config.search.tensor,
-        chunks=config.search.chunks,
-        recompute=config.search.recompute,
-        zero=config.search.zero,
-        memory_fraction=config.search.memory_fraction,
         optimizer_states=states_of(config),
-        sampler=config.search.sampler,
-        trials=config.search.trials,
-        budget_s=config.search.budget_s,
-        seed=config.search.seed,
-        seeds="auto" if config.search.seeds == "auto" else tuple(config.search.seeds),
-        cost_model=config.search.cost_model,
-        measure=config.search.measure,
-        storage=config.search.storage,
-        cache=config.search.cache,
-        manual=config.search.manual,
     )
     if wanted.chosen_planner != "optuna":
         for name in STUDY_KEYS:

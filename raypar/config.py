@@ -38,7 +38,9 @@ from raypar.errors import ConfigError, did_you_mean
 CONFIG_FORMAT = 1
 """Number of the form of configs that this raypar writes; it reads this one and older ones."""
 
-STUDY_KEYS = ("sampler", "trials", "budget_s", "seed", "seeds", "measure", "storage")
+STUDY_KEYS = (
+    "sampler", "trials", "budget_s", "seed", "seeds", "measure", "profile", "storage"
+)  # fmt: skip
 """Keys of section ``search`` that planner optuna alone obeys."""
 
 

@@ -35,7 +35,8 @@ class SearchConfig:
         sampler: Who proposes outer decisions in planner ``optuna``: ``tpe``, ``gp``, ``cmaes``,
             ``nsga2`` (step time × peak memory × devices), ``random``.
         trials: Proposals to look at.
-        budget_s: Seconds to search; measurements count.
+        budget_s: Seconds to search; measurements count. Planners ``alpa`` and ``piper`` stop trying
+            once they are over and something was found.
         seed: Same seed and budget in trials → same plan.
         seeds: Planners whose plans the study starts from; ``auto``: ``alpa``, and for models that
             are not too long (`raypar.search.study.seeds`) ``piper`` and ``placement`` too; on 8

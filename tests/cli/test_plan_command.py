@@ -178,7 +178,7 @@ def test_a_corrupt_journal_is_set_aside(folder: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_told(folder: Path) -> None:
     done = plan(folder, "--trials", 1, "--save-record", folder / "none" / "record.json")
-    refused(done, 2, "--save-record: cannot write")
+    refused(done, 2, "--save-record: '", "which is no folder; name a file")
 
 
 TRIALS = [
@@ -224,6 +224,21 @@ def test_how_a_search_ended() -> None:
         "note: n",
     ]
     assert ended(dataclasses.replace(record, sampler="", notes=())) == []
+
+
+def test_every_key_of_the_search_section_reaches_the_search(folder: Path) -> None:
+    given = {
+        "stages": 3, "replicas": 2, "tensor": 4, "chunks": 2, "recompute": "full", "zero": 1,
+        "memory_fraction": 0.5, "sampler": "random", "trials": 3, "budget_s": 4.0, "seed": 5,
+        "seeds": ["piper"], "cost_model": "learned", "measure": 6, "profile": 7,
+        "storage": "study.journal", "cache": False, "planner": "optuna", "manual": None,
+    }  # fmt: skip
+    told = [f"search.{name}={value}" for name, value in given.items() if value is not None]
+    config = load_config(folder / "run.yaml", told)
+    made = search_of(config)
+    assert given.keys() == set(type(config.search).model_fields)
+    for name, value in given.items():
+        assert getattr(made, name) == (("piper",) if name == "seeds" else value), name
 
 
 def test_a_resolved_config_holds_no_key_that_its_plan_file_makes_idle(folder: Path) -> None:

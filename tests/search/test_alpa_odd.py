@@ -123,3 +123,21 @@ def test_a_stage_of_frozen_parameters_alone_can_be_simulated() -> None:
     assert first.forward_s > 0
     assert first.backward_s == 0
     assert first.forward_peak_bytes > 0
+
+
+def test_a_search_whose_time_is_over_gives_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[object] = []
+    real = AlpaSearch._try
+
+    def counted(self: AlpaSearch, split: Any, sizes: Any) -> None:
+        tried.append(split)
+        real(self, split, sizes)
+
+    monkeypatch.setattr(AlpaSearch, "_try", counted)
+    cluster = nodes((slow("one"), 4))
+    whole = alpa(cluster)
+    count = len(tried)
+    tried.clear()
+    hasty = alpa(cluster, budget_s=1e-9)
+    assert len(tried) == 1 < count
+    assert hasty.predicted["step_s"] >= whole.predicted["step_s"]

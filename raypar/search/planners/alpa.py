@@ -10,6 +10,7 @@ search, devices may differ, some may stay idle, and what is found is simulated b
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -84,6 +85,8 @@ class AlpaSearch:
         self.config = config
         self.most_stages = max(MOST_STAGES, least)
         self.kept: list[Candidate] = []
+        budget_s = float("inf") if config.budget_s == "auto" else config.budget_s
+        self._deadline = time.perf_counter() + budget_s
 
     def run(self) -> Plan:
         """Searches, and plays what was found to choose by exact figures.
@@ -107,7 +110,7 @@ class AlpaSearch:
         return [self.build(candidate) for candidate in self.search()]
 
     def search(self) -> list[Candidate]:
-        """The best pipelines, fastest first."""
+        """The best pipelines, fastest first; once time is over, of what was tried until then."""
         by_size: dict[int, list[Split]] = {}
         for split in splits(self.graph, self.cluster, self.config):
             by_size.setdefault(split.local_batch, []).append(split)
@@ -115,12 +118,18 @@ class AlpaSearch:
         for _, group in sorted(by_size.items()):
             before = self._limit()
             for _, split, sizes in sorted(self._promising(group), key=lambda one: one[0]):
+                if self._over():
+                    return self.kept
                 self._try(split, sizes)
             # Larger microbatches only pay up to a point; two sizes without gain end the search.
             worse = worse + 1 if self.kept and self._limit() >= before else 0
             if worse == 2:
                 break
         return self.kept
+
+    def _over(self) -> bool:
+        """Whether there is a pipeline, and no time to look for a better one."""
+        return bool(self.kept) and time.perf_counter() > self._deadline
 
     def _limit(self) -> float:
         return self.kept[0].step_s if self.kept else float("inf")
@@ -159,6 +168,8 @@ class AlpaSearch:
                 break  # over nodes only where nothing else fits
             if least >= self._worst() and split.devices // smallest > _MIXED_SLOTS:
                 continue
+            if self._over():
+                break
             found = self.bench.tables(split, size, smallest)
             if found:
                 tables[size] = found

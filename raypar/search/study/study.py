@@ -49,7 +49,7 @@ _REPEATED = 100
 _GAIN = 0.002
 """Relative: what counts as gain, and a gap to the bound at which nothing is left to find."""
 _SEED_SHARE = 0.5
-"""Of the budget, after which no further planner is asked for a seed."""
+"""Of the budget, that the planners of seeds may take together."""
 
 
 class StudySearch:
@@ -106,7 +106,8 @@ class StudySearch:
         self._limited = config.budget_s != "auto" or config.trials == "auto"
         budget = _BUDGET_S if config.budget_s == "auto" else config.budget_s
         self._deadline = self.began + budget
-        self._seed_deadline = self.began + budget * _SEED_SHARE
+        share = budget * _SEED_SHARE if self._limited else float("inf")
+        self._seed_deadline = self.began + share
         name = self._name()
         self.lookout: Elsewhere | None = None
         if executor is not None:
