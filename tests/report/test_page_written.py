@@ -30,11 +30,11 @@ def test_plan_writes_a_page_beside_the_plan(tmp_path: Path) -> None:
     assert "a plan made anew by planner uniform" in found.text
 
 
-def test_a_page_that_cannot_be_written_leaves_the_plan(tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_is_told_before_the_search(tmp_path: Path) -> None:
     config, plan = tmp_path / "run.yaml", tmp_path / "plan.json"
     config.write_text(SMALL)
     page = tmp_path / "no" / "plan.html"
     done = CliRunner().invoke(main, ["plan", str(config), "-o", str(plan), "--html", str(page)])
     assert done.exit_code == 2
     assert "--html" in done.output
-    assert plan.exists()
+    assert not plan.exists()

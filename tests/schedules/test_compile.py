@@ -258,6 +258,7 @@ def test_the_drawing() -> None:
 def test_names_and_did_you_mean() -> None:
     assert registry.schedule_names() == (
         "gpipe", "1f1b", "eager_1f1b", "interleaved_1f1b", "zero_bubble_h1",
+        "interleaved_zero_bubble", "interleaved_eager",
     )  # fmt: skip
     with pytest.raises(ScheduleError, match=r"Did you mean 'gpipe'\?.*1f1b, eager_1f1b"):
         registry.get_schedule("gpip")
