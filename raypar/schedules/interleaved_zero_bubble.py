@@ -18,7 +18,8 @@ class InterleavedZeroBubble(Schedule):
 
     Memory: device d takes 2d turns less in than device 0 before its first backward, so that the
     d halves that wait there do not raise the highest peak, unless they are twice as large as what
-    the forward left.
+    the forward left. Stages whose backward does not divide do all of it in the input half, and the
+    (empty) weight half, which lets the saved values go, follows at once.
     """
 
     name = "interleaved_zero_bubble"
@@ -40,6 +41,10 @@ class InterleavedZeroBubble(Schedule):
             for k in range(passes.turns + passes.warm_up + device):
                 order += passes.forward(k)
                 turn = k - passes.warm_up
-                order += passes.backward(turn, Kind.BACKWARD_INPUT)
-                order += passes.backward(turn - device, Kind.BACKWARD_WEIGHT)
+                for action in passes.backward(turn, Kind.BACKWARD_INPUT):
+                    order.append(action)
+                    if not splits[action.stage]:
+                        order.append(action._replace(kind=Kind.BACKWARD_WEIGHT))
+                late = passes.backward(turn - device, Kind.BACKWARD_WEIGHT)
+                order += [action for action in late if splits[action.stage]]
         return result
