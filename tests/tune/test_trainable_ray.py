@@ -117,7 +117,7 @@ def test_population_based_training_moves_checkpoints_between_plans(
         lambda config: trainer(config, looks),
         # Tune copies the donor's configuration too: what stays a trial's own is its devices.
         num_workers=lambda config: config["devices"],
-        report_every=2,
+        report_every=4,  # one exchange: each starts a trial's ranks anew
     )
     population = tune.schedulers.PopulationBasedTraining(
         time_attr="training_iteration", perturbation_interval=1, quantile_fraction=0.5,
