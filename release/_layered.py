@@ -22,7 +22,7 @@ from raypar.plan import DATA
 from raypar.search.cost.base import StageCode, stage_code
 from raypar.search.cost.exact import move_of, peak_bytes, stage_pieces
 from raypar.search.cost.machine import MeshMachine
-from raypar.search.cost.params import BUCKET_BYTES, Move, param_cost
+from raypar.search.cost.params import BUCKET_BYTES, Move, additions, param_cost
 from raypar.search.cost.work import node_work
 from raypar.sharding.convert import ALL_GATHER, ALL_REDUCE
 from release._megatron import TENSOR_AXIS, Shape, megatron_plan, mesh_slice
@@ -121,9 +121,10 @@ def _measure(code: StageCode) -> _Measured:
             flops.append(work.flops if work.matmul else 0.0)
             nbytes.append(work.nbytes)
     params = param_cost(code)
-    # Every microbatch's gradients are added to what is there: two are read, one is written.
-    flops += [0.0] * params.optimized
-    nbytes += [3 * params.gradient_bytes / params.optimized] * params.optimized
+    # Every microbatch's gradients are added to what is there.
+    for adding, count in additions(params, pieces.products).items():
+        flops += [0.0] * count
+        nbytes += [adding.nbytes] * count
     return _Measured(
         np.array(flops),
         np.array(nbytes),

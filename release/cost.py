@@ -39,7 +39,7 @@ from raypar.mesh.calibration_files import read_calibration
 from raypar.mesh.probe import probe_local
 from raypar.plan import Plan
 from raypar.schedules.instructions import Instruction
-from raypar.search.cost.analytic import AnalyticCost
+from raypar.search.cost.analytic import AnalyticCost, cached_pieces
 from raypar.search.cost.base import StageCost, stage_code
 from raypar.search.cost.machine import machine_of
 from raypar.search.cost.params import accumulation_s, param_cost
@@ -177,7 +177,7 @@ def priced(
         code = stage_code(lowered, plan, i)
         calls = [n for n in code.graph.nodes if n.op == "call_function"]
         quick = quick_costs(calls, machine).seconds.sum(axis=0)
-        adding = accumulation_s(param_cost(code), machine)
+        adding = accumulation_s(param_cost(code), machine, cached_pieces(code).products)
         run = profile(code)
         result.append(
             (

@@ -2,7 +2,8 @@
 
 Microbatches are summed in place, and a bucket leaves as soon as its last gradient is there. The
 idea is that of Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel
-Training", sections 3.2.2 and 3.2.3.
+Training", sections 3.2.2 and 3.2.3. A gradient that comes as a product of matrices is added to its
+sum as it is made, and never exists alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from raypar.comm.group import Group, TensorSpec, Work
 from raypar.errors import CommError
+from raypar.programs.products import Gradient, Product, as_tensor
 
 
 @dataclass
@@ -135,7 +137,7 @@ class GradBuckets:
         if self._group is None:
             self._views = [None] * count
 
-    def add(self, index: int, grad: torch.Tensor, last: bool) -> None:
+    def add(self, index: int, grad: Gradient, last: bool) -> None:
         """Adds one microbatch's gradient; `last` says that no other comes for it in this step.
 
         With a group the gradient is copied or added at once, and may be written or freed when this
@@ -152,7 +154,9 @@ class GradBuckets:
             self._device = grad.device
             view = self._view(index)
             if self._started[index]:
-                view.add_(grad)
+                _add(view, grad)
+            elif isinstance(grad, Product):
+                grad.write_to(view)
             else:
                 view.copy_(grad)
         self._started[index] = True
@@ -162,11 +166,11 @@ class GradBuckets:
                 self._home[index].missing -= 1
                 self._launch_ready()
 
-    def _check(self, index: int, grad: torch.Tensor) -> None:
+    def _check(self, index: int, grad: Gradient) -> None:
         if not 0 <= index < len(self._specs):
             raise CommError(f"{self.name}: no gradient {index}; there are {len(self._specs)}")
         spec = self._specs[index]
-        if grad.dtype != spec.dtype or grad.shape != spec.shape:
+        if grad.dtype != spec.dtype or tuple(grad.shape) != spec.shape:
             raise CommError(
                 f"{self.name}: gradient {index} has shape {tuple(grad.shape)} {grad.dtype}, "
                 f"expected {spec.shape} {spec.dtype}"
@@ -179,14 +183,23 @@ class GradBuckets:
                 "reset between steps"
             )
 
-    def _keep(self, index: int, grad: torch.Tensor) -> None:
+    def _keep(self, index: int, grad: Gradient) -> None:
         """Sums without a group.
 
         A kept tensor belongs to the caller: it may be an activation's gradient too, or another
-        parameter's, so it is never written; sums go to memory of ours.
+        parameter's, so it is never written; sums go to memory of ours. What a product makes is
+        nobody else's.
         """
         held = self._views[index]
-        if held is None:
+        if held is not None and index in self._owned:
+            _add(held, grad)
+        elif held is not None:
+            self._views[index] = torch.add(held, as_tensor(grad))
+            self._owned.add(index)
+        elif isinstance(grad, Product):
+            self._views[index] = grad.tensor()
+            self._owned.add(index)
+        else:
             place = grad.untyped_storage().data_ptr()
             whole = grad.untyped_storage().nbytes() == grad.numel() * grad.element_size()
             if place in self._shared or not whole or not grad.is_contiguous():
@@ -195,11 +208,6 @@ class GradBuckets:
             else:
                 self._shared.add(place)
             self._views[index] = grad.detach()
-        elif index in self._owned:
-            held.add_(grad)
-        else:
-            self._views[index] = torch.add(held, grad)
-            self._owned.add(index)
 
     def _view(self, index: int) -> torch.Tensor:
         view = self._views[index]
@@ -266,3 +274,10 @@ class GradBuckets:
     def tensors(self) -> list[torch.Tensor]:
         """All memory held now, for accounts of it."""
         return [t for t in (*self._views, *(b.flat for b in self._buckets)) if t is not None]
+
+
+def _add(held: torch.Tensor, grad: Gradient) -> None:
+    if isinstance(grad, Product):
+        grad.add_to(held)
+    else:
+        held.add_(grad)

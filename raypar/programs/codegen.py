@@ -3,6 +3,8 @@
 The program takes its arguments in a list that it empties, and drops every value at its last use,
 so that memory goes back as early as eager code would give it back. Gradients can be handed to a
 `sink` the moment they exist, which is what lets their exchange overlap with the rest of backward.
+Those that are matrix products are handed over before they exist (`raypar.programs.products`), so
+that the sink can add them to a sum without memory for them.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import fx
 from raypar.compat import OpOverload, raw_callable
 from raypar.errors import PlanError
 from raypar.programs.partition import Piece
+from raypar.programs.products import Deferred, products
 
 Program = Callable[..., list[Any]]
 """``program(box, sink)``: `box` is emptied; returns the outputs that have no sink."""
@@ -34,8 +37,8 @@ def compile_piece(
         piece: What to compile.
         constants: Tensors behind ``get_attr`` nodes.
         name: Shown in tracebacks.
-        sinks: Output position → index: these outputs go to ``sink(index, value)`` as soon as they
-            are made, and are not returned.
+        sinks: Output position → index: these outputs go to ``sink(index, gradient)`` as soon as
+            they are made, and are not returned; see `raypar.programs.products.Gradient`.
     """
     return _Writer(piece, constants, dict(sinks or {})).compile(name)
 
@@ -52,9 +55,15 @@ class _Writer:
         self.lines: list[str] = []
         self.sinks: dict[fx.Node, list[int]] = {}
         self.returned: list[fx.Node | None] = []
+        self.products: dict[fx.Node, tuple[int, Deferred]] = {}
+        self.skipped: set[fx.Node] = set()
+        later = products(piece, sinks)
+        for position, product in later.items():
+            self.products[product.node] = sinks[position], product
+            self.skipped.update(product.views)
         for position, node in enumerate(piece.outputs):
             if position in sinks:
-                if isinstance(node, fx.Node):
+                if isinstance(node, fx.Node) and position not in later:
                     self.sinks.setdefault(node, []).append(sinks[position])
             else:
                 self.returned.append(node)
@@ -71,11 +80,16 @@ class _Writer:
         self._deliver(inputs)
         self._drop([n for n in inputs if n not in last and n not in keep])
         for node in self.piece.nodes:
-            self._call(node)
-            self._deliver([node])
+            if node in self.skipped:
+                continue
             dead = [n for n in dict.fromkeys(node.all_input_nodes) if last.get(n) is node]
-            if node not in last:
-                dead.append(node)
+            if node in self.products:
+                self._hand_over(node)
+            else:
+                self._call(node)
+                self._deliver([node])
+                if node not in last:
+                    dead.append(node)
             self._drop([n for n in dead if n not in keep])
         self.lines.append(f"return [{', '.join(self._ref(n) for n in self.returned)}]")
         source = "def run(box, sink=None):\n" + "".join(f"    {line}\n" for line in self.lines)
@@ -94,6 +108,12 @@ class _Writer:
         for node in nodes:
             for index in self.sinks.get(node, ()):
                 self.lines.append(f"sink({index}, {self.names[node]})")
+
+    def _hand_over(self, node: fx.Node) -> None:
+        """Delivers a product that is not made here."""
+        index, product = self.products[node]
+        operands = ", ".join(self._ref(a) for a in node.args)
+        self.lines.append(f"sink({index}, {self._bind(product.form)}({operands}))")
 
     def _drop(self, nodes: Sequence[fx.Node]) -> None:
         if nodes:

@@ -14,10 +14,12 @@ from raypar.programs.codegen import Program, compile_piece
 from raypar.programs.joint import trace_joint
 from raypar.programs.partition import partition, saved_bytes
 from raypar.programs.policy import recomputable
+from raypar.programs.products import Gradient, products
 from raypar.programs.recurrent import fuse_recurrent
 from raypar.programs.wire import Wire, unpack
 
-Sink = Callable[[int, torch.Tensor], None]
+Sink = Callable[[int, Gradient], None]
+"""Takes the gradient of a parameter, by its index."""
 
 
 @dataclass
@@ -107,9 +109,11 @@ def compile_stage(
     n_grads = len(edges)
     weight_sinks = {n_grads + j: j for j in range(len(params))}
     order = {node: i for i, node in enumerate(parts.backward.nodes)}
-    weight_nodes = parts.backward.outputs[n_grads:]
-    ready = [j for j, n in enumerate(weight_nodes) if n is not None]
-    ready.sort(key=lambda j: order.get(weight_nodes[j], -1))  # type: ignore[arg-type]
+    # A product is delivered in place of the call that would make it, before its views.
+    early = {at: found.node for at, found in products(parts.backward, weight_sinks).items()}
+    delivered = {j: early.get(at, parts.backward.outputs[at]) for at, j in weight_sinks.items()}
+    ready = [j for j, n in delivered.items() if n is not None]
+    ready.sort(key=lambda j: order.get(delivered[j], -1))  # type: ignore[arg-type]
     given = parts.backward.inputs
     own = {n for n in joint.inputs if _held(keys[place[n]], changing)}
     held = [*parts.saved, *(n for n in parts.kept if n in own)]

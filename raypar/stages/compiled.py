@@ -2,9 +2,9 @@
 
 A program is straight-line Python that calls operators through the dispatcher, which Dynamo cannot
 look into. So it is run once under `make_fx`, which writes the operators down, and what was written
-is compiled. Gradients that a program hands to a sink on its way are delivered at its end: what is
-compiled is one function. Fused kernels round differently: a compiled plan equals the uncompiled one
-up to rounding, not bit for bit.
+is compiled. Gradients that a program hands to a sink on its way, also as products that are not made
+yet, are made and delivered at its end: what is compiled is one function. Fused kernels round
+differently: a compiled plan equals the uncompiled one up to rounding, not bit for bit.
 
 A program is compiled in the first step, which can take minutes, while other stages wait for what it
 makes: the deadline of transfers (``timeout_s``) has to be longer than that.
@@ -22,7 +22,8 @@ from raypar.compat import fake_mode, make_fx
 from raypar.errors import PlanError, RayparError
 from raypar.graph.turns import TRACING
 from raypar.programs.codegen import Program
-from raypar.programs.stage import StageProgram
+from raypar.programs.products import as_tensor
+from raypar.programs.stage import Sink, StageProgram
 
 Compile = Callable[[torch.fx.GraphModule], Callable[..., Any]]
 """Makes a fast function of a graph; called once for each program."""
@@ -74,9 +75,7 @@ class CompiledProgram:
         self._outlet = Outlet()
         self._tensors: list[int] = []
 
-    def __call__(
-        self, box: list[Any], sink: Callable[[int, torch.Tensor], None] | None = None
-    ) -> list[Any]:
+    def __call__(self, box: list[Any], sink: Sink | None = None) -> list[Any]:
         """As the program; see `raypar.programs.codegen.Program`."""
         first = self._run is None
         try:
@@ -123,7 +122,7 @@ class Outlet:
     def collect(self, program: Program, box: list[Any]) -> list[torch.Tensor]:
         """Runs a program; returns its tensors: results, then what it handed to the sink."""
         delivered: list[tuple[int, torch.Tensor]] = []
-        results = program(box, lambda index, value: delivered.append((index, value)))
+        results = program(box, lambda index, value: delivered.append((index, as_tensor(value))))
         self._returned = [None if isinstance(r, torch.Tensor) else (r,) for r in results]
         self._sunk = [index for index, _ in delivered]
         return [
@@ -134,7 +133,7 @@ class Outlet:
     def deliver(
         self,
         tensors: list[torch.Tensor],
-        sink: Callable[[int, torch.Tensor], None] | None,
+        sink: Sink | None,
     ) -> list[Any]:
         """The reverse of `collect`: feeds the sink, and returns what the program returns."""
         given = iter(tensors)

@@ -7,7 +7,7 @@ programs take (ZeRO), this is also where its updated parts come back to the prog
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from raypar.comm.group import Group, TensorSpec
 from raypar.comm.mesh import MeshGroups
 from raypar.comm.scatter import ScatterBuckets, Split
 from raypar.errors import ScheduleError
+from raypar.programs.products import Gradient, as_tensor
+from raypar.programs.stage import Sink
 from raypar.schedules.instructions import Kind
 from raypar.sharding.pieces import Piece
 from raypar.stages._sharers import Reducers, Sharers
@@ -212,19 +214,23 @@ class GradientStore:
         for buckets, _ in self._members:
             buckets.reset()
 
-    def sink(self, stage: int) -> Callable[[int, torch.Tensor], None]:
+    def sink(self, stage: int) -> Sink:
         """Takes the gradients of one stage's weight program."""
         names, expected = self._names[stage], self._expected
 
-        def take(index: int, gradient: torch.Tensor) -> None:
+        def take(index: int, gradient: Gradient) -> None:
             name = names[index]
             self._seen[name] += 1
             self._left[stage, name] -= 1
             place = self._place[stage, name]
+            last = self._seen[name] == expected[name]
+            last = last or (place.of_stage and not self._left[stage, name])
+            if isinstance(place.buckets, ScatterBuckets):
+                place.buckets.add(place.index, as_tensor(gradient), last)
+                return
             if place.part is not None:
-                gradient = place.part.read(gradient)
-            own = place.of_stage and not self._left[stage, name]
-            place.buckets.add(place.index, gradient, own or self._seen[name] == expected[name])
+                gradient = place.part.read(as_tensor(gradient))
+            place.buckets.add(place.index, gradient, last)
 
         return take
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from raypar.programs.stage import StageProgram
+from raypar.programs.stage import Sink, StageProgram
 from raypar.stages.compiled import Outlet
 
 _WARM_UP = 2
@@ -177,7 +177,7 @@ class GraphedStage:
         self._busy[key] = slot
         return [*(_copy(r) for r in slot.results[:count]), *saved]
 
-    def backward(self, box: list[Any], sink: Callable[[int, torch.Tensor], None]) -> list[Any]:
+    def backward(self, box: list[Any], sink: Sink) -> list[Any]:
         """As the stage's backward: the slot is found by what was saved, and free afterwards."""
         kept, ends = len(self._program.kept), len(self._program.tangent_outputs)
         saved = box[kept : len(box) - ends]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +14,9 @@ from raypar.comm.buckets import GradBuckets
 from raypar.comm.gather import Copy, GatherBuckets
 from raypar.comm.group import Group, TensorSpec
 from raypar.comm.scatter import ScatterBuckets, Split
+from raypar.compat import TorchDispatchMode
 from raypar.errors import CommError
+from raypar.programs.products import Product
 from raypar.sharding.pieces import Piece, piece_of
 from raypar.sharding.spec import ShardingSpec
 
@@ -309,3 +314,70 @@ def test_gathered_copies_are_what_the_ranks_hold(
             assert torch.equal(copy.whole, new)
 
     run_threads(rank, size, 20.0)
+
+
+# ---- products -------------------------------------------------------------------------------
+
+
+class _Ops(TorchDispatchMode):  # type: ignore[misc]
+    """Names of the ops that run, and the shapes of their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.seen.append((str(function), tuple(made.shape)))
+        return made
+
+
+def _product(microbatch: int) -> Product:
+    generator = torch.Generator().manual_seed(microbatch)
+    left = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    right = torch.randn(6, 8, generator=generator, dtype=torch.float64)
+    return Product(left, right, (4, 2, 4))
+
+
+def _add_products(group: Group | None) -> None:
+    buckets = GradBuckets([TensorSpec((4, 2, 4), torch.float64)], group)
+    for _ in range(2):
+        products = [_product(k) for k in range(4)]
+        with _Ops() as ops:
+            for k, product in enumerate(products):
+                buckets.add(0, product, last=k == 3)
+        (found,) = buckets.finish()
+        wanted = sum(p.tensor() for p in products) * (1 if group is None else group.size)
+        torch.testing.assert_close(found, wanted)
+        # The first makes the sum, the others add to it; none exists for itself.
+        first = "aten.mm.default" if group is None else "aten.mm.out"
+        made = [name for name, _ in ops.seen if "mm" in name or "add" in name]
+        assert made == [first, *["aten.addmm_.default"] * 3]
+        buckets.reset()
+
+
+def test_products_are_added_to_the_sum_as_they_are_made() -> None:
+    _add_products(None)
+    run_threads(lambda group: _add_products(group), 2, 20.0)
+
+
+def test_products_and_tensors_add_up_to_one_sum() -> None:
+    """A tied parameter: one stage delivers a product, the other does not."""
+    spec = TensorSpec((4, 2, 4), torch.float64)
+    plain = torch.ones(4, 2, 4, dtype=torch.float64)
+    for order in itertools.permutations([_product(0), plain, plain]):
+        buckets = GradBuckets([spec], None)
+        for at, gradient in enumerate(order):
+            buckets.add(0, gradient, last=at == 2)
+        (found,) = buckets.finish()
+        torch.testing.assert_close(found, _product(0).tensor() + 2.0)
+    assert plain.eq(1.0).all()  # a caller's tensor is never written
+
+
+def test_a_product_of_another_shape_is_refused() -> None:
+    buckets = GradBuckets([TensorSpec((4, 8), torch.float64)], None)
+    with pytest.raises(CommError, match=r"shape \(4, 2, 4\).*expected \(4, 8\)"):
+        buckets.add(0, _product(0), last=True)

@@ -8,6 +8,7 @@ from torch import nn
 
 import raypar
 from raypar.plan import RECOMPUTE_POLICIES
+from raypar.programs.products import as_tensor
 from raypar.programs.slicing import slice_stages
 from raypar.programs.stage import compile_stage
 from raypar.programs.wire import pack
@@ -59,7 +60,7 @@ def run(compiled, *, halves=False):
     gradients = {}
 
     def sink(index, value):
-        gradients[compiled.weight_gradients[index]] = value
+        gradients[compiled.weight_gradients[index]] = as_tensor(value)
 
     if halves:
         results_in = compiled.backward_input(list(box))

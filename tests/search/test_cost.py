@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import fx
+from torch import fx, nn
 
 from raypar import Cluster, SearchConfig, capture
 from raypar import plan as make_plan
@@ -29,12 +31,15 @@ from raypar.mesh.calibration import (
 )
 from raypar.mesh.cluster import Node
 from raypar.mesh.devices import Link
-from raypar.plan import MeshSlice, Plan
+from raypar.plan import MemoryPolicy, MeshSlice, Plan
+from raypar.programs.products import Gradient, Product
+from raypar.programs.stage import StageProgram, compile_stage
+from raypar.programs.wire import pack
 from raypar.search.cost.analytic import AnalyticCost
 from raypar.search.cost.base import StageCode, cost_model_names, get_cost_model, stage_code
 from raypar.search.cost.exact import peak_bytes, stage_pieces
 from raypar.search.cost.machine import MeshMachine, machine_of, p2p_s
-from raypar.search.cost.params import accumulation_s, bundle, moves, param_cost
+from raypar.search.cost.params import accumulation_s, additions, bundle, moves, param_cost
 from raypar.search.cost.profiled import ProfiledCost, profile, program_hash
 from raypar.search.cost.quick import op_work, quick_costs, share_of
 from raypar.search.cost.work import node_work
@@ -285,22 +290,75 @@ def test_the_walk_finds_the_most_that_is_held() -> None:
 
 
 def test_saved_bytes_are_those_of_the_rank_that_runs_it() -> None:
-    from raypar.programs.stage import compile_stage
-    from raypar.programs.wire import pack
-
     _, stages = _planned("gpt")
     for stage in stages:
-        program = compile_stage(
-            pack(stage.graph), name="x", device=torch.device("cpu"), recompute="none",
-            trainable=stage.trainable, differentiable=stage.differentiable,
-            outputs_with_grad=stage.outputs_with_grad, changing=stage.changing,
-        )  # fmt: skip
+        program = _program(stage)
         pieces = stage_pieces(stage)
         assert pieces.saved_bytes == program.saved_bytes
         assert pieces.half_bytes == program.half_bytes
 
 
 # ---- ops ------------------------------------------------------------------------------------
+
+
+def _program(stage: StageCode) -> StageProgram:
+    return compile_stage(
+        pack(stage.graph), name="x", device=torch.device("cpu"), recompute=stage.recompute,
+        trainable=stage.trainable, differentiable=stage.differentiable,
+        outputs_with_grad=stage.outputs_with_grad, changing=stage.changing,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gpt", "cnn", "moe_sparse"])
+def test_additions_of_gradients_are_those_of_the_rank_that_runs_it(name: str) -> None:
+    """Fused ones read the sum besides; others read two and write one, in a call of its own."""
+    _, stages = _planned(name, stages=1)
+    program = _program(stages[0])
+    given = [torch.zeros(v.shape, dtype=v.dtype) for v in _holders(stages[0])]
+    kept = [given[i] for i in program.kept]
+    fused: dict[str, int] = {}
+    others: dict[str, int] = {}
+
+    def sink(index: int, gradient: Gradient) -> None:
+        own = fused if isinstance(gradient, Product) else others
+        own[program.weight_gradients[index]] = math.prod(gradient.shape) * gradient.dtype.itemsize
+
+    with torch.no_grad():
+        results = program.forward(given)
+        tangents = [torch.ones_like(results[i]) for i in program.tangent_outputs]
+        program.backward([*kept, *results[program.n_outputs :], *tangents], sink)
+    pieces, params = stage_pieces(stages[0]), param_cost(stages[0])
+    assert pieces.products == fused.keys()
+    assert dict(params.uncut) == fused | others
+    found = additions(params, pieces.products)
+    traffic = sum(work.nbytes * n for work, n in found.items())
+    assert traffic == pytest.approx(sum(fused.values()) + 3 * sum(others.values()))
+    assert sum(work.calls * n for work, n in found.items()) == len(others)
+    assert fused
+    assert others
+    # Where every rank keeps a part of the sum, a product is made first, and cut.
+    cut = additions(params._replace(uncut=()), pieces.products)
+    assert sum(w.nbytes * n for w, n in cut.items()) == pytest.approx(3 * params.gradient_bytes)
+
+
+def _holders(stage: StageCode) -> list[torch.Tensor]:
+    return [n.meta["val"] for n in stage.graph.find_nodes(op="placeholder")]
+
+
+def test_a_product_that_is_added_to_its_sum_takes_no_memory() -> None:
+    def wide() -> nn.Module:
+        return nn.Sequential(nn.Linear(256, 256, bias=False), nn.Tanh())
+
+    graph = capture(wide, (torch.randn(4, 256),), lambda made: made.square().mean())
+    plan = make_plan(graph, Cluster.local(2), SearchConfig(stages=1, replicas=2, microbatches=2))
+    weight = 256 * 256 * 4
+    for zero, least in ((0, 0), (1, weight)):
+        stage = replace(plan.stages[0], memory=MemoryPolicy("none", zero))
+        changed = replace(plan, stages=(stage,))
+        code = stage_code(lower_plan(graph, changed), changed, 0)
+        machine = machine_of(Cluster.local(2), stage.mesh)
+        peak = AnalyticCost().stage_cost(code, machine).backward_peak_bytes
+        assert abs(peak - least) < weight / 8
 
 
 def _calls(stage: StageCode) -> list[fx.Node]:
@@ -315,7 +373,7 @@ def test_quick_costs_agree_with_the_programs(name: str) -> None:
     cost = AnalyticCost().stage_cost(stages[0], machine)
     forward, first, second = quick_costs(_calls(stages[0]), machine).seconds.sum(axis=0)
     assert forward == pytest.approx(cost.forward_s, rel=0.25)
-    adding = accumulation_s(param_cost(stages[0]), machine)
+    adding = accumulation_s(param_cost(stages[0]), machine, stage_pieces(stages[0]).products)
     assert first + second + adding == pytest.approx(cost.backward_s, rel=0.35)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,10 +20,12 @@ from torch.nn.functional import linear
 
 import raypar as rp
 from raypar.comm.group import Group
+from raypar.compat import TorchDispatchMode
 from raypar.errors import OptimizerError, PlanError, TrainingError
 from raypar.graph.capture import capture
 from raypar.graph.opgraph import OpGraph
 from raypar.plan import MemoryPolicy, MeshSlice, Plan, ScheduleSpec, StagePlan
+from raypar.schedules.instructions import Instruction
 from raypar.sharding.layout import Axes, ParamLayout, layout_of
 from raypar.sharding.spec import RG, R, ShardingSpec, is_shard
 from raypar.stages.accounts import measured_memory, predicted_memory
@@ -253,6 +257,59 @@ def test_updated_parts_must_come_back(graph: OpGraph, monkeypatch: pytest.Monkey
     monkeypatch.setattr(GradientStore, "spread", lambda self: None)
     with pytest.raises(AssertionError, match="step 1"):
         assert_plan_equivalent(net, BATCH, make_plan(graph, [DATA2], [1]))
+
+
+class _Ops(TorchDispatchMode):  # type: ignore[misc]
+    """Counts ops by the shape of what they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[str, tuple[int, ...]]] = Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.seen[str(function).removeprefix("aten."), tuple(made.shape)] += 1
+        return made
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble_h1"])
+@pytest.mark.parametrize(
+    ("meshes", "first"),
+    [([((1,), ("data",))] * 2, "mm.default"), ([DATA2, DATA2], "mm.out")],
+)
+def test_products_are_added_to_their_sums_as_they_are_made(
+    graph: OpGraph,
+    meshes: list[Mesh],
+    first: str,
+    schedule: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    total: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    lock = threading.Lock()
+
+    def watch(name: str) -> None:
+        backward = getattr(RankRunner, name)
+
+        def watched(self: RankRunner, now: Instruction) -> None:
+            with _Ops() as ops:
+                backward(self, now)
+            with lock:
+                total.update(ops.seen)
+
+        monkeypatch.setattr(RankRunner, name, watched)
+
+    for name in ("_backward", "_backward_input", "_backward_weight"):
+        watch(name)
+    plan = make_plan(graph, meshes, [0, 0], microbatches=4, schedule=schedule)
+    assert_plan_equivalent(net, BATCH, plan, steps=1)
+    replicas = math.prod(meshes[0][0])
+    for shape in ((12, 8), (8, 12), (7, 8)):  # each of one weight, on one of the two stages
+        assert total[first, shape] == replicas
+        assert total["addmm_.default", shape] == 3 * replicas
+        assert not total["add_.Tensor", shape] + total["add.Tensor", shape]
 
 
 # ---- layouts --------------------------------------------------------------------------------

@@ -244,13 +244,14 @@ class _Cut:
         """Device-seconds of the optimizer, and of adding up gradients, for every parameter.
 
         Every part of a trained parameter is stored, and stepped over, by at least one device, and
-        that device adds its gradient to the sum once per microbatch.
+        that device adds its gradient to the sum once per microbatch: of a product that is added as
+        it is made, the sum is read.
         """
         rows = []
         for nbytes, count in trained_bytes(self.graph, self.local_batch).items():
             row = []
             for _, rates in self.devices.kinds:
-                adding = rates.overhead + linear_s(rates.bytes_curve("plain"), 3.0 * nbytes)
+                adding = linear_s(rates.bytes_curve("plain"), nbytes)
                 step = linear_s(rates.optimizer, nbytes) + rates.optimizer_overhead
                 row.append(count * (step + self.microbatches * adding))
             rows.append(row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import ClassVar
 from weakref import WeakKeyDictionary
@@ -41,8 +41,8 @@ class AnalyticCost(CostModel):
         pieces = cached_pieces(stage)
         params = param_cost(stage)
         forward, backward, first, second = _programs(pieces, machine)
-        adding = accumulation_s(params, machine)
-        forward_peak, backward_peak = _peaks(pieces)
+        adding = accumulation_s(params, machine, pieces.products)
+        forward_peak, backward_peak = _peaks(pieces, {name for name, _ in params.uncut})
         states = optimizer_states * params.state_bytes
         buffers = _buffer_bytes(stage)
         held = params.param_bytes + params.gradient_bytes + states + buffers
@@ -98,15 +98,20 @@ def _edges(ports: Iterable[Port], pieces: StagePieces, stage: StageCode) -> froz
     return frozenset([*found, *(out[i] for way, i in ports if way == "out" and i < len(out))])
 
 
-def _peaks(pieces: StagePieces) -> tuple[int, int]:
-    if "peaks" not in pieces.figures:
-        pieces.figures["peaks"] = _walk(pieces)
-    found: tuple[int, int] = pieces.figures["peaks"]
+def _peaks(pieces: StagePieces, uncut: Collection[str]) -> tuple[int, int]:
+    """Most bytes of the forward and of the backward program.
+
+    Products that are added to uncut sums exist nowhere else.
+    """
+    fused = [at for at in pieces.deferred if pieces.keys[at].removeprefix("param:") in uncut]
+    key = ("peaks", tuple(fused))
+    if key not in pieces.figures:
+        pieces.figures[key] = _walk(pieces, [pieces.deferred[at].node for at in fused])
+    found: tuple[int, int] = pieces.figures[key]
     return found
 
 
-def _walk(pieces: StagePieces) -> tuple[int, int]:
-    """Most bytes of the forward and of the backward program."""
+def _walk(pieces: StagePieces, unmade: Collection[fx.Node]) -> tuple[int, int]:
     forward = peak_bytes(pieces.forward, workspace=workspace_bytes)
     if pieces.parts is None or pieces.joint is None:
         return forward, 0
@@ -114,7 +119,7 @@ def _walk(pieces: StagePieces) -> tuple[int, int]:
     n_edges = len(program.outputs) - _weights(pieces)
     sunk = [n for n in program.outputs[n_edges:] if n is not None]
     freed = [*pieces.held, *pieces.joint.tangents]
-    return forward, peak_bytes(program, freed, sunk, workspace_bytes)
+    return forward, peak_bytes(program, freed, sunk, workspace_bytes, unmade)
 
 
 def _weights(pieces: StagePieces) -> int:

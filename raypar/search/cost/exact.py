@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from raypar.graph.replay import replay
 from raypar.programs.joint import Joint, trace_joint
 from raypar.programs.partition import Parts, Piece, partition, saved_bytes
 from raypar.programs.policy import recomputable
+from raypar.programs.products import Deferred, products
 from raypar.programs.recurrent import fuse_recurrent
 from raypar.programs.stitch import stitch_joint, worth_stitching
 from raypar.programs.wire import Wire, pack, unpack
@@ -47,6 +48,8 @@ class StagePieces:
         saved_ports: Received values and results that `saved_bytes` counts, which are held as such
             as well: ("in", position of the input) or ("out", position of the output).
         half_ports: The same for `half_bytes`.
+        deferred: Position among `keys` of a parameter → how backward delivers its gradient as a
+            product.
         splits: Whether backward is run in halves where a schedule asks for it; a stage without
             received values that want gradients does all of it in its input half.
         figures: What was worked out about the programs, so that equal stages are priced once.
@@ -61,8 +64,14 @@ class StagePieces:
     half_bytes: int = 0
     saved_ports: frozenset[Port] = frozenset()
     half_ports: frozenset[Port] = frozenset()
+    deferred: Mapping[int, Deferred] = field(default_factory=dict, compare=False, repr=False)
     splits: bool = False
     figures: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def products(self) -> frozenset[str]:
+        """Names of the parameters whose gradients programs deliver as products."""
+        return frozenset(self.keys[at].removeprefix("param:") for at in self.deferred)
 
 
 def stage_pieces(stage: StageCode, wire: Wire | None = None) -> StagePieces:
@@ -94,6 +103,7 @@ def stage_pieces(stage: StageCode, wire: Wire | None = None) -> StagePieces:
     }
     free = [n for n in joint.inputs if n not in own]
     held = [*parts.saved, *(n for n in parts.kept if n in own)]
+    found = products(parts.backward, range(len(edges), len(wrt)))
     inputs = set(joint.inputs)
     later = [n for n in parts.weight_inputs if n not in inputs or n in own]
     halves = [*later, *parts.between] if edges else []
@@ -107,6 +117,7 @@ def stage_pieces(stage: StageCode, wire: Wire | None = None) -> StagePieces:
         saved_bytes(halves, free),
         _ports(joint, keys, held),
         _ports(joint, keys, halves),
+        deferred={wrt[at]: product for at, product in found.items()},
         splits=bool(edges),
     )
 
@@ -199,6 +210,7 @@ def peak_bytes(
     freed: Collection[fx.Node] = (),
     sunk: Collection[fx.Node] = (),
     workspace: Callable[[fx.Node], int] = lambda node: 0,
+    unmade: Collection[fx.Node] = (),
 ) -> int:
     """Most bytes that a program holds at once beyond what was held before it began.
 
@@ -209,10 +221,11 @@ def peak_bytes(
         freed: Inputs that the program owns: their bytes come back at their last use.
         sunk: Outputs that are taken away as soon as they exist (gradients that are added up).
         workspace: Bytes that an op needs only while it runs.
+        unmade: Values that are added to something else as they are made, and never exist.
     """
     uses = _storage_uses(piece, set(sunk))
     own = {s for n in freed for s in _storages(n)}
-    given = {s for n in piece.inputs for s in _storages(n)} - own
+    given = {s for n in (*piece.inputs, *unmade) for s in _storages(n)} - own
     sizes = {s: b for n in (*piece.inputs, *piece.nodes) for s, b in _storages(n).items()}
     live = most = 0
     seen = given | own

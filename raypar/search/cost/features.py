@@ -22,16 +22,13 @@ from raypar.search.cost.analytic import cached_pieces
 from raypar.search.cost.base import StageCode
 from raypar.search.cost.exact import move_of
 from raypar.search.cost.machine import MeshMachine
-from raypar.search.cost.params import param_cost
+from raypar.search.cost.params import additions, param_cost
 from raypar.search.cost.work import Work, node_work
 
 PIECES = ("forward", "backward", "backward_input", "backward_weight")
 """The programs of a stage, in the order of all tuples here."""
 OPTIMIZER = "optimizer"
 """What the optimizer's step is called where a piece is named; it comes after `PIECES`."""
-_ADDING = "add_gradients"
-"""Class of the additions of gradients to those of earlier microbatches; rates are those of plain
-element-wise ops."""
 _EXCHANGE = "exchange"
 """Class of the collectives inside a program: what they take of the device itself."""
 EXTRA = "extra"
@@ -93,11 +90,10 @@ def stage_work(stage: StageCode) -> StageWork:
                 node_work(node) if move is None else Work(0.0, float(move.nbytes), kind=_EXCHANGE)
             )
             counts.setdefault(work, Counter())[at] += 1
-    if params.optimized and parts is not None:
-        # Reads two gradients and writes one, as `params.accumulation_s` has it.
-        adding = Work(0.0, 3.0 * params.gradient_bytes / params.optimized, kind=_ADDING)
+    if parts is not None:
         last = 3 if pieces.splits else 2
-        counts[adding] = Counter({1: params.optimized, last: params.optimized})
+        for adding, count in additions(params, pieces.products).items():
+            counts[adding] = Counter({1: count, last: count})
     table = [(work, (c[0], c[1], c[2], c[3])) for work, c in counts.items() if work.kind != "none"]
     return StageWork(
         tuple(sorted(table)),

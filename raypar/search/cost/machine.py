@@ -100,6 +100,7 @@ class MeshMachine:
         dtype: str = "float32",
         matmul: bool = True,
         kind: str = "",
+        calls: float = 1.0,
     ) -> float:
         """Seconds of one op on one device.
 
@@ -110,9 +111,11 @@ class MeshMachine:
             matmul: Whether its work grows faster than its data.
             kind: Form of the product (``conv``, ``attention``) or class of element-wise op
                 (``exp``, ``reduce``, ``gather``), where rates differ; see `DeviceRates`.
+            calls: Small ops that it runs inside, one after the other; 0: it is part of another.
         """
         return max(
             _op_seconds(device, rates, flops, nbytes, dtype, matmul, kind)
+            + (calls - 1.0) * rates.overhead
             for device, rates in self.kinds
         )
 

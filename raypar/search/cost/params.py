@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import torch
 
 from raypar.search.cost.base import Collective, StageCode
 from raypar.search.cost.machine import MeshMachine
+from raypar.search.cost.work import Work
 from raypar.sharding.convert import COLLECTIVES, REDUCE_SCATTER, conversion, state_after
 from raypar.sharding.layout import Axes, ParamLayout
 from raypar.sharding.spec import ShardingSpec, is_shard, shard_dim
 
 BUCKET_BYTES = 4 << 20
 """Gradients travel in buckets of about this size (`raypar.comm.buckets`)."""
+
+
+ADDING = "add_gradients"
+"""Class of the additions of gradients to those of earlier microbatches; rates are those of plain
+element-wise ops."""
 
 
 class Move(NamedTuple):
@@ -38,6 +45,8 @@ class ParamCost(NamedTuple):
         gather: Once per step: stored → held.
         sync: Once per step: gradients of held → of stored.
         rounds: After every microbatch: the same where no rank keeps whole gradients (ZeRO-2).
+        uncut: (name, bytes) of the gradients that are added up as the programs make them, not in
+            parts.
     """
 
     param_bytes: int
@@ -48,6 +57,7 @@ class ParamCost(NamedTuple):
     gather: tuple[Move, ...]
     sync: tuple[Move, ...]
     rounds: tuple[Move, ...]
+    uncut: tuple[tuple[str, int], ...] = ()
 
 
 def moves(
@@ -101,12 +111,31 @@ def timed(found: Iterable[Move], machine: MeshMachine) -> tuple[Collective, ...]
     return tuple(made)
 
 
-def accumulation_s(params: ParamCost, machine: MeshMachine) -> float:
-    """Seconds to add one microbatch's gradients to those of the microbatches before."""
-    if not params.optimized:
-        return 0.0
-    traffic = 3.0 * params.gradient_bytes / params.optimized  # reads two, writes one
-    return params.optimized * machine.compute_s(0.0, traffic, matmul=False)
+def additions(params: ParamCost, products: Collection[str]) -> Counter[Work]:
+    """What adds one microbatch's gradients to those of the microbatches before.
+
+    Args:
+        params: The parameters of a stage.
+        products: Names of those whose gradient programs deliver as a product
+            (`raypar.programs.products`). Where the sum is not cut, the product is added to it while
+            it is made: what is written is counted with the product, and the sum is read besides.
+            It is no call of its own. Others read two gradients and write one.
+    """
+    fused = [nbytes for name, nbytes in params.uncut if name in products]
+    found: Counter[Work] = Counter()
+    if fused:
+        found[Work(0.0, sum(fused) / len(fused), kind=ADDING, calls=0.0)] = len(fused)
+    others = params.optimized - len(fused)
+    if others:
+        found[Work(0.0, 3.0 * (params.gradient_bytes - sum(fused)) / others, kind=ADDING)] = others
+    return found
+
+
+def accumulation_s(
+    params: ParamCost, machine: MeshMachine, products: Collection[str] = ()
+) -> float:
+    """Seconds of `additions`."""
+    return sum(n * work.seconds(machine) for work, n in additions(params, products).items())
 
 
 def param_cost(stage: StageCode) -> ParamCost:
@@ -115,6 +144,7 @@ def param_cost(stage: StageCode) -> ParamCost:
     gather: list[Move] = []
     sync: list[Move] = []
     rounds: list[Move] = []
+    uncut: list[tuple[str, int]] = []
     for node in stage.graph.find_nodes(op="placeholder"):
         key = str(node.meta["id"])
         if not key.startswith("param:"):
@@ -147,8 +177,12 @@ def param_cost(stage: StageCode) -> ParamCost:
             states += part
             optimized += part
             count += 1
+            if part == own:
+                uncut.append((name, own))
     once, often = bundle(sync), bundle(rounds)
-    return ParamCost(held, gradients, states, optimized, count, bundle(gather), once, often)
+    return ParamCost(
+        held, gradients, states, optimized, count, bundle(gather), once, often, tuple(uncut)
+    )
 
 
 def _stored_bytes(layout: ParamLayout, itemsize: int, axes: Axes) -> int:

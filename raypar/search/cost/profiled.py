@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from raypar.programs.products import Gradient, Product
 from raypar.programs.stage import StageProgram, compile_stage
 from raypar.programs.wire import Wire, pack
 from raypar.search.cost.analytic import AnalyticCost
@@ -190,9 +191,14 @@ class _Sums:
     def __init__(self) -> None:
         self._sums: dict[int, torch.Tensor] = {}
 
-    def __call__(self, index: int, gradient: torch.Tensor) -> None:
+    def __call__(self, index: int, gradient: Gradient) -> None:
         known = self._sums.get(index)
-        if known is None:
+        if isinstance(gradient, Product):
+            if known is None:
+                self._sums[index] = gradient.tensor()
+            else:
+                gradient.add_to(known)
+        elif known is None:
             self._sums[index] = gradient.clone()
         else:
             known.add_(gradient)

@@ -33,7 +33,7 @@ class Work(NamedTuple):
         matmul: Whether its work grows faster than its data.
         kind: Form of product or class of element-wise op (`raypar.mesh.calibration.DeviceRates`).
         padded: FLOPs where channels come in blocks of `CHANNEL_BLOCK`; 0: the same.
-        calls: Small ops that it runs inside, one after the other.
+        calls: Small ops that it runs inside, one after the other; 0: it is part of another op.
     """
 
     flops: float
@@ -47,8 +47,7 @@ class Work(NamedTuple):
     def seconds(self, machine: MeshMachine) -> float:
         """How long it takes on the slowest device of a mesh."""
         flops = self.flops if machine.is_gpu else self.padded or self.flops
-        alone = machine.compute_s(flops, self.nbytes, self.dtype, self.matmul, self.kind)
-        return alone if self.calls == 1 else alone + (self.calls - 1) * machine.overhead_s
+        return machine.compute_s(flops, self.nbytes, self.dtype, self.matmul, self.kind, self.calls)
 
     def scaled(self, share: float) -> Work:
         """The same on a share of the data."""
