@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import secrets
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Executor, Future
@@ -19,6 +20,8 @@ from raypar.stages.faults import cause_of
 
 _T = TypeVar("_T")
 _LOOK_S = 0.05
+_AGAIN_S = 1.0
+"""Seconds after which work that was to be interrupted, and goes on, is interrupted again."""
 _KEPT = 8  # shared values that a worker, and functions that an executor, keeps
 
 
@@ -75,6 +78,7 @@ class RayExecutor(Executor):
         self._under_way: dict[Any, Future[Any]] = {}
         self._changed = threading.Condition()
         self._closed = False
+        self._interrupt_at = float("inf")
         self._thread = threading.Thread(target=self._serve, name="raypar tasks", daemon=True)
         self._thread.start()
 
@@ -111,11 +115,16 @@ class RayExecutor(Executor):
                     future = self._waiting.popleft().future
                     future.cancel()
                     future.set_running_or_notify_cancel()  # who waits for it must hear of it
-                for ref in self._under_way:
-                    ray.cancel(ref)
+                self._interrupt()
             self._changed.notify_all()
         if wait:
             self._thread.join()
+
+    def _interrupt(self) -> None:
+        """Interrupts what is under way, and once more later: Ray may lose one on its way there."""
+        for ref in self._under_way:
+            ray.cancel(ref)
+        self._interrupt_at = time.monotonic() + _AGAIN_S
 
     def _function(self, fn: Callable[..., Any]) -> Shared:
         """The function as a shared value; equal ones (bound methods of one object) are one."""
@@ -156,6 +165,8 @@ class RayExecutor(Executor):
             with self._changed:
                 futures = {ref: self._under_way.pop(ref) for ref in done}
                 self._start_waiting()
+                if time.monotonic() > self._interrupt_at:
+                    self._interrupt()
             for ref, future in futures.items():
                 _settle(future, ref)
 

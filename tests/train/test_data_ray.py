@@ -94,13 +94,20 @@ def test_ray_data_are_read_by_rows_or_streamed(ray_session: str) -> None:
         numbers = ray_data.range(30, override_num_blocks=4)
         return numbers.map_batches(lambda b: {"x": np.stack([b["id"]] * 2, 1), "y": b["id"]})
 
-    for options in ({"shuffle": True, "drop_last": False}, {}):
-        assert peek(batches(rows(), 4, **options), 3).by_rows == bool(options)
-        part, at = losses(batches(rows(), 4, **options), {}, 0, 3, 2)
-        rest, _ = losses(batches(rows(), 4, **options), at, 3, 6, 1)
-        stream = peek(batches(rows(), 4, **options), 3).read(4)
-        each = [next(stream)[0]["y"].tolist() for _ in range(9)]
-        np.testing.assert_allclose(part + rest, [3 * sum(ids) for ids in each])
+    by_rows = peek(batches(rows(), 4, shuffle=True, drop_last=False), 3)
+    assert by_rows.by_rows
+    read = by_rows.read(4)
+    rows_read = torch.cat([next(read)[0]["y"] for _ in range(7)]).tolist()
+    assert len(set(rows_read)) == 28
+    assert rows_read != sorted(rows_read)
+
+    streamed = peek(batches(rows(), 4), 3)
+    assert not streamed.by_rows
+    part, at = losses(batches(rows(), 4), {}, 0, 3, 2)
+    rest, _ = losses(batches(rows(), 4), at, 3, 6, 1)
+    stream = streamed.read(4)
+    each = [next(stream)[0]["y"].tolist() for _ in range(9)]
+    np.testing.assert_allclose(part + rest, [3 * sum(ids) for ids in each])
     with pytest.raises(DataError, match="column 'name' of the Ray Dataset holds"):
         peek(batches(ray_data.from_items([{"name": "a"}] * 8), 4), 0)
     with pytest.raises(DataError, match=r"Dataset, which holds single samples: pass raypar.batch"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, wait
 
@@ -48,6 +49,13 @@ def untravelling() -> None:
     raise UntravellingError
 
 
+def work_for_a_minute() -> None:
+    """Ray interrupts Python code between two of its lines, not a wait in one of them."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        time.sleep(0.05)
+
+
 def length(values: list[int]) -> int:
     return len(values)
 
@@ -83,7 +91,7 @@ def test_an_object_is_kept_by_the_worker_and_at_most_so_many_tasks_are_under_way
 
 def test_what_waits_is_dropped_and_what_runs_is_interrupted() -> None:
     executor = RayExecutor(max_workers=1)
-    running: Future[bool] = executor.submit(lambda: threading.Event().wait(60))
+    running: Future[None] = executor.submit(work_for_a_minute)
     waiting: Future[int] = executor.submit(len, [])
     executor.shutdown(cancel_futures=True)
     assert not wait([running], timeout=30).not_done
