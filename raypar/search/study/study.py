@@ -99,6 +99,7 @@ class StudySearch:
         self.finals = Finals(self.judge, self.ledger, measurer, config, self.profiles)
         self.notes: list[str] = []
         self.stopped = ""
+        self._refused: list[str] = []  # why planners of seeds had no plan
         self.bound = lower_bound(graph, cluster, self.bench.calibration, config)
         self._known: dict[Decisions, Outcome] = {}
         self._repeated = 0
@@ -190,6 +191,7 @@ class StudySearch:
         for name, plan, reason in seeds(self.bench, self._seed_deadline):
             if plan is None:
                 self.notes.append(f"no plan of planner {name}: {reason}")
+                self._refused.append(reason)
                 continue
             asked = self.proposals.near_plan(plan, name)
             # Its own cuts and shardings are no decisions: what is told for these is the better.
@@ -312,9 +314,12 @@ class StudySearch:
         """The winner, with its certificate and what else was looked at."""
         number = self.finals.winner
         if not self.ledger.trials:
+            if self._refused:
+                raise PlanError(self._refused[0])
+            budget = self._deadline - self.began
             raise PlanError(
-                f"search.budget_s {self.config.budget_s} was used up before a single plan was "
-                "looked at; give more, for example 60, or set search.planner: uniform"
+                f"search.budget_s {budget:g} was used up before a single plan was looked at; give "
+                f"more, for example {max(60.0, 4 * budget):g}, or set search.planner: uniform"
             )
         if number < 0:
             raise self._nothing()

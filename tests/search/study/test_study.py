@@ -155,6 +155,17 @@ def test_a_seconds_budget_ends_a_search() -> None:
         search(graph(), rp.Cluster.local(2), config)
 
 
+def test_what_a_planner_of_seeds_says_is_told_where_no_time_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "raypar.search.study.study.seeds",
+        lambda bench, deadline: iter([("alpa", None, "it needs 9 GB of 1 GB")]),
+    )
+    with pytest.raises(PlanError, match="it needs 9 GB of 1 GB"):
+        search(graph(), rp.Cluster.local(2), SearchConfig(planner="optuna", budget_s=1e-6))
+
+
 def test_proposals_are_looked_at_side_by_side() -> None:
     config = SearchConfig(**SOME | {"seeds": ()})
     with ThreadPoolExecutor(1) as pool:
