@@ -185,7 +185,8 @@ def likely_s(lowered: LoweredPlan, setting: Setting, schedule: str) -> float:
     """
     whole = setting.microbatches
     groups = len(setting.meshes)
-    few, more = 2 * groups, 4 * groups  # multiples of the groups, as interleaving asks
+    fill = 2 * groups if "eager" in schedule else groups  # microbatches under way, or more
+    few, more = 2 * fill, 4 * fill  # multiples of the groups, as interleaving asks
     if whole <= 2 * more:
         return simulate_lists(_lists(lowered, schedule, whole), setting).step_s
     short, longer = (
