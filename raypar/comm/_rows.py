@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -23,6 +24,18 @@ class Split:
 
     spec: TensorSpec
     pieces: tuple[Piece, ...]
+
+    @cached_property
+    def in_rows(self) -> bool:
+        """Whether the pieces, one after the other, are the tensor's elements in their order."""
+        shape, at = self.spec.shape, 0
+        for piece in self.pieces:
+            if len(piece.boxes) != 1 or not shape or tuple(piece.shape[1:]) != tuple(shape[1:]):
+                return False
+            if piece.boxes[0][0][0][0] != at:
+                return False
+            at += piece.shape[0]
+        return bool(shape) and at == shape[0]
 
 
 class Rows:

@@ -41,12 +41,22 @@ class _Bucket:
 
 
 def bucket_members(
-    specs: Sequence[TensorSpec], bucket_bytes: int, never: Collection[int] = ()
+    specs: Sequence[TensorSpec],
+    bucket_bytes: int,
+    never: Collection[int] = (),
+    *,
+    alone: bool = False,
 ) -> list[list[int]]:
     """Indices of the tensors that travel together, equal dtypes only.
 
     A bucket is closed when it holds `bucket_bytes`; a tensor is never cut. The bucket whose last
     member is ready first comes first.
+
+    Args:
+        specs: The tensors, in the order in which they become ready.
+        bucket_bytes: What a bucket holds.
+        never: Indices that take no part.
+        alone: Whether a tensor that fills a bucket has one for itself.
     """
     open_: dict[torch.dtype, list[int]] = {}
     filled: dict[torch.dtype, int] = {}
@@ -54,8 +64,11 @@ def bucket_members(
     for index, spec in enumerate(specs):
         if index in never:
             continue
-        open_.setdefault(spec.dtype, []).append(index)
         nbytes = math.prod(spec.shape) * spec.dtype.itemsize
+        if alone and nbytes >= bucket_bytes:
+            done.append([index])
+            continue
+        open_.setdefault(spec.dtype, []).append(index)
         filled[spec.dtype] = filled.get(spec.dtype, 0) + nbytes
         if filled[spec.dtype] >= bucket_bytes:
             done.append(open_.pop(spec.dtype))

@@ -4,6 +4,9 @@ A bucket is one flat tensor with a row for every rank, and a row holds that rank
 member, one after the other. So one reduce-scatter serves many parameters, whichever dims they are
 cut in, and so does one all-gather (`raypar.comm.gather`). What is cut when is that of Rajbhandari
 et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5.
+
+A large gradient has a bucket for itself. Where it is cut in dim 0, that bucket is the gradient as
+it was, so that products of matrices can be added to it while they are made.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from raypar.comm._rows import Rows, Split, check_splits
 from raypar.comm.buckets import bucket_members
 from raypar.comm.group import Group, Work
 from raypar.errors import CommError
+from raypar.programs.products import Gradient, Product, as_tensor
 
 __all__ = ["ScatterBuckets", "Split"]
 
@@ -77,7 +81,8 @@ class ScatterBuckets:
         self._splits = tuple(splits)
         self._group = group
         self._eager = every_microbatch
-        members = bucket_members([s.spec for s in splits], bucket_bytes)
+        specs = [s.spec for s in splits]
+        members = bucket_members(specs, bucket_bytes, alone=not every_microbatch)
         self._buckets = [_Bucket(Rows(m, splits)) for m in members]
         self._home = {i: bucket for bucket in self._buckets for i in bucket.rows.members}
         self._device = torch.device("cpu")
@@ -107,7 +112,7 @@ class ScatterBuckets:
         self._started.clear()
         self._ended.clear()
 
-    def add(self, index: int, grad: torch.Tensor, last: bool) -> None:
+    def add(self, index: int, grad: Gradient, last: bool) -> None:
         """Adds one microbatch's uncut gradient; it may be written or freed when this returns.
 
         Args:
@@ -129,12 +134,14 @@ class ScatterBuckets:
             raise CommError(
                 f"{self.name}: gradient {index} came twice before the other gradients of its bucket"
             )
-        for row, piece in zip(bucket.flat, self._splits[index].pieces, strict=True):
-            part = bucket.rows.of(row, index, piece)
+        if isinstance(grad, Product) and self._lies_whole(bucket, index):
+            whole = bucket.flat.view(self._splits[index].spec.shape)
             if adding:
-                piece.add_into(grad, part)
+                grad.add_to(whole)
             else:
-                piece.copy_into(grad, part)
+                grad.write_to(whole)
+        else:
+            self._fill(bucket, index, as_tensor(grad), adding)
         bucket.filled.add(index)
         self._started.add(index)
         if last:
@@ -178,7 +185,20 @@ class ScatterBuckets:
 
     # ---- buckets --------------------------------------------------------------------------
 
-    def _check(self, index: int, grad: torch.Tensor) -> None:
+    def _lies_whole(self, bucket: _Bucket, index: int) -> bool:
+        """Whether a bucket's rows, one after the other, are this gradient and nothing else."""
+        return not self._eager and bucket.rows.members == [index] and self._splits[index].in_rows
+
+    def _fill(self, bucket: _Bucket, index: int, grad: torch.Tensor, adding: bool) -> None:
+        assert bucket.flat is not None
+        for row, piece in zip(bucket.flat, self._splits[index].pieces, strict=True):
+            part = bucket.rows.of(row, index, piece)
+            if adding:
+                piece.add_into(grad, part)
+            else:
+                piece.copy_into(grad, part)
+
+    def _check(self, index: int, grad: Gradient) -> None:
         if not 0 <= index < len(self._splits):
             raise CommError(f"{self.name}: no gradient {index}; there are {len(self._splits)}")
         spec = self._splits[index].spec

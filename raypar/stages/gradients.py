@@ -225,9 +225,6 @@ class GradientStore:
             place = self._place[stage, name]
             last = self._seen[name] == expected[name]
             last = last or (place.of_stage and not self._left[stage, name])
-            if isinstance(place.buckets, ScatterBuckets):
-                place.buckets.add(place.index, as_tensor(gradient), last)
-                return
             if place.part is not None:
                 gradient = place.part.read(as_tensor(gradient))
             place.buckets.add(place.index, gradient, last)

@@ -364,6 +364,39 @@ def test_products_are_added_to_the_sum_as_they_are_made() -> None:
     run_threads(lambda group: _add_products(group), 2, 20.0)
 
 
+def _scatter_products(group: Group, bucket_bytes: int, state: str) -> None:
+    """A product between two small gradients, summed over microbatches and cut over ranks."""
+    shape = (4, 2, 4)
+    small = Split(TensorSpec((4,), torch.float64), _pieces((4,), "S0", group.size))
+    large = Split(TensorSpec(shape, torch.float64), _pieces(shape, state, group.size))
+    buckets = ScatterBuckets([small, large, small], group, bucket_bytes)
+    for _ in range(2):
+        products = [_product(k) for k in range(4)]
+        with _Ops() as ops:
+            for k, product in enumerate(products):
+                buckets.add(0, torch.ones(4, dtype=torch.float64), last=k == 3)
+                buckets.add(1, product, last=k == 3)
+                buckets.add(2, torch.ones(4, dtype=torch.float64), last=k == 3)
+        first, found, third = buckets.finish()
+        assert first.eq(4.0 * group.size).all()
+        assert third.eq(4.0 * group.size).all()
+        wanted = sum(p.tensor() for p in products) * group.size
+        own = large.pieces[group.rank].read(wanted).contiguous()
+        torch.testing.assert_close(found, own)
+        made = [name for name, _ in ops.seen if "mm" in name]
+        if bucket_bytes <= 256 and state == "S0":  # 32 elements: it fills a bucket
+            assert made == ["aten.mm.out", *["aten.addmm_.default"] * 3]
+        else:
+            assert made == ["aten.mm.default"] * 4
+        buckets.reset()
+
+
+@pytest.mark.parametrize("state", ["S0", "S1"])
+@pytest.mark.parametrize("bucket_bytes", [256, 1 << 20])
+def test_products_are_added_to_sums_that_are_cut_in_rows(bucket_bytes: int, state: str) -> None:
+    run_threads(lambda group: _scatter_products(group, bucket_bytes, state), 2, 20.0)
+
+
 def test_products_and_tensors_add_up_to_one_sum() -> None:
     """A tied parameter: one stage delivers a product, the other does not."""
     spec = TensorSpec((4, 2, 4), torch.float64)

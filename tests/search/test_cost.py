@@ -35,6 +35,7 @@ from raypar.plan import MemoryPolicy, MeshSlice, Plan
 from raypar.programs.products import Gradient, Product
 from raypar.programs.stage import StageProgram, compile_stage
 from raypar.programs.wire import pack
+from raypar.search.cost import params
 from raypar.search.cost.analytic import AnalyticCost
 from raypar.search.cost.base import StageCode, cost_model_names, get_cost_model, stage_code
 from raypar.search.cost.exact import peak_bytes, stage_pieces
@@ -327,32 +328,37 @@ def test_additions_of_gradients_are_those_of_the_rank_that_runs_it(name: str) ->
         results = program.forward(given)
         tangents = [torch.ones_like(results[i]) for i in program.tangent_outputs]
         program.backward([*kept, *results[program.n_outputs :], *tangents], sink)
-    pieces, params = stage_pieces(stages[0]), param_cost(stages[0])
+    pieces, held = stage_pieces(stages[0]), param_cost(stages[0])
     assert pieces.products == fused.keys()
-    assert dict(params.uncut) == fused | others
-    found = additions(params, pieces.products)
+    assert dict(held.uncut) == fused | others
+    found = additions(held, pieces.products)
     traffic = sum(work.nbytes * n for work, n in found.items())
     assert traffic == pytest.approx(sum(fused.values()) + 3 * sum(others.values()))
     assert sum(work.calls * n for work, n in found.items()) == len(others)
     assert fused
     assert others
     # Where every rank keeps a part of the sum, a product is made first, and cut.
-    cut = additions(params._replace(uncut=()), pieces.products)
-    assert sum(w.nbytes * n for w, n in cut.items()) == pytest.approx(3 * params.gradient_bytes)
+    cut = additions(held._replace(uncut=()), pieces.products)
+    assert sum(w.nbytes * n for w, n in cut.items()) == pytest.approx(3 * held.gradient_bytes)
 
 
 def _holders(stage: StageCode) -> list[torch.Tensor]:
     return [n.meta["val"] for n in stage.graph.find_nodes(op="placeholder")]
 
 
-def test_a_product_that_is_added_to_its_sum_takes_no_memory() -> None:
+def test_a_product_that_is_added_to_its_sum_takes_no_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def wide() -> nn.Module:
         return nn.Sequential(nn.Linear(256, 256, bias=False), nn.Tanh())
 
     graph = capture(wide, (torch.randn(4, 256),), lambda made: made.square().mean())
     plan = make_plan(graph, Cluster.local(2), SearchConfig(stages=1, replicas=2, microbatches=2))
     weight = 256 * 256 * 4
-    for zero, least in ((0, 0), (1, weight)):
+    for zero, bucket, least in (
+        (0, 4 << 20, 0), (1, 4 << 20, weight), (1, weight, 0), (2, weight, weight)
+    ):  # fmt: skip
+        monkeypatch.setattr(params, "BUCKET_BYTES", bucket)
         stage = replace(plan.stages[0], memory=MemoryPolicy("none", zero))
         changed = replace(plan, stages=(stage,))
         code = stage_code(lower_plan(graph, changed), changed, 0)

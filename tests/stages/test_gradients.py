@@ -28,6 +28,7 @@ from raypar.plan import MemoryPolicy, MeshSlice, Plan, ScheduleSpec, StagePlan
 from raypar.schedules.instructions import Instruction
 from raypar.sharding.layout import Axes, ParamLayout, layout_of
 from raypar.sharding.spec import RG, R, ShardingSpec, is_shard
+from raypar.stages import gradients
 from raypar.stages.accounts import measured_memory, predicted_memory
 from raypar.stages.compile import compile_plan
 from raypar.stages.consolidate import assemble
@@ -277,12 +278,17 @@ class _Ops(TorchDispatchMode):  # type: ignore[misc]
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble_h1"])
 @pytest.mark.parametrize(
-    ("meshes", "first"),
-    [([((1,), ("data",))] * 2, "mm.default"), ([DATA2, DATA2], "mm.out")],
+    ("meshes", "zero", "first"),
+    [
+        ([((1,), ("data",))] * 2, 0, "mm.default"),
+        ([DATA2, DATA2], 0, "mm.out"),
+        ([DATA2, DATA2], 1, "mm.out"),
+    ],
 )
 def test_products_are_added_to_their_sums_as_they_are_made(
     graph: OpGraph,
     meshes: list[Mesh],
+    zero: int,
     first: str,
     schedule: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -301,12 +307,17 @@ def test_products_are_added_to_their_sums_as_they_are_made(
 
         monkeypatch.setattr(RankRunner, name, watched)
 
+    monkeypatch.setattr(gradients, "_BUCKET", 1)  # where parts are summed, large ones are meant
     for name in ("_backward", "_backward_input", "_backward_weight"):
         watch(name)
-    plan = make_plan(graph, meshes, [0, 0], microbatches=4, schedule=schedule)
+    plan = make_plan(graph, meshes, [zero, zero], microbatches=4, schedule=schedule)
     assert_plan_equivalent(net, BATCH, plan, steps=1)
     replicas = math.prod(meshes[0][0])
-    for shape in ((12, 8), (8, 12), (7, 8)):  # each of one weight, on one of the two stages
+    shapes = [(12, 8), (8, 12), (7, 8)]  # each of one weight, on one of the two stages
+    if zero:  # the last is cut in columns: its sum lies in parts
+        last = shapes.pop()
+        assert total["mm.default", last] == 4 * replicas
+    for shape in shapes:
         assert total[first, shape] == replicas
         assert total["addmm_.default", shape] == 3 * replicas
         assert not total["add_.Tensor", shape] + total["add.Tensor", shape]

@@ -14,7 +14,7 @@ from raypar.search.cost.machine import MeshMachine
 from raypar.search.cost.work import Work
 from raypar.sharding.convert import COLLECTIVES, REDUCE_SCATTER, conversion, state_after
 from raypar.sharding.layout import Axes, ParamLayout
-from raypar.sharding.spec import ShardingSpec, is_shard, shard_dim
+from raypar.sharding.spec import RG, S, ShardingSpec, is_shard, shard_dim
 
 BUCKET_BYTES = 4 << 20
 """Gradients travel in buckets of about this size (`raypar.comm.buckets`)."""
@@ -45,7 +45,7 @@ class ParamCost(NamedTuple):
         gather: Once per step: stored → held.
         sync: Once per step: gradients of held → of stored.
         rounds: After every microbatch: the same where no rank keeps whole gradients (ZeRO-2).
-        uncut: (name, bytes) of the gradients that are added up as the programs make them, not in
+        uncut: (name, bytes) of the gradients whose sums lie as the programs make them, not in
             parts.
     """
 
@@ -177,7 +177,7 @@ def param_cost(stage: StageCode) -> ParamCost:
             states += part
             optimized += part
             count += 1
-            if part == own:
+            if part == own or (layout is not None and _lies_whole(layout, own, stage.axes)):
                 uncut.append((name, own))
     once, often = bundle(sync), bundle(rounds)
     return ParamCost(
@@ -188,6 +188,18 @@ def param_cost(stage: StageCode) -> ParamCost:
 def _stored_bytes(layout: ParamLayout, itemsize: int, axes: Axes) -> int:
     sizes = [size for _, size in axes]
     return math.prod(layout.stored.local_shape(layout.shape, sizes)) * itemsize
+
+
+def _lies_whole(layout: ParamLayout, nbytes: int, axes: Axes) -> bool:
+    """Whether a gradient that is reduce-scattered is summed in a bucket that is all its own.
+
+    See `raypar.comm.scatter`: the bucket's rows are then the parts of dim 0.
+    """
+    if layout.zero != 1 or nbytes < BUCKET_BYTES:
+        return False
+    states = zip(layout.stored, layout.held, axes, strict=True)
+    cut = [(s, h) for s, h, (_, n) in states if n > 1 and is_shard(s) and not is_shard(h)]
+    return all(stored == S(0) and held == RG for stored, held in cut)
 
 
 def _has_copy(layout: ParamLayout | None) -> bool:
