@@ -31,6 +31,9 @@ if threading.current_thread() is threading.main_thread():
     # A shell that starts the tests in the background has them ignore Ctrl-C, which some send.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Ray Tune would leave its own handler of Ctrl-C to the tests that come after a sweep.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+
 settings.register_profile(
     "raypar",
     deadline=None,  # the machine is shared: no test asserts a time

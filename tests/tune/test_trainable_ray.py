@@ -71,7 +71,6 @@ def trainer(config: dict[str, Any], looks: Path, scaling: Any = None) -> rp.Trai
 @pytest.fixture
 def looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "0")
-    monkeypatch.setenv("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would stay after the sweep
     folder = tmp_path / "looks"
     folder.mkdir()
     yield folder
@@ -117,7 +116,7 @@ def test_population_based_training_moves_checkpoints_between_plans(
         lambda config: trainer(config, looks),
         # Tune copies the donor's configuration too: what stays a trial's own is its devices.
         num_workers=lambda config: config["devices"],
-        report_every=4,  # one exchange: each starts a trial's ranks anew
+        report_every=2,
     )
     population = tune.schedulers.PopulationBasedTraining(
         time_attr="training_iteration", perturbation_interval=1, quantile_fraction=0.5,

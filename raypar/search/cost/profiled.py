@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from raypar.programs.products import Gradient, Product
+from raypar.programs.products import Gradient, Product, as_tensor
 from raypar.programs.stage import StageProgram, compile_stage
 from raypar.programs.wire import Wire, pack
 from raypar.search.cost.analytic import AnalyticCost
@@ -113,6 +113,7 @@ def profile_job(
         seconds = _measure(program, inputs, context, sums, bound, halves=job.halves)
         tangents = _tangents(program, program.forward(list(inputs)))
         given = [*inputs, *tangents, *sums.values()]
+        sums.apart = True
         held = most_held(lambda: _once(program, inputs, tangents, sums), given, device)
     # Cost models count received values that backward reads among what is held for it.
     edges = [i for i in program.kept if program.inputs[i].startswith("edge:")]
@@ -186,13 +187,21 @@ def _measure(
 
 
 class _Sums:
-    """A sink that adds gradients up, as a rank does over microbatches."""
+    """A sink that adds gradients up, as a rank does over microbatches.
+
+    Attributes:
+        apart: Whether products are made before they are added, as by ranks that cut their sums. So
+            bytes are counted, to be on the safe side: which gradients are cut is not known here.
+    """
 
     def __init__(self) -> None:
+        self.apart = False
         self._sums: dict[int, torch.Tensor] = {}
 
     def __call__(self, index: int, gradient: Gradient) -> None:
         known = self._sums.get(index)
+        if self.apart:
+            gradient = as_tensor(gradient)
         if isinstance(gradient, Product):
             if known is None:
                 self._sums[index] = gradient.tensor()

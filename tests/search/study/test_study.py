@@ -200,13 +200,13 @@ class Stopwatch:
 
 
 def test_what_is_measured_decides() -> None:
-    """The simulator thinks that plans on a single device are 1.4 times as fast as they are."""
-    watch = Stopwatch(lambda p: p.predicted["step_s"] * (1.4 if len(p.devices) == 1 else 1.0))
-    config = SearchConfig(**SOME | {"trials": 30, "measure": 10})
+    """Plans on as many devices as the one that is predicted best take 1.4 times as long."""
+    config = SearchConfig(**SOME | {"trials": 30})
+    likely = len(search(graph(), rp.Cluster.local(2), config).plan.devices)
+    watch = Stopwatch(lambda p: p.predicted["step_s"] * (1.4 if len(p.devices) == likely else 1.0))
+    config = replace(config, measure=10)
     plan, record = search(graph(), rp.Cluster.local(2), config, measurer=watch)
-    predicted = min((t.step_s["simulated"], t.devices) for t in record.trials if t.state == "kept")
-    assert predicted[1] == 1
-    assert len(plan.devices) == 2
+    assert len(plan.devices) != likely
     assert 2 <= len(watch.ran) <= 10
     measured = [t for t in record.trials if "measured" in t.step_s]
     assert record.winner in [t.number for t in measured]
