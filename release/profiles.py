@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
@@ -26,7 +23,7 @@ import torch
 
 from raypar import Cluster
 from raypar.mesh.calibration import Calibration, table_calibration
-from raypar.mesh.calibration_files import CACHE_VARIABLE, load_calibration
+from raypar.mesh.calibration_files import load_calibration
 from raypar.plan import Plan
 from raypar.search.config import SearchConfig
 from raypar.search.cost.stage_job import StageJob
@@ -39,6 +36,7 @@ from raypar.search.study.ledger import Ledger
 from raypar.search.study.profiles import Profiles
 from raypar.train.measure import RayMeasurer
 from release._figures import about, write_figures
+from release._own_cache import own_cache
 from release._plan_grid import DEVICES
 from release._replay import Table
 from release.ours import raypar_cluster
@@ -95,26 +93,12 @@ class Errors:
         )
 
 
-@contextmanager
-def empty_store() -> Iterator[None]:
-    """What was measured before is out of sight."""
-    before = os.environ.get(CACHE_VARIABLE)
-    with tempfile.TemporaryDirectory(prefix="raypar-profiles-") as folder:
-        os.environ[CACHE_VARIABLE] = folder
-        try:
-            yield
-        finally:
-            os.environ.pop(CACHE_VARIABLE)
-            if before is not None:
-                os.environ[CACHE_VARIABLE] = before
-
-
 def before_and_after(name: str, plans: int, profiles: int, rates: Calibration) -> Figures:
     """Predictions for the best plans of a grid, then with stages of some of them profiled."""
     table = Table(GRID / f"{name}.json")
     config = SearchConfig(planner="optuna", profile=profiles)
     counted = Counted()
-    with empty_store():
+    with own_cache():
         judge = Judge(Workbench(captured(name), Cluster.local(DEVICES), config, rates))
         ledger = Ledger(0.002)
         rows = [(judge.play(row.plan), row.measured.step_s) for row in table.rows.values()]
@@ -159,7 +143,7 @@ def live(name: str, count: int, rates: Calibration) -> list[Figures]:
     plans = [row.plan for row in table.rows.values() if len(row.plan.devices) == DEVICES]
     plans = [*plans[:: max(1, len(plans) // count)]][:count]
     found = []
-    with empty_store(), measurer(name) as runs:
+    with own_cache(), measurer(name) as runs:
         runs.measure(plans[0], seconds=0.1)  # starts the processes, imports what is needed
         pids = [process.at.pid for process in runs._pool._processes.values()]
         for plan in plans:
@@ -170,7 +154,7 @@ def live(name: str, count: int, rates: Calibration) -> list[Figures]:
 
 def _both(name: str, plan: Plan, runs: RayMeasurer, pids: list[int], rates: Calibration) -> Figures:
     config = SearchConfig(planner="optuna", profile=1)
-    with empty_store():
+    with own_cache():
         judge = Judge(Workbench(captured(name), Cluster.local(DEVICES), config, rates))
         ledger = Ledger(0.002)
         ledger.add("grid", None, judge.play(plan))

@@ -27,7 +27,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,10 +44,8 @@ from raypar.errors import RayparError
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.calibration import Calibration
 from raypar.mesh.calibration_files import (
-    CACHE_VARIABLE,
     load_calibration,
     read_calibration,
-    save_calibration,
 )
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
@@ -61,6 +58,7 @@ from raypar.train.measure import RayMeasurer
 from raypar.train.quiet import QUIET, Step, load
 from release import simulator
 from release._figures import write_figures
+from release._own_cache import own_cache
 from release._plan_grid import DEVICES, grid, identity
 from release._replay import Row, Table
 from release.ours import raypar_cluster
@@ -231,25 +229,10 @@ class Timed:
         self._inner.close()
 
 
-@contextmanager
-def only_calibrated(calibration: Calibration) -> Iterator[None]:
-    """A cache with the calibration alone: what earlier searches learned is out of sight."""
-    before = os.environ.get(CACHE_VARIABLE)
-    with tempfile.TemporaryDirectory(prefix="raypar-regret-") as folder:
-        os.environ[CACHE_VARIABLE] = folder
-        try:
-            save_calibration(calibration)
-            yield
-        finally:
-            os.environ.pop(CACHE_VARIABLE)
-            if before is not None:
-                os.environ[CACHE_VARIABLE] = before
-
-
 def choose(name: str, book: Book, calibration: Calibration, config: SearchConfig) -> None:
     """Lets the default search choose."""
     began = time.perf_counter()
-    with only_calibrated(calibration), measurer(name) as inner:
+    with own_cache(calibration), measurer(name) as inner:
         runs = Timed(inner)
         found = search(captured(name), Cluster.local(DEVICES), config, measurer=runs)
     record = found.record

@@ -27,10 +27,8 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +42,7 @@ import torch
 import raypar
 from raypar.errors import RayparError
 from raypar.mesh.calibration import Calibration
-from raypar.mesh.calibration_files import CACHE_VARIABLE, load_calibration, save_calibration
+from raypar.mesh.calibration_files import load_calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.search.config import SearchConfig
@@ -58,6 +56,7 @@ from raypar.search.study.seeds import SEEDS
 from raypar.search.study.space import Decisions, Space
 from raypar.train.quiet import load
 from release._figures import write_figures
+from release._own_cache import own_cache
 from release._plan_grid import DEVICES, identity
 from release._replay import ReplayMeasurer, Row, Table
 from release.ours import raypar_cluster
@@ -180,22 +179,6 @@ def searches(name: str, run: Measurer, budget: int, seed: int) -> dict[str, Call
     }
 
 
-@contextmanager
-def forgetful(calibration: Calibration) -> Iterator[None]:
-    """An empty cache folder but for the calibration: nobody knows what others measured."""
-    before = os.environ.get(CACHE_VARIABLE)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ[CACHE_VARIABLE] = folder
-        save_calibration(calibration)
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ[CACHE_VARIABLE]
-            else:
-                os.environ[CACHE_VARIABLE] = before
-
-
 class Book:
     """The JSON file, and the tables beside it."""
 
@@ -244,7 +227,7 @@ def run_searches(
         for label, job in jobs.items():
             if label in model["searches"]:
                 continue
-            with forgetful(calibration):
+            with own_cache(calibration):
                 try:
                     found = job()
                 except RayparError as error:

@@ -100,6 +100,8 @@ class Schedule(ABC):
     name: ClassVar[str]
     trains: ClassVar[bool] = True
     """Whether there are backwards; without them, only forwards are asked for."""
+    rounds_under_way: ClassVar[int] = 1
+    """A pipeline is full once so many microbatches per rank group are on their way, or fewer."""
 
     def check(self, placement: Placement, microbatches: int) -> None:
         """Says whether this schedule can run such a plan.

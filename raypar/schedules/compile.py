@@ -43,7 +43,6 @@ from raypar.schedules.io import Edge, StageIO
 from raypar.schedules.registry import get_schedule
 
 GRAD = "grad:"
-SAVED = "saved"
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ class EagerOneFOneB(Schedule):
     """
 
     name = "eager_1f1b"
+    rounds_under_way = 2
 
     def orders(
         self, placement: Placement, microbatches: int, splits: Sequence[bool]

@@ -49,7 +49,6 @@ class Kind(StrEnum):
 COMPUTE = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT})
 RECV = frozenset({Kind.RECV_FORWARD, Kind.RECV_BACKWARD})
 SEND = frozenset({Kind.SEND_FORWARD, Kind.SEND_BACKWARD})
-STEP = frozenset({Kind.GLOBALS, Kind.NORM, Kind.OPTIMIZER})
 
 _WORD = re.compile(r"^(?:(\d+)([A-Z]+?)(\d+)?|([A-Z]+))(?:\[([^\[\]<>]+?)(?:([<>])(\d+))?\])?$")
 

@@ -18,6 +18,7 @@ class InterleavedEager(InterleavedZeroBubble):
     """
 
     name = "interleaved_eager"
+    rounds_under_way = 2
 
     def round_size(self, rank_groups: int, microbatches: int) -> int:
         """About 1.5 times the rank groups, in rounds of equal size."""

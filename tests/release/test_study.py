@@ -11,6 +11,7 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.search.measure import Measured
 from release import study
+from release._own_cache import own_cache
 
 
 class Watch:
@@ -38,7 +39,7 @@ def test_proposals_without_a_model_are_run_one_by_one(sampler: str) -> None:
 
 
 def test_the_study_keeps_to_its_budget() -> None:
-    with study.forgetful(table_calibration(Cluster.local(2))):
+    with own_cache(table_calibration(Cluster.local(2))):
         found = study.by_study("mlp", Watch(), 3, 0, seeded=False)
     assert 1 <= len(found.path) <= 3
 

@@ -18,6 +18,7 @@ from raypar.mesh.calibration import Calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.schedules.instructions import Instruction
+from raypar.schedules.registry import get_schedule
 from raypar.search._sim_input import Setting
 from raypar.search._sim_setting import setting_of
 from raypar.search.config import SearchConfig
@@ -173,7 +174,8 @@ def likely_s(lowered: LoweredPlan, setting: Setting, schedule: str) -> float:
     """Seconds of a step under a schedule, from two steps of few microbatches.
 
     Once a pipeline is full, every further microbatch adds the same time: a step of M of them is
-    continued from one with two and one with four for every stage. What is chosen is played whole.
+    continued from one with two and one with four times as many as fill it. What is chosen is
+    played whole.
 
     Args:
         lowered: The lowered plan.
@@ -185,7 +187,7 @@ def likely_s(lowered: LoweredPlan, setting: Setting, schedule: str) -> float:
     """
     whole = setting.microbatches
     groups = len(setting.meshes)
-    fill = 2 * groups if "eager" in schedule else groups  # microbatches under way, or more
+    fill = get_schedule(schedule).rounds_under_way * groups
     few, more = 2 * fill, 4 * fill  # multiples of the groups, as interleaving asks
     if whole <= 2 * more:
         return simulate_lists(_lists(lowered, schedule, whole), setting).step_s
