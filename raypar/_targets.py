@@ -22,6 +22,7 @@ from raypar.config import STUDY_KEYS, Config, SearchSection, resolve_target
 from raypar.errors import ConfigError, OptimizerError, did_you_mean
 from raypar.graph.autocast import AUTOCAST_DTYPES
 from raypar.search.config import SearchConfig
+from raypar.search.planners.base import get_planner
 from raypar.train.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from raypar.train.loggers.registry import make_loggers
 from raypar.train.loop import EarlyStop
@@ -154,8 +155,12 @@ def search_of(config: Config) -> SearchConfig:
         optimizer_states=states_of(config),
     )
     if wanted.chosen_planner != "optuna":
+        obeyed = {"budget_s"} if get_planner(wanted.chosen_planner).obeys_budget else set()
         for name in STUDY_KEYS:
-            if getattr(config.search, name) != SearchSection.model_fields[name].default:
+            if (
+                name not in obeyed
+                and getattr(config.search, name) != SearchSection.model_fields[name].default
+            ):
                 raise ConfigError(
                     f"search.{name} is {getattr(config.search, name)!r}, but planner "
                     f"{wanted.chosen_planner!r} makes one plan and would ignore it: set "

@@ -41,7 +41,8 @@ CONFIG_FORMAT = 1
 STUDY_KEYS = (
     "sampler", "trials", "budget_s", "seed", "seeds", "measure", "profile", "storage"
 )  # fmt: skip
-"""Keys of section ``search`` that planner optuna alone obeys."""
+"""Keys of section ``search`` that other planners than optuna do not obey, save for some that end
+their search after ``budget_s``."""
 
 
 class Config(Section):

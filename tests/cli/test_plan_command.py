@@ -249,3 +249,7 @@ def test_a_resolved_config_holds_no_key_that_its_plan_file_makes_idle(folder: Pa
     assert search_of(again).chosen_planner == "manual"
     with pytest.raises(ConfigError, match=r"search\.trials is 3, but planner 'alpa'"):
         search_of(load_config(folder / "run.yaml", ["search.planner=alpa", "search.trials=3"]))
+    timed = load_config(folder / "run.yaml", ["search.planner=alpa", "search.budget_s=3"])
+    assert search_of(timed).budget_s == 3
+    with pytest.raises(ConfigError, match=r"search\.budget_s is 3\.0, but planner 'uniform'"):
+        search_of(load_config(folder / "run.yaml", ["search.stages=2", "search.budget_s=3"]))

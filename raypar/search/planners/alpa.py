@@ -52,6 +52,7 @@ class AlpaPlanner(Planner):
     """Searches stages, meshes, shardings, microbatches, ZeRO levels and recomputation."""
 
     name = "alpa"
+    obeys_budget = True
 
     def plan(self, graph: OpGraph, cluster: Cluster, config: SearchConfig) -> Plan:
         """The fastest plan that is found; see `Planner.plan`."""

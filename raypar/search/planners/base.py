@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from raypar.errors import ConfigError, did_you_mean
 from raypar.graph.opgraph import OpGraph
@@ -16,9 +17,11 @@ class Planner(ABC):
 
     Attributes:
         name: What the planner is registered under.
+        obeys_budget: Whether it ends its search after `SearchConfig.budget_s`.
     """
 
     name: str
+    obeys_budget: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, graph: OpGraph, cluster: Cluster, config: SearchConfig) -> Plan:

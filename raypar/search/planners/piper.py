@@ -40,6 +40,7 @@ class PiperPlanner(Planner):
     """Searches stages, tensor-parallel degrees and recomputation for the least largest load."""
 
     name = "piper"
+    obeys_budget = True
 
     def plan(self, graph: OpGraph, cluster: Cluster, config: SearchConfig) -> Plan:
         """The fastest of the pipelines found; see `Planner.plan`."""
