@@ -97,9 +97,14 @@ def test_ray_data_are_read_by_rows_or_streamed(ray_session: str) -> None:
     by_rows = peek(batches(rows(), 4, shuffle=True, drop_last=False), 3)
     assert by_rows.by_rows
     read = by_rows.read(4)
-    rows_read = torch.cat([next(read)[0]["y"] for _ in range(7)]).tolist()
-    assert len(set(rows_read)) == 28
-    assert rows_read != sorted(rows_read)
+    straight = [next(read) for _ in range(9)]
+    ids = [batch["y"].tolist() for batch, _ in straight]
+    assert len({i for batch in ids[:7] for i in batch}) == 28
+    assert ids[:7] != sorted(ids[:7])
+    position = straight[2][1]
+    assert isinstance(position, DataPosition)
+    again = peek(batches(rows(), 4, shuffle=True, drop_last=False), 3).read(4, position)
+    assert [next(again)[0]["y"].tolist() for _ in range(6)] == ids[3:]
 
     streamed = peek(batches(rows(), 4), 3)
     assert not streamed.by_rows
