@@ -17,6 +17,8 @@ STOP_WAIT_S = 30
 
 _POLL_S = 0.5
 _AGENT_S = 60.0
+_NO_AGENT = "No available agent"
+_REFUSALS = (ConnectionError, RuntimeError, ValueError, OSError)
 _LOST_PACKAGE = "Failed to download runtime_env file package"
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _IGNORED = (
@@ -110,20 +112,24 @@ def submit(
 
     Raises:
         ConfigError: The config lies outside of the working directory.
-        ClusterError: No job server at `address`.
+        ClusterError: No job server at `address`; or it takes no job: it has no agent that would
+            start one, or refuses this one.
     """
     from ray.job_submission import JobSubmissionClient
 
     entrypoint, env = job.entrypoint(), job.runtime_env()
     try:
         client = JobSubmissionClient(address)
-        name = _submitted(client, entrypoint, env)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except _REFUSALS as error:
         raise ClusterError(
             f"no Ray job server at {address or 'the default address'}: {error}. Give --address "
             "http://HEAD:8265, the address of the cluster's dashboard (`ray start --head` with "
             "--include-dashboard=true prints it)"
         ) from None
+    try:
+        name = _submitted(client, entrypoint, env)
+    except _REFUSALS as error:
+        raise _not_taken(error, client.get_address()) from None
     say(f"job {name}: {entrypoint}")
     if not wait:
         return 0
@@ -141,6 +147,24 @@ def submit(
         return _follow(client, name, say) or 130
 
 
+def _not_taken(error: Exception, server: str) -> ClusterError:
+    """What to tell of a job that a server did not take."""
+    if _NO_AGENT not in str(error):
+        return ClusterError(
+            f"the Ray job server at {server} did not take the job: {str(error).strip()}. It is "
+            "sent --working-dir (without .git, runs and the like), --pip and --env: a folder with "
+            "less in it may be what it takes"
+        )
+    return ClusterError(
+        f"the Ray job server at {server} is up, but no node's agent has taken the job for "
+        f"{_AGENT_S:g} s. An agent runs beside the dashboard where ray[default] is installed (`pip "
+        "install 'ray[default]'` on the head), and ends where its port is in use, as by a second "
+        "Ray on that machine: start the head with `ray start --head --include-dashboard=true "
+        "--dashboard-agent-listen-port=52366`; its log is dashboard_agent.log in Ray's session "
+        "folder (/tmp/ray/session_latest/logs)"
+    )
+
+
 def _submitted(client: Any, entrypoint: str, env: dict[str, Any]) -> str:
     """Submits; a head that has just been started needs a moment until its agent takes jobs."""
     end = time.monotonic() + _AGENT_S
@@ -148,7 +172,7 @@ def _submitted(client: Any, entrypoint: str, env: dict[str, Any]) -> str:
         try:
             return str(client.submit_job(entrypoint=entrypoint, runtime_env=env))
         except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > end:
+            if _NO_AGENT not in str(error) or time.monotonic() > end:
                 raise
         time.sleep(_POLL_S)
 

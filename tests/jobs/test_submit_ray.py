@@ -13,6 +13,7 @@ import pytest
 import ray
 
 from raypar.errors import ClusterError, ConfigError
+from raypar.jobs import submit as submit_module
 from raypar.jobs.submit import Submission, submit
 
 pytest.importorskip("aiohttp", reason="the dashboard needs ray[default]")
@@ -134,3 +135,37 @@ def test_an_address_without_a_job_server_is_told(project: Path) -> None:
     job = Submission(config_file=str(project / "run.yaml"), working_dir=project)
     with pytest.raises(ClusterError, match=r"no Ray job server at http://127\.0\.0\.1:1"):
         submit(job, "http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    ("refusal", "told"),
+    [
+        (
+            RuntimeError("Request failed with status code 500: No available agent to submit job."),
+            r"at http://head:8265 is up, but no node's agent.*--dashboard-agent-listen-port=52366",
+        ),
+        (
+            ValueError("Package size exceeds the maximum size of 512 MiB"),
+            r"at http://head:8265 did not take the job: Package size.*--working-dir",
+        ),
+    ],
+)
+def test_a_server_that_takes_no_job_is_not_told_to_be_missing(
+    project: Path, monkeypatch: pytest.MonkeyPatch, refusal: Exception, told: str
+) -> None:
+    class Server:
+        def __init__(self, address: str | None) -> None:
+            pass
+
+        def get_address(self) -> str:
+            return "http://head:8265"
+
+        def submit_job(self, **_: Any) -> str:
+            raise refusal
+
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Server)
+    monkeypatch.setattr(submit_module, "_AGENT_S", 0.0)
+    job = Submission(config_file=str(project / "run.yaml"), working_dir=project)
+    with pytest.raises(ClusterError, match=told) as caught:
+        submit(job)
+    assert "no Ray job server" not in str(caught.value)
