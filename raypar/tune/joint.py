@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import optuna
 
+from raypar._plan_text import count_of, table
 from raypar.errors import ConfigError, NonFiniteError, PlanError, RayparError
 from raypar.plan import Plan
 from raypar.search.config import SearchConfig
@@ -23,7 +24,7 @@ from raypar.train.callbacks import Callback, RunFacts
 from raypar.train.config import CheckpointConfig
 from raypar.train.trainer import Trainer
 
-_PLAN, _WHY = "plan", "why"
+_PLAN, _WHY, _JUDGED = "plan", "why", "judged by"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +57,17 @@ class JointStudy:
         return Plan.from_json(self.study.best_trial.user_attrs[_PLAN])
 
     def describe(self) -> str:
-        """One line for each trial, the best one marked."""
-        best = next(iter(self.study.best_trials), None)
-        return "\n".join(_line(trial, best) for trial in self.study.trials)
+        """A table with a line for each trial; the best one has a star."""
+        trials = self.study.trials
+        if not trials:
+            return "no trials"
+        best = next((trial.number for trial in self.study.best_trials), None)
+        judged = self.study.user_attrs.get(_JUDGED, "value")
+        rows = [_row(trial, best) for trial in trials]
+        titles = ("", "trial", judged, "plan", "planned in", "parameters", "")
+        columns = [(t, cells) for t, *cells in zip(titles, *rows, strict=True)]
+        # What is the same for all, such as that nothing went wrong, is no column.
+        return "\n".join(table([(t, cells) for t, cells in columns if any(cells)]))
 
 
 def joint_study(
@@ -120,6 +129,8 @@ def joint_study(
         pruner=pruner or optuna.pruners.NopPruner(),
         direction="minimize" if target is not None else direction,
     )
+    judged = metric if target is None else f"seconds to {metric} {target:g}"
+    study.set_user_attr(_JUDGED, judged)
     objective = _Objective(make, metric, direction, time_budget_s, target, name)
     study.optimize(objective, n_trials=trials)
     return JointStudy(study, objective.folder)
@@ -228,13 +239,23 @@ class _Watch(Callback):
             raise optuna.TrialPruned(f"after {self.steps} steps")
 
 
-def _line(trial: optuna.trial.FrozenTrial, best: optuna.trial.FrozenTrial | None) -> str:
+def _row(trial: optuna.trial.FrozenTrial, best: int | None) -> tuple[str, ...]:
+    """The cells of a trial."""
     facts = trial.user_attrs
-    value = "-" if trial.value is None else f"{trial.value:.6g}"
-    plan = f"{facts.get('plan_stages', '-')} stages x {facts.get('plan_replicas', '-')}"
-    mark = "*" if best is not None and trial.number == best.number else " "
-    params = ", ".join(f"{k}={v}" for k, v in trial.params.items())
+    stages, replicas = facts.get("plan_stages"), facts.get("plan_replicas")
     planning = facts.get("planning_s")
-    took = "" if planning is None else f"  planned in {planning:.2f} s"
-    why = facts.get(_WHY, "")
-    return f"{mark} {trial.number:3d}  {value:>10}  {plan}{took}  {params}  {why}".rstrip()
+    return (
+        "*" if trial.number == best else "",
+        str(trial.number),
+        "-" if trial.value is None else f"{trial.value:.6g}",
+        "-"
+        if stages is None or replicas is None
+        else f"{count_of(stages, 'stage')} × {count_of(replicas, 'replica')}",
+        "-" if planning is None else f"{planning:.2f} s",
+        ", ".join(f"{name}={_short(value)}" for name, value in trial.params.items()),
+        facts.get(_WHY, ""),
+    )
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

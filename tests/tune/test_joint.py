@@ -55,8 +55,12 @@ def test_a_study_over_models_and_plans_finds_the_best_run_of_both(make: Any) -> 
     for trial in trials:
         assert trial.user_attrs["plan_stages"] == trial.params["stages"]
         assert trial.user_attrs["steps"] == 8
-    assert found.describe().count("\n") == 5
-    assert found.describe().count("*") == 1
+    title, *rows = found.describe().splitlines()
+    assert title.split() == ["trial", "loss", "plan", "planned", "in", "parameters"]
+    assert len(rows) == 6
+    (best,) = [row.split() for row in rows if row.startswith("*")]
+    assert best[1:3] == [str(found.study.best_trial.number), f"{found.best_value:.6g}"]
+    assert f"stages={found.best_params['stages']}" in best
     # One question for each model and number of stages, however often it is asked.
     asked = {(t.params["width"], t.params["stages"]) for t in trials}
     plans = list((found.folder / "cache" / "plans").glob("*.json"))
@@ -70,6 +74,7 @@ def test_the_time_to_a_loss_ends_runs_that_reach_it(make: Any) -> None:
     facts = reached.study.best_trial.user_attrs
     assert facts["steps"] < 8
     assert reached.best_value == facts["seconds"]
+    assert "seconds to loss 0.68" in reached.describe().splitlines()[0]
     missed = joint_study(make, trials=1, target=-1.0, sampler=study_of, name="missed")
     facts = missed.study.best_trial.user_attrs
     assert facts["steps"] == 8
