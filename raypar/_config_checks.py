@@ -94,6 +94,14 @@ def contradictions(config: Sections) -> Iterator[str]:
             "mesh.scale_up_timeout_s is given, but mesh.num_workers is no range, and so nobody "
             "waits for nodes: set mesh.num_workers: [2, 8], or remove it"
         )
+    if train.engine == "cuda_graph" and (mesh.device != "gpu" or workers == 0):
+        cause = (
+            "mesh.num_workers is 0, and one process without Ray runs on CPU tensors: set it to 1 "
+            "or more with mesh.device: gpu"
+            if mesh.device == "gpu"
+            else "mesh.device is 'cpu', where there are no CUDA graphs: set mesh.device: gpu"
+        )
+        yield f"train.engine is 'cuda_graph', but {cause}, or train.engine: eager (or compiled)"
     ports = config.comm.port_range
     if ports is not None and (len(ports) != 2 or not 1024 <= ports[0] <= ports[1] <= 65535):
         yield (

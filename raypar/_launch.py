@@ -33,7 +33,7 @@ from raypar.graph.capture import capture
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
-from raypar.report.explain import explain
+from raypar.report.explain import Explanation, explanation
 from raypar.search.ladder import Ladder, Rung, ladder, sizes_of
 from raypar.search.plan import Found, Progress, search
 from raypar.train.result import Result
@@ -123,7 +123,7 @@ def explained(
     *,
     virtual: bool = False,
     lists: bool = False,
-) -> str:
+) -> Explanation:
     """`raypar.explain` with what the configuration and this machine say.
 
     Args:
@@ -134,7 +134,7 @@ def explained(
         virtual: Whether the cluster was given as a file, and is not this machine.
         lists: As in `raypar.explain`.
     """
-    return explain(
+    return explanation(
         made,
         graph,
         cluster,
@@ -165,6 +165,7 @@ def trainer_of(config: Config) -> Trainer:
         precision=autocast_of(config),
         accumulate=config.train.accumulate,
         ema_decay=config.train.ema_decay,
+        engine=config.train.engine,
         eval_data=evaluation_of(config),
         eval_every=config.evaluation.every_steps,
         eval_weights=config.evaluation.weights,
@@ -205,7 +206,7 @@ def train_config(
     def on_plan(made: Plan, graph: OpGraph, cluster: Cluster) -> None:
         write_resolved(config, made, folder)
         if config.run.log_every:
-            print(explained(config, made, graph, cluster), flush=True)
+            print(explained(config, made, graph, cluster).text, flush=True)
 
     if config.run.log_every and config.mesh.num_workers != 0:
         print(f"run {folder.name}: {_ray_in_words()}", flush=True)

@@ -41,8 +41,13 @@ def _pieces(line: str) -> list[str]:
     )
 
 
-def plan_lines(plan: Plan) -> list[str]:
-    """The facts of the whole plan, one a line."""
+def plan_lines(plan: Plan, *, predicted: str = "predicted") -> list[str]:
+    """The facts of the whole plan, one a line.
+
+    Args:
+        plan: The plan.
+        predicted: What its planner's figures are called; empty leaves them out.
+    """
     groups = len({group for group, _ in plan.schedule.placement})
     per_node = " + ".join(map(str, plan.cluster))
     lines = [
@@ -54,9 +59,9 @@ def plan_lines(plan: Plan) -> list[str]:
         f"schedule {plan.schedule.name}, torch {plan.torch}, "
         f"graph {plan.graph_hash[:12]}, parameters {plan.params_hash[:12]}",
     ]
-    if plan.predicted:
+    if plan.predicted and predicted:
         figures = ", ".join(f"{_title(k)} {figure(k, v)}" for k, v in plan.predicted.items())
-        lines.append(f"predicted: {figures}")
+        lines.append(f"{predicted}: {figures}")
     return [*lines, *certificate_lines(plan)]
 
 

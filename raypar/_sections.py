@@ -214,6 +214,11 @@ class TrainSection(Section):
     ema_decay: Annotated[float, Gt(0), Lt(1)] | None = Field(
         default=None, description="decay of an average of the weights; null: none is kept"
     )
+    engine: Literal["eager", "compiled", "cuda_graph"] = Field(
+        default="eager",
+        description="how a stage's programs run: as they are, through torch.compile, or as CUDA "
+        "graphs (needs mesh.device: gpu)",
+    )
     seed: Annotated[int, Ge(0)] = Field(default=0, description="initialisation and dropout")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from raypar.errors import ConfigError, RayparError
 
@@ -40,11 +41,32 @@ def _print_error(error: RayparError) -> None:
     console.print(block, soft_wrap=True)
 
 
+PATH = click.Path(readable=False)
+"""A path or URL; shells complete it. What is wrong with it the command itself tells."""
+
+
+def _keys(ctx: click.Context, param: click.Parameter, begun: str) -> list[CompletionItem]:
+    """Keys of a config that go on as what was typed does."""
+    from raypar.config import surface
+
+    keys = (line.partition(":") for line in surface())
+    return [
+        CompletionItem(f"{key}=", help=takes.strip())
+        for key, _, takes in keys
+        if "." in key and key.startswith(begun)
+    ]
+
+
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one config key."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    shell_complete=_keys,
+    help="Override one config key.",
 )
 cluster_option = click.option(
-    "--cluster", "cluster_file", metavar="FILE", help="Plan for this cluster (YAML)."
+    "--cluster", "cluster_file", metavar="FILE", type=PATH, help="Plan for this cluster (YAML)."
 )
 
 
@@ -88,16 +110,17 @@ def _writable(ctx: click.Context, option: click.Parameter, path: str | None) -> 
 
 def written_option(name: str, text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """An option that names a file that the command writes; checked before it begins."""
-    return click.option(name, metavar="FILE", callback=_writable, help=text)
+    return click.option(name, metavar="FILE", type=PATH, callback=_writable, help=text)
 
 
 output_option = click.option(
-    "-o", "--output", metavar="FILE", help="Write it here instead of printing it."
+    "-o", "--output", metavar="FILE", type=PATH, help="Write it here instead of printing it."
 )
 json_option = click.option(
     "--json",
     "json_file",
     metavar="FILE",
+    type=PATH,
     callback=_writable,
     help="Also write what is told as JSON; - for stdout.",
 )
@@ -122,7 +145,9 @@ def search_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--budget", "budget_s", metavar="SECONDS", help="Seconds of search."),
         click.option("--sampler", metavar="NAME", help="tpe, gp, cmaes, nsga2 or random."),
         click.option("--seed", metavar="N", help="Seed of the sampler."),
-        click.option("--storage", metavar="FILE", help="Journal: a search goes on from there."),
+        click.option(
+            "--storage", metavar="FILE", type=PATH, help="Journal: a search goes on from there."
+        ),
         click.option("--no-cache", is_flag=True, help="Search, even if the plan is known."),
     ]
     return functools.reduce(lambda made, option: option(made), reversed(options), with_keys)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from raypar.cli._shared import (
+    PATH,
     check_folder,
     check_writable,
     cluster_option,
@@ -17,19 +18,24 @@ from raypar.cli._shared import (
     written_option,
 )
 from raypar.config import Config, load_config
-from raypar.errors import ConfigError
+from raypar.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
     from raypar.search.rungs import Rung
 
 
 @click.command()
-@click.argument("config_file", metavar="CONFIG")
+@click.argument("config_file", metavar="CONFIG", type=PATH)
 @click.option(
-    "-o", "--output", metavar="PATH", help="Where to write it; default: plan.json, or ladder/."
+    "-o",
+    "--output",
+    metavar="PATH",
+    type=PATH,
+    help="Where to write it; default: plan.json, or ladder/.",
 )
 @written_option("--html", "Also write the plan and its search as a page.")
 @written_option("--save-record", "Also write all that was looked at (JSON).")
+@click.option("--force", is_flag=True, help="Write the plan also where it does not fit the memory.")
 @click.option(
     "--ladder",
     "sizes",
@@ -44,6 +50,7 @@ def plan(
     output: str | None,
     html: str | None,
     save_record: str | None,
+    force: bool,
     sizes: str | None,
     overrides: tuple[str, ...],
     cluster_file: str | None,
@@ -52,9 +59,17 @@ def plan(
 
     Ctrl-C ends the search with the best plan so far. With --ladder, a folder is written: a plan for
     every size of the cluster (whole nodes in their order, then a part of the next) and ladder.json.
+
+    Where no plan fits the memory, or the one that was asked for does not, nothing is written, and
+    the exit code is 1.
     """
     config = load_config(config_file, overrides)
     if sizes is not None:
+        if force:
+            raise ConfigError(
+                "--force writes one plan that does not fit; a ladder tells which sizes have none: "
+                "leave it out"
+            )
         if html is not None or save_record is not None:
             raise ConfigError(
                 "--html and --save-record tell of one plan: leave them out, or plan for one size "
@@ -71,9 +86,15 @@ def plan(
 
     with SearchView() as view:
         (made, record), graph, cluster = found_of(config, cluster_file, view)
-    click.echo(explained(config, made, graph, cluster, virtual=cluster_file is not None))
+    told = explained(config, made, graph, cluster, virtual=cluster_file is not None)
+    click.echo(told.text)
     for line in ended(record):
         click.echo(line)
+    if told.lacking and not force:
+        raise PlanError(
+            f"the plan does not fit, and is not written to {output!r}: {'; '.join(told.lacking)}. "
+            "--force writes it all the same"
+        )
     try:
         made.save(output)
     except OSError as error:
@@ -105,8 +126,10 @@ def _plan_ladder(config: Config, sizes: str, output: str, cluster_file: str | No
 
 
 @click.command()
-@click.argument("file", metavar="PLAN.JSON|CONFIG")
-@click.option("--plan", "plan_file", metavar="FILE", help="Explain this plan (JSON) of CONFIG.")
+@click.argument("file", metavar="PLAN.JSON|CONFIG", type=PATH)
+@click.option(
+    "--plan", "plan_file", metavar="FILE", type=PATH, help="Explain this plan (JSON) of CONFIG."
+)
 @click.option("--lists", is_flag=True, help="Also print every rank's instructions.")
 @set_option
 @cluster_option
@@ -140,12 +163,12 @@ def explain(
     from raypar._launch import explained, plan_of
 
     found = plan_of(config, cluster_file, plan_file)
-    click.echo(explained(config, *found, virtual=cluster_file is not None, lists=lists))
+    click.echo(explained(config, *found, virtual=cluster_file is not None, lists=lists).text)
 
 
 @click.command()
-@click.argument("config_file", metavar="CONFIG")
-@click.option("--plan", "plan_file", metavar="FILE", help="Simulate this plan (JSON).")
+@click.argument("config_file", metavar="CONFIG", type=PATH)
+@click.option("--plan", "plan_file", metavar="FILE", type=PATH, help="Simulate this plan (JSON).")
 @set_option
 @cluster_option
 @click.option(
@@ -186,8 +209,8 @@ def simulate(
 
 
 @click.command()
-@click.argument("config_file", metavar="CONFIG")
-@click.option("--plan", "plan_file", metavar="FILE", help="Check this plan (JSON).")
+@click.argument("config_file", metavar="CONFIG", type=PATH)
+@click.option("--plan", "plan_file", metavar="FILE", type=PATH, help="Check this plan (JSON).")
 @click.option("--steps", type=click.IntRange(min=1), default=1, show_default=True)
 @set_option
 def verify(config_file: str, plan_file: str | None, steps: int, overrides: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from raypar._plan_text import (
     Column,
@@ -33,6 +34,7 @@ from raypar.search.simulate import Simulation, simulate
 from raypar.sharding.coverage import coverage
 
 _SHOWN = 5
+_SAME = 0.005  # of a step: what is told with three digits reads alike
 _MANY = 24  # stages: of more, the table shows the first and the last ones
 
 
@@ -68,12 +70,51 @@ def explain(
     Raises:
         PlanError: The plan does not fit the graph or the cluster.
     """
+    return explanation(
+        plan,
+        graph,
+        cluster,
+        calibration=calibration,
+        cores=cores,
+        optimizer_states=optimizer_states,
+        lists=lists,
+    ).text
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` says, and what it says at its end.
+
+    Attributes:
+        text: All of it.
+        lacking: How much memory a rank lacks and what binds, in parts; empty where the plan fits
+            the devices' memory, or no step was simulated.
+    """
+
+    text: str
+    lacking: tuple[str, ...] = ()
+
+
+def explanation(
+    plan: Plan,
+    graph: OpGraph | None = None,
+    cluster: Cluster | None = None,
+    *,
+    calibration: Calibration | None = None,
+    cores: int | None = None,
+    optimizer_states: int = 2,
+    lists: bool = False,
+) -> Explanation:
+    """`explain`, and whether the plan fits; see there.
+
+    Raises:
+        PlanError: The plan does not fit the graph or the cluster.
+    """
     check_plan(plan, graph, cluster)
-    lines = plan_lines(plan)
-    if cluster is not None:
-        lines.append(f"cluster {cluster.name}: {cluster.describe()}")
+    where = [] if cluster is None else [f"cluster {cluster.name}: {cluster.describe()}"]
     if graph is None:
-        return joined([lines, table(plan_columns(plan)), alternative_lines(plan)])
+        rows = table(plan_columns(plan))
+        return Explanation(joined([plan_lines(plan) + where, rows, alternative_lines(plan)]))
     lowered = lower_plan(graph, plan)
     played: Simulation | None = None
     if cluster is not None:
@@ -86,15 +127,16 @@ def explain(
             cores=cores,
             optimizer_states=optimizer_states,
         )
-        lines += step_lines(played)
+        lines = [*plan_lines(plan, predicted=_planned(plan, played)), *where, *step_lines(played)]
     else:
-        lines += paragraph(_idle(plan, graph, lowered), [])
+        lines = [*plan_lines(plan), *paragraph(_idle(plan, graph, lowered), [])]
     costs: Sequence[StageCost] | None = None if played is None else played.setting.costs
     columns = [
         (title, cells)
         for title, cells in plan_columns(plan, predicted=False)
         if title != "recompute" or set(cells) != {"none"}
     ] + _columns(plan, graph, lowered)
+    lacking = () if played is None else _lacking(plan, lowered, played)
     sections = [
         lines,
         _ends(table(columns)),
@@ -105,23 +147,29 @@ def explain(
         _notes(graph, lowered),
         instruction_lists(plan, lowered, costs).splitlines() if lists else [],
         # Last, where it is seen: all that stands above is of no use then.
-        [] if played is None else _overfull(plan, lowered, played),
+        paragraph("THIS PLAN DOES NOT FIT: ", lacking) if lacking else [],
     ]
-    return joined(sections)
+    return Explanation(joined(sections), lacking)
 
 
-def _overfull(plan: Plan, lowered: LoweredPlan, played: Simulation) -> list[str]:
+def _planned(plan: Plan, played: Simulation) -> str:
+    """What the planner's figures are called beside those of a simulation; they may be the same."""
+    step = plan.predicted.get("step_s")
+    same = step is None or math.isclose(step, played.step_s, rel_tol=_SAME)
+    return "" if same else "when it was planned"
+
+
+def _lacking(plan: Plan, lowered: LoweredPlan, played: Simulation) -> tuple[str, ...]:
     """What binds where a rank needs more memory than there is."""
     need = need_of(plan, lowered, played)
     if need.nbytes <= need.limit:
-        return []
-    words = [
+        return ()
+    return (
         f"a rank needs {size(need.nbytes)} of {size(need.limit)}",
         f"what binds is {need.binding}",
         "search.planner: optuna without search.stages, search.replicas and search.tensor finds a "
         "plan that fits, or tells what would",
-    ]
-    return paragraph("THIS PLAN DOES NOT FIT: ", words)
+    )
 
 
 def _ends(rows: list[str]) -> list[str]:

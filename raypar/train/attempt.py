@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raypar._plan_text import count_of
+from raypar.comm.group import DEFAULT_TIMEOUT_S
 from raypar.errors import CheckpointError
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
@@ -35,6 +37,8 @@ from raypar.train.signals import Signals
 from raypar.train.state import TrainState
 from raypar.train.utilisation import model_flops, peak_flops, product_dtype
 
+_COMPILING_S = 1800.0  # a stage may be compiled for minutes, and stages one after the other
+
 
 class Clock:
     """Seconds of each part of the start-up."""
@@ -43,11 +47,12 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self._began = self._last = time.perf_counter()
 
-    def mark(self, name: str) -> None:
-        """Books the time since the last mark."""
+    def mark(self, name: str) -> float:
+        """Books the time since the last mark, and returns it."""
         now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-        self._last = now
+        passed, self._last = now - self._last, now
+        self.seconds[name] = self.seconds.get(name, 0.0) + passed
+        return passed
 
     def summary(self) -> dict[str, float]:
         """Every part, and ``total``."""
@@ -73,6 +78,7 @@ class Prepared:
         state: Where training stands.
         initial: What the model begins with in place of what the seed makes, or None.
         notes: What users should know before the first step.
+        display: What is told of the run before and between attempts.
     """
 
     folder: Path
@@ -88,6 +94,7 @@ class Prepared:
     state: TrainState = field(default_factory=TrainState)
     initial: InitialWeights | None = None
     notes: tuple[str, ...] = ()
+    display: Display = field(default_factory=lambda: Display(None, 0))
 
 
 class Attempt:
@@ -133,15 +140,20 @@ class Attempt:
         with ExitStack() as stack:
             run = self._make_run(stack, specs)
             stack.callback(run.close)
-            parts = run.start()
-            clock.mark("start")
+            ranks = count_of(len(specs), "rank")
+            where = "threads here" if self._settings.scaling.in_process else "Ray actors"
+            with made.display.doing(f"starting {ranks} as {where}"):
+                parts = run.start()
+            made.display.say(f"started {ranks} in {clock.mark('start'):.1f} s{_building(parts)}")
             for name, seconds in parts.items():
                 clock.seconds[f"start.{name}"] = seconds
             if made.resume is not None:
-                made.state = made.resume.restore(run)
-                if self._settings.renew_options:
-                    run.call("visit", RenewJob())
-                clock.mark("restore")
+                with made.display.doing(f"loading {made.resume.path}"):
+                    made.state = made.resume.restore(run)
+                    if self._settings.renew_options:
+                        run.call("visit", RenewJob())
+                loaded = f"loaded step {made.state.step} in {clock.mark('restore'):.1f} s"
+                made.display.say(f"{loaded} from {made.resume.path}")
             first = made.state.step
             run.call("prefetch", first, first + 1 if made.steps is None else made.steps)
             self.up = True
@@ -159,6 +171,7 @@ class Attempt:
             threads=settings.scaling.threads(self._plan),
             accelerator=settings.scaling.use_gpu,
             initial=self._prepared.initial if self._prepared.resume is None else None,
+            engine=settings.engine,
         )
 
     def _make_run(self, stack: ExitStack, specs: list[RankSpec]) -> Run:
@@ -170,7 +183,9 @@ class Attempt:
 
             held = HeldBatches(made.opened)
             return LocalRun(
-                specs, feed=DataFeed(held, made.form, specs, start=start, epochs=epochs)
+                specs,
+                feed=DataFeed(held, made.form, specs, start=start, epochs=epochs),
+                timeout_s=self._timeout_s,
             )
         from raypar.mesh.skew import check_skew
         from raypar.stages.remote import RayRun
@@ -189,10 +204,16 @@ class Attempt:
             name=f"raypar-{made.folder.name}",
             use_gpu=settings.scaling.use_gpu,
             cpus_per_rank=settings.scaling.cpus_per_worker,
+            timeout_s=self._timeout_s,
             placement_timeout_s=settings.scaling.placement_timeout_s,
             network=settings.network,
             lent=settings.lent,
         )
+
+    @property
+    def _timeout_s(self) -> float:
+        """Deadline of a transfer: a stage that is compiled lets the others wait for it."""
+        return _COMPILING_S if self._settings.engine == "compiled" else DEFAULT_TIMEOUT_S
 
     def _train(self, stack: ExitStack, run: Run, specs: list[RankSpec]) -> dict[str, Any]:
         settings, made = self._settings, self._prepared
@@ -201,6 +222,9 @@ class Attempt:
         display = stack.enter_context(Display(made.steps, settings.run.log_every))
         for note in (*made.notes, *run.notes):
             display.say(note)
+        compiled = self._settings.engine == "compiled"
+        if compiled:
+            display.say("compiling in the first step, which can take minutes")
         made.callbacks.on_start(self._facts(run))
         beside = Beside(
             run=run,
@@ -218,7 +242,10 @@ class Attempt:
             settings.limits(made.steps),
             beside,
             samples=made.form.spec.size,
-            on_first=lambda: made.clock.mark("first_step"),
+            on_first=lambda: display.say(
+                f"first step{' compiled and' * compiled} done in "
+                f"{made.clock.mark('first_step'):.1f} s"
+            ),
         )
         try:
             with made.signals.softly(loop.interrupt):
@@ -279,3 +306,9 @@ class Attempt:
         return Evaluator(
             self._prepared.graph, self._plan, specs, metrics=self._settings.eval_metrics
         )
+
+
+def _building(parts: Mapping[str, float]) -> str:
+    """What of the start went into building programs, where that is known by itself."""
+    seconds = parts.get("ranks.programs")
+    return "" if seconds is None else f", of which {seconds:.1f} s building the model's parts"

@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from raypar._plan_text import count_of
 from raypar.errors import ClusterError, CommError, DataError, PlanError, StageDiedError
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.train.attempt import Attempt, Prepared
 from raypar.train.data import peek
 from raypar.train.devices import Devices, check_devices, suits
-from raypar.train.display import Display
-from raypar.train.planning import find_plan
+from raypar.train.planning import find_plan, plan_words
 from raypar.train.settings import Settings
 from raypar.train.state import TrainState
 
@@ -35,18 +35,16 @@ class Teller:
 
     Args:
         made: The run.
-        log_every: 0 shows nothing.
     """
 
-    def __init__(self, made: Prepared, log_every: int) -> None:
+    def __init__(self, made: Prepared) -> None:
         self._made = made
-        self._display = Display(made.steps, log_every)
 
     def __call__(self, kind: str, text: str) -> None:
         """Tells it."""
         step = self._made.state.step
         self._made.callbacks.on_event({"kind": kind, "step": step, "text": text})
-        self._display.say(f"{kind.replace('_', ' ')}: {text.splitlines()[0]}")
+        self._made.display.say(f"{kind.replace('_', ' ')}: {text.splitlines()[0]}")
 
 
 class Attempts:
@@ -119,6 +117,9 @@ class Attempts:
                     f"before it was {plan.cluster}",
                 )
             plan = found
+        elif not self._failures:
+            whose = "of the checkpoint" if settings.plan == "auto" else "as given"
+            made.display.say(f"plan {whose}: {plan_words(plan)}")
         check_devices(plan, cluster, settings.scaling)
         _check_precision(plan, settings, made)
         plan.save(made.folder / "plan.json")
@@ -127,8 +128,10 @@ class Attempts:
         return plan
 
     def _search(self, cluster: Cluster, before: Plan | None) -> Plan:
+        display = self._made.display
         try:
-            found = find_plan(self._settings, self._made, cluster, before)
+            with display.doing(f"planning for {count_of(cluster.n_devices, 'device')}"):
+                found = find_plan(self._settings, self._made, cluster, before)
         except PlanError as error:
             if not self._failures:
                 raise
@@ -136,7 +139,7 @@ class Attempts:
                 f"devices were lost, and no plan was found for the {cluster.n_devices} that are "
                 f"left: {error}"
             ) from error
-        self._made.clock.mark("plan")
+        display.say(f"planned in {self._made.clock.mark('plan'):.1f} s: {plan_words(found)}")
         return found
 
     def _counts(self, error: Exception, up: bool) -> bool:

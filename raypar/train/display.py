@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 
 class Display:
@@ -71,6 +73,16 @@ class Display:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=self._stream, flush=True)
+
+    @contextmanager
+    def doing(self, text: str) -> Iterator[None]:
+        """Tells what goes on, before the first step: on a terminal only for as long as it does."""
+        if self._bar is None:
+            self.say(text)
+            yield
+        else:
+            with self._bar.console.status(Text(text)):
+                yield
 
     def __enter__(self) -> Self:
         if self._bar is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from raypar._plan_text import duration
 from raypar.errors import ConfigError
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
@@ -64,6 +65,14 @@ def find_plan(
         found.plan.save(made.folder / "plan.json")
         raise KeyboardInterrupt
     return found.plan
+
+
+def plan_words(plan: Plan) -> str:
+    """A plan in one line, with the time of a step that was foreseen where there is one."""
+    from raypar.search.interop.contest import in_words
+
+    step = plan.predicted.get("step_s")
+    return in_words(plan) + ("" if step is None else f"; step {duration(step)} foreseen")
 
 
 def _measurer(settings: Settings, made: Prepared, cluster: Cluster) -> RayMeasurer:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from raypar.comm.network import NetworkSettings
-from raypar.errors import ConfigError
+from raypar.errors import ConfigError, did_you_mean
 from raypar.graph.autocast import under_autocast
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
+from raypar.stages.engines import ENGINES
 from raypar.stages.recipe import LossScale, Recipe, SchedulerFn
-from raypar.stages.spec import OptimizerFn
+from raypar.stages.spec import Engine, OptimizerFn
 from raypar.train.checkpoint import Checkpoint
 from raypar.train.config import RunConfig, ScalingConfig
 from raypar.train.data import Data
@@ -60,6 +61,7 @@ class Settings:
     loss_scale: LossScale | None = None
     accumulate: int = 1
     ema_decay: float | None = None
+    engine: Engine = "eager"
     eval_data: Data | None = None
     eval_every: int | None = None
     eval_metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -79,6 +81,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_limits()
+        self._check_engine()
         if self.loss_scale is not None and self.precision != "fp16":
             raise ConfigError(
                 f"loss_scale is given, but precision is {self.precision!r}: it keeps small float16 "
@@ -112,6 +115,18 @@ class Settings:
                 "early_stop looks at evaluations: give eval_data and eval_every, for example 50"
             )
         self._check_metrics()
+
+    def _check_engine(self) -> None:
+        if self.engine not in ENGINES:
+            raise ConfigError(
+                f"engine is {self.engine!r}; give {', '.join(map(repr, ENGINES))}."
+                f"{did_you_mean(str(self.engine), ENGINES)}"
+            )
+        if self.engine == "cuda_graph" and not self.scaling.use_gpu:
+            raise ConfigError(
+                "engine is 'cuda_graph', and the devices are CPUs, which have no CUDA graphs: set "
+                "ScalingConfig(use_gpu=True), or engine='eager' (or 'compiled')"
+            )
 
     def _check_metrics(self) -> None:
         """A metric that nothing measures would be waited for in vain."""

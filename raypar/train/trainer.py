@@ -20,7 +20,7 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.report.run.writer import PredictionWriter
 from raypar.stages.recipe import LossScale, SchedulerFn
-from raypar.stages.spec import OptimizerFn
+from raypar.stages.spec import Engine, OptimizerFn
 from raypar.train._run_lock import locked
 from raypar.train.attempt import Clock, Prepared
 from raypar.train.attempts import Attempts, Teller, check_restartable
@@ -29,6 +29,7 @@ from raypar.train.checkpoint import Checkpoint
 from raypar.train.config import RunConfig, ScalingConfig
 from raypar.train.data import BatchForm, Data, Opened, peek
 from raypar.train.devices import Devices, plan_of
+from raypar.train.display import Display
 from raypar.train.loggers.events import EventLog
 from raypar.train.loop import EarlyStop
 from raypar.train.optimizer import check_recipe, check_resumed
@@ -65,6 +66,10 @@ class Trainer:
         loss_scale: How the loss is scaled under fp16; default: as `torch.amp.GradScaler` does.
         accumulate: Batches of the data in a row that make one global batch.
         ema_decay: Decay of a moving average of the weights, kept beside them.
+        engine: How the programs of stages run: ``"eager"``, as they are; ``"compiled"``, through
+            `torch.compile`, which takes up to minutes in the first step and rounds differently; or
+            ``"cuda_graph"``, replayed from CUDA graphs, on GPUs alone. A search times its plans
+            as ``"eager"``.
         eval_data: Batches to evaluate on, in eval mode, without gradients; an iterable that can be
             gone through again, or a callable that returns one.
         eval_every: Steps between evaluations; None: one at the end.
@@ -107,6 +112,7 @@ class Trainer:
         loss_scale: LossScale | None = None,
         accumulate: int = 1,
         ema_decay: float | None = None,
+        engine: Engine = "eager",
         eval_data: Data | None = None,
         eval_every: int | None = None,
         eval_metrics: Mapping[str, Any] | None = None,
@@ -138,6 +144,7 @@ class Trainer:
             loss_scale=loss_scale,
             accumulate=accumulate,
             ema_decay=ema_decay,
+            engine=engine,
             eval_data=eval_data,
             eval_every=eval_every,
             eval_metrics=eval_metrics or {},
@@ -235,12 +242,14 @@ class Trainer:
             check_recipe(settings.optimizer, settings.recipe, graph.params)
             initial, notes = (None, ()) if begin is None else initial_weights(begin, graph.model)
             clock.mark("capture")
+            steps = _steps(settings, opened)
             made = Prepared(
                 folder=path,
                 opened=opened,
                 form=form,
                 graph=graph,
-                steps=_steps(settings, opened),
+                steps=steps,
+                display=Display(steps, settings.run.log_every),
                 signals=signals,
                 callbacks=Callbacks([EventLog(), PredictionWriter(), *settings.run.callbacks]),
                 clock=clock,
@@ -253,7 +262,7 @@ class Trainer:
                 made.resume, made.state = resume, resume.state
                 plan = plan or plan_of(resume, settings)
             check_restartable(settings, made)
-            tell = Teller(made, settings.run.log_every)
+            tell = Teller(made)
             devices = Devices(settings, tell)
             devices.connect(plan, signals, stack)
             clock.mark("ray")

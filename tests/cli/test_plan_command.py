@@ -147,14 +147,16 @@ def test_a_wrong_option_of_the_search(folder: Path, options: list[object], told:
     refused(plan(folder, *options), 2, "ConfigError", *told)
 
 
-def test_no_feasible_plan_tells_what_binds_and_what_to_change(folder: Path) -> None:
-    small = """
+SMALL = """
 device_kinds:
   Small: {flops: {float32: 1.0e12}, memory: 20 KB, bandwidth: 100 GB/s,
     inside: {bandwidth: 10 GB/s}, across: {bandwidth: 1 GB/s}, host: {bandwidth: 10 GB/s}}
 nodes: [{device: Small, devices: 2, host_memory: 8 GB}]
 """
-    (folder / "small.yaml").write_text(small)
+
+
+def test_no_feasible_plan_tells_what_binds_and_what_to_change(folder: Path) -> None:
+    (folder / "small.yaml").write_text(SMALL)
     wide = ("--set", "model.kwargs.width=512", "--cluster", folder / "small.yaml")
     refused(plan(folder, "--trials", 2, *wide), 1, "PlanError", "memory")
     done = plan(
@@ -163,6 +165,25 @@ nodes: [{device: Small, devices: 2, host_memory: 8 GB}]
     assert done.exit_code == 0, done.output
     assert done.stdout.count("no plan: ") == 2
     assert all(rung.plan is None for rung in Ladder.load(folder / "l").rungs)
+
+
+def test_a_shape_that_was_asked_for_and_does_not_fit_is_not_written(folder: Path) -> None:
+    (folder / "small.yaml").write_text(SMALL)
+    wide = ("--set", "model.kwargs.width=512", "--set", "search.stages=2")
+    asked = (*wide, "--cluster", folder / "small.yaml", "--save-record", folder / "record.json")
+    done = plan(folder, *asked)
+    refused(
+        done, 1, "PlanError: the plan does not fit, and is not written", "of 20 kB",
+        "what binds is stage", "--force writes it",
+    )  # fmt: skip
+    assert "THIS PLAN DOES NOT FIT" in done.stdout
+    assert not (folder / "plan.json").exists()
+    assert not (folder / "record.json").exists()
+    kept = plan(folder, *asked, "--force")
+    assert kept.exit_code == 0, kept.output
+    assert "THIS PLAN DOES NOT FIT" in kept.stdout
+    assert Plan.load(folder / "plan.json").planner == "uniform"
+    refused(plan(folder, *asked[:4], "--ladder", "1,2", "--force"), 2, "leave it out")
 
 
 def test_a_corrupt_journal_is_set_aside(folder: Path) -> None:

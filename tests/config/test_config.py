@@ -118,6 +118,19 @@ def test_a_wrong_override_says_what_is_wrong(
     assert all(part in message for part in parts), message
 
 
+def test_cuda_graphs_are_refused_where_no_gpu_is_asked_for(config_file: Path) -> None:
+    message = error_of(config_file, "train.engine=cuda_graph")
+    assert "mesh.device is 'cpu'" in message
+    assert "train.engine: eager" in message
+    alone = ("train.engine=cuda_graph", "mesh.device=gpu", "mesh.num_workers=0")
+    assert "mesh.num_workers is 0" in error_of(config_file, *alone)
+    assert load_config(config_file, alone[:2]).train.engine == "cuda_graph"
+    assert load_config(config_file, ["train.engine=compiled"]).train.engine == "compiled"
+    assert "Did you mean 'compiled'?" in error_of(config_file, "train.engine=compile")
+    known = json_schema()["$defs"]["TrainSection"]["properties"]["engine"]
+    assert known["enum"] == ["eager", "compiled", "cuda_graph"]
+
+
 def test_a_plan_file_leaves_no_choice_to_other_keys(config_file: Path) -> None:
     manual = ["search.planner=manual", "search.manual=p.json"]
     assert load_config(config_file, manual).search.manual == "p.json"

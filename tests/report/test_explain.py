@@ -144,6 +144,19 @@ def test_time_and_memory_are_those_of_the_simulation(graph: rp.OpGraph) -> None:
     assert "costs: by hand\n" in text
 
 
+def test_a_step_is_told_once_where_the_planner_foresaw_the_same(graph: rp.OpGraph) -> None:
+    cluster = rp.Cluster.local(4)
+    played = simulate(graph, sharded(graph), cluster)
+    same = sharded(graph, predicted={"step_s": played.step_s})
+    text = rp.explain(same, graph, cluster)
+    assert text.count(f"step {duration(played.step_s)}") == 1
+    assert "planned: step" not in text
+    other = rp.explain(sharded(graph, predicted={"step_s": 2 * played.step_s}), graph, cluster)
+    assert f"when it was planned: step {duration(2 * played.step_s)}\n" in other
+    assert f"step {duration(played.step_s)}, " in other
+    assert f"predicted: step {duration(played.step_s)}" in rp.explain(same, graph)
+
+
 def test_lists_have_every_instruction_in_order(graph: rp.OpGraph) -> None:
     cluster = rp.Cluster.local(2)
     plan = rp.plan(graph, cluster, rp.SearchConfig(stages=2, replicas=1, microbatches=2))

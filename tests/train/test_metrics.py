@@ -102,6 +102,24 @@ def test_evaluations_and_checkpoints_are_told_above_the_bar_and_in_plain_lines()
         assert "MFU 25.0%" in out.getvalue()
 
 
+def test_what_goes_on_before_the_first_step_stays_on_a_terminal_no_longer_than_that() -> None:
+    plain, terminal, quiet = io.StringIO(), Terminal(), io.StringIO()
+    for out, every in ((plain, 1), (terminal, 1), (quiet, 0)):
+        display = Display(5, every, out)
+        with display.doing("planning for [4] devices"):
+            display.say("measured 2 plans")
+        display.say("planned in 1.0 s")
+    assert plain.getvalue().splitlines() == [
+        "planning for [4] devices",
+        "measured 2 plans",
+        "planned in 1.0 s",
+    ]
+    lines = [line.split("\r")[-1] for line in terminal.getvalue().splitlines()]
+    assert [line for line in lines if "measured" in line or "planned" in line]
+    assert terminal.getvalue().rstrip().endswith("planned in 1.0 s")
+    assert quiet.getvalue() == ""
+
+
 def test_a_run_goes_on_though_its_log_was_damaged(tmp_path: Path) -> None:
     """As by a power failure, which leaves zeros: no training is lost for the sake of its log."""
     path = tmp_path / "metrics.jsonl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from raypar.errors import ConfigError
 from raypar.graph.autocast import under_autocast
 from raypar.search.plan import Found, search
 from raypar.search.record import SearchRecord
+from raypar.stages import compiled
 from raypar.testing import random_plan
 from raypar.train.devices import first_devices
 from raypar.train.settings import Settings
@@ -287,6 +289,59 @@ def test_a_model_that_is_built_whole_on_every_rank_is_told_once(
     assert "ranks 0, 1: " in out
     fit(run_config=shown)
     assert "the whole model" not in capsys.readouterr().out
+
+
+def test_what_happens_before_the_first_step_is_told(
+    fit: Callable[..., rp.Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = rp.RunConfig(name="run", storage_path=tmp_path, log_every=1)
+    first = fit(run_config=shown, search_config=rp.SearchConfig(planner="alpa", stages=2))
+    words = r"2 stages × 1 replica × \d+ microbatch(es)?, recompute none, zero 0, .*"
+    wanted = [
+        r"planning for \d+ devices?",
+        rf"planned in \d+\.\d s: {words}; step [\d.]+ [mu]?s foreseen",
+        r"starting 2 ranks as threads here",
+        r"started 2 ranks in \d+\.\d s",
+        r"first step done in \d+\.\d s",
+        r"step 1/5  loss .*",
+    ]
+    lines = capsys.readouterr().out.splitlines()
+    for line, form in zip(lines, wanted, strict=False):
+        assert re.fullmatch(form, line), (line, form)
+    fit(run_config=shown, steps=6, plan=first.plan, resume_from=first.checkpoint)
+    out = capsys.readouterr().out
+    assert re.match(rf"plan as given: {words}\nstarting", out)
+    assert re.search(r"\nloading \S+\nloaded step 5 in \d+\.\d s from ", out)
+    fit(run_config=shown, steps=7, resume_from="auto", search_config=None)
+    assert capsys.readouterr().out.startswith("plan of the checkpoint: 2 stages")
+
+
+def test_an_engine_reaches_the_ranks_and_trains_the_same(
+    fit: Callable[..., rp.Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = fit()
+    assert plain.checkpoint is not None
+    wanted = dict(plain.checkpoint.state_dict())
+    traced: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        traced.append(graph)
+        return graph
+
+    monkeypatch.setattr(compiled, "_inductor", keep)
+    found = fit(engine="compiled")
+    # Of two stages forward and backward; the first has no input to differentiate for.
+    assert len(traced) == 4
+    assert found.checkpoint is not None
+    torch.testing.assert_close(dict(found.checkpoint.state_dict()), wanted)
+    assert found.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=1e-6)
+
+
+def test_an_engine_that_cannot_work_is_refused(fit: Callable[..., rp.Result]) -> None:
+    with pytest.raises(ConfigError, match=r"engine is 'cuda_graph'.*use_gpu=True.*'eager'"):
+        fit(engine="cuda_graph")
+    with pytest.raises(ConfigError, match=r"engine is 'compile'.*Did you mean 'compiled'"):
+        fit(engine="compile")
 
 
 def test_metrics_that_nothing_measures_are_refused(tmp_path: Path) -> None:
