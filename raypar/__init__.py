@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from raypar.train.callbacks import Callback
     from raypar.train.checkpoint import Checkpoint, CheckpointStore
     from raypar.train.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from raypar.train.data import batches
+    from raypar.train.data import PadTo, batches
     from raypar.train.loop import EarlyStop
     from raypar.train.result import Result
     from raypar.train.trainer import Trainer
@@ -70,6 +70,7 @@ __all__ = [
     "NonFiniteError",
     "OpGraph",
     "OptimizerError",
+    "PadTo",
     "Plan",
     "PlanError",
     "RayparError",
@@ -99,6 +100,7 @@ __getattr__ = lazy(
         "FailureConfig": "raypar.train.config",
         "LossScale": "raypar.stages.recipe",
         "NetworkSettings": "raypar.comm.network",
+        "PadTo": "raypar.train.data",
         "batches": "raypar.train.data",
         "Cluster": "raypar.mesh.cluster",
         "OpGraph": "raypar.graph.opgraph",

@@ -28,6 +28,7 @@ NAMES = [
     "NonFiniteError",
     "OpGraph",
     "OptimizerError",
+    "PadTo",
     "Plan",
     "PlanError",
     "RayparError",

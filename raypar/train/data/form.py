@@ -142,6 +142,13 @@ class BatchForm:
                     f"global_batch={shape[dim]}, drop_last=False), whose batches run on into the "
                     "next epoch"
                 )
+            elif len(found) == len(shape):
+                at = next(i for i, size in enumerate(shape) if found[i] != size)
+                hint = (
+                    ". Shapes are compiled in: pad all samples to one length, such as "
+                    f"collate_fn=raypar.PadTo({max(found[at], shape[at])}) of the DataLoader or of "
+                    "raypar.batches"
+                )
             raise DataError(
                 f"{name} of step {step} has shape {found}, expected {shape} as in the first batch"
                 f"{hint}"

@@ -12,6 +12,7 @@ from raypar.compat import pytree
 from raypar.errors import DataError
 from raypar.train.data._order import Indices
 from raypar.train.data.form import plain
+from raypar.train.data.pad import as_sequence, round_up
 from raypar.train.data.randomness import seed_sample
 
 Collate = Callable[[list[Any]], Any]
@@ -59,7 +60,14 @@ class DatasetRows:
         collate = self._collate or default_collate
         try:
             return plain(collate(samples))
+        except DataError:
+            raise
         except Exception as error:
+            if self._collate is not None:
+                raise DataError(
+                    f"collate_fn raised {type(error).__name__}: {error}; it was given "
+                    f"{len(samples)} samples, of which the first is {_form(samples[0])}"
+                ) from error
             raise DataError(
                 self._unlike(samples, indices)
                 or f"making a batch of {len(samples)} samples raised {type(error).__name__}: "
@@ -104,8 +112,10 @@ class DatasetRows:
             if _form(sample) != first:
                 return (
                     f"the samples of a batch differ: dataset[{int(indices[0])}] is {first}, "
-                    f"dataset[{int(index)}] is {_form(sample)}. Cut or pad them to one form in the "
-                    "data set, or give raypar.batches(..., collate_fn=...) that does"
+                    f"dataset[{int(index)}] is {_form(sample)}. Where only their length differs, "
+                    f"give raypar.batches(..., collate_fn=raypar.PadTo({_enough(samples)})), which "
+                    "pads them; else bring them to one form in the data set, or give a collate_fn "
+                    "of yours"
                 )
         return None
 
@@ -114,9 +124,24 @@ def _form(sample: Any) -> str:
     """Structure, shapes and dtypes of a sample, in words."""
 
     def word(leaf: Any) -> str:
+        if isinstance(leaf, list):
+            return f"list of {len(leaf)} numbers"
         if isinstance(leaf, torch.Tensor) or hasattr(leaf, "dtype"):
             dtype = str(leaf.dtype).removeprefix("torch.")
             return f"{type(leaf).__name__}{list(getattr(leaf, 'shape', ()))} {dtype}"
         return type(leaf).__name__
 
-    return str(pytree.tree_map(word, plain(sample))).replace("'", "")
+    made = pytree.tree_map(word, plain(sample), is_leaf=_is_sequence)
+    return str(made).replace("'", "")
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, list) and isinstance(as_sequence(value), torch.Tensor)
+
+
+def _enough(samples: Sequence[Any]) -> int:
+    """A length that holds all sequences of some samples."""
+    leaves = pytree.tree_leaves([plain(s) for s in samples], is_leaf=_is_sequence)
+    found = [as_sequence(leaf) for leaf in leaves]
+    lengths = [len(x) for x in found if isinstance(x, torch.Tensor) and x.ndim]
+    return round_up(max(lengths, default=1))
