@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from raypar.cli._shared import PATH
 from raypar.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,14 +28,14 @@ def _checkpoint_at(where: str) -> Checkpoint:
 
 
 @checkpoint.command("inspect")
-@click.argument("where", metavar="CHECKPOINT|RUN")
+@click.argument("where", metavar="CHECKPOINT|RUN", type=PATH)
 def checkpoint_inspect(where: str) -> None:
     """Tell what a checkpoint, or the newest of a run, holds."""
     click.echo(_checkpoint_at(where).describe())
 
 
 @checkpoint.command("verify")
-@click.argument("where", metavar="CHECKPOINT|RUN")
+@click.argument("where", metavar="CHECKPOINT|RUN", type=PATH)
 def checkpoint_verify(where: str) -> None:
     """Read all of a checkpoint and compare checksums.
 
@@ -50,33 +51,63 @@ def checkpoint_verify(where: str) -> None:
 
 
 @checkpoint.command("export")
-@click.argument("where", metavar="CHECKPOINT|RUN")
-@click.argument("output", metavar="OUT")
+@click.argument("where", metavar="CHECKPOINT|RUN", type=PATH)
+@click.argument("output", metavar="OUT", type=PATH)
 @click.option("--ema", is_flag=True, help="The averaged weights.")
 @click.option(
-    "--hf", "base", metavar="FOLDER", help="As a Hugging Face folder, with FOLDER's config."
+    "--hf",
+    "base",
+    metavar="FOLDER",
+    type=PATH,
+    help="As a Hugging Face folder, with FOLDER's config.",
 )
-@click.option("--hf-config", "config", metavar="FILE", help="As one, with this config.json.")
+@click.option(
+    "--hf-config", "config", metavar="FILE", type=PATH, help="As one, with this config.json."
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["safetensors", "hf", "dcp"]),
+    help="Default: hf where --hf or --hf-config is given, else safetensors.",
+)
 @click.option("--shard-size", metavar="SIZE", help="Of a file of such a folder; default: 5GB.")
 def checkpoint_export(
-    where: str, output: str, ema: bool, base: str | None, config: str | None, shard_size: str | None
+    where: str,
+    output: str,
+    ema: bool,
+    base: str | None,
+    config: str | None,
+    form: str | None,
+    shard_size: str | None,
 ) -> None:
     """Write the model of a checkpoint to OUT.
 
     OUT is a safetensors file, under the model's own names; with --hf or --hf-config it is a folder
-    that transformers loads, with FOLDER's tokenizer.
+    that transformers loads, with FOLDER's tokenizer; with --format dcp a folder that
+    torch.distributed.checkpoint loads.
     """
-    from raypar.train.weights import save_hugging_face
+    from raypar.train.weights import save_dcp, save_hugging_face
     from raypar.train.weights.hugging_face import SHARD_BYTES, bytes_of
     from raypar.train.weights.weights import CheckpointWeights
 
+    plain = base is None and config is None
+    form = form or ("safetensors" if plain else "hf")
+    if form != "hf" and not plain:
+        raise ConfigError(
+            f"--hf and --hf-config make a folder of transformers, and --format is {form}: leave "
+            "one of them out"
+        )
     found = _checkpoint_at(where)
-    if base is None and config is None:
+    if form != "hf":
         if shard_size is not None:
             raise ConfigError(
-                "--shard-size is for a folder of several files, and one file is written: add --hf "
-                "BASE_FOLDER or --hf-config config.json, or leave it out"
+                "--shard-size is for files of a Hugging Face folder: add --hf BASE_FOLDER or "
+                "--hf-config config.json, or leave it out"
             )
+        if form == "dcp":
+            files = save_dcp(CheckpointWeights(found, average=ema), output)
+            click.echo(f"wrote {output}: {', '.join(files)}")
+            return
         found.save_safetensors(output, average=ema)
         click.echo(f"wrote {output}")
         return
@@ -87,8 +118,8 @@ def checkpoint_export(
 
 
 @checkpoint.command("convert")
-@click.argument("source", metavar="IN")
-@click.argument("output", metavar="OUT")
+@click.argument("source", metavar="IN", type=PATH)
+@click.argument("output", metavar="OUT", type=PATH)
 def checkpoint_convert(source: str, output: str) -> None:
     """Make a checkpoint of weights, or copy one to another storage.
 

@@ -9,6 +9,7 @@ from raypar.train.checkpoint import Checkpoint, CheckpointStore
 from raypar.train.checkpoint.format import INDEX
 from raypar.train.checkpoint.storage import storage_at
 from raypar.train.resuming import CHECKPOINTS
+from raypar.train.weights.dcp import METADATA, not_read
 from raypar.train.weights.safetensors import SafetensorsWeights, folder_weights
 from raypar.train.weights.torch_file import TorchFileWeights
 from raypar.train.weights.weights import CheckpointWeights, Weights
@@ -55,6 +56,8 @@ def _of_folder(text: str, path: Path | None, torch_files: bool) -> Weights:
     names = storage.names()
     if INDEX in names:
         return CheckpointWeights(Checkpoint(path or text))
+    if METADATA in names:
+        raise not_read(text)
     if CHECKPOINTS in names:
         newest = CheckpointStore(storage.path(CHECKPOINTS)).latest()
         if newest is None:

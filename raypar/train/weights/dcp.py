@@ -1,0 +1,70 @@
+"""A model as a folder of `torch.distributed.checkpoint` (DCP), for programs that load those.
+
+Such a folder is only written. Its ``.metadata`` is a pickle, and to read a pickle is to run what
+is in it: a folder that somebody else made could run anything.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+
+from raypar.errors import CheckpointError
+from raypar.train.weights.weights import Weights, refuse_existing
+
+METADATA = ".metadata"
+"""File by which a folder of DCP is known."""
+
+
+def save_dcp(weights: Weights, folder: str | Path) -> list[str]:
+    """Writes a folder that ``torch.distributed.checkpoint.load`` reads into any sharding.
+
+    The whole model is in memory meanwhile. Its tensors have the model's own names, as in
+    ``model.state_dict()``; the optimizer is not written.
+
+    Args:
+        weights: The model.
+        folder: Where to; it must not be there yet, and is there as a whole or not at all.
+
+    Returns:
+        The names of the files that were written.
+
+    Raises:
+        CheckpointError: There is something already, the weights are damaged, or it cannot be
+            written.
+    """
+    from torch.distributed.checkpoint import FileSystemWriter, save
+
+    target = Path(folder).expanduser().absolute()
+    refuse_existing(str(folder), target.exists())
+    held = {name: weights.read(name) for name in weights.forms}
+    state: dict[str, torch.Tensor] = {name: held[of] for name, of in weights.names.items()}
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        part.mkdir(parents=True)
+        with warnings.catch_warnings():
+            # It warns that there is one process, which is meant.
+            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
+            save(state, storage_writer=FileSystemWriter(part), no_dist=True)
+        os.rename(part, target)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {str(folder)!r}: {error}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return sorted(path.name for path in target.iterdir())
+
+
+def not_read(where: str) -> CheckpointError:
+    """The error for a folder of DCP that is to be read."""
+    return CheckpointError(
+        f"{where!r} is a folder of torch.distributed.checkpoint, whose {METADATA} is a pickle: "
+        "reading it could run code, and raypar does not. If you trust it, make it a file: "
+        'python -c "from torch.distributed.checkpoint.format_utils import dcp_to_torch_save; '
+        f"dcp_to_torch_save({where!r}, 'model.pt')\", and then raypar checkpoint convert model.pt "
+        "weights"
+    )
