@@ -250,9 +250,11 @@ class Attempt:
         try:
             with made.signals.softly(loop.interrupt):
                 loop.go()
+        except BaseException:
+            self._finish_checkpoints()
+            raise
         finally:
             made.state = loop.state
-            self._finish_checkpoints()
         return {
             **log.summary(),
             **{k: v for k, v in made.state.metrics.items() if k.startswith("eval_")},
@@ -263,7 +265,7 @@ class Attempt:
         }
 
     def _finish_checkpoints(self) -> None:
-        """What is still being written dies with the ranks: it is given the time that it needs."""
+        """What is being written when a run fails dies with the ranks: it is given time to end."""
         store = self._prepared.store
         if store is None:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from raypar.errors import CheckpointError, CommError, StageDiedError
 from raypar.plan import Plan
 from raypar.stages.run import Run, StepResult
 from raypar.train.callbacks import Callback
@@ -74,12 +75,29 @@ class Beside:
         """See `raypar.train.loop.Hooks`."""
         if self.store is None:
             return
+        self.log.flush()  # a run that is resumed from here has the lines of all steps before
         state = replace(state, metrics={**state.metrics, **self._last})
         begun = self.store.begin(self.run, state, self.plan, dict(self.settings.facts))
         if begun is not None:
             self.display.checkpoint(begun.path, begun.step)
             self.callbacks.on_checkpoint(begun.path, begun.step)
             self.stall_s += begun.stall_s
+
+    def finish(self) -> None:
+        """See `raypar.train.loop.Hooks`.
+
+        Raises:
+            CheckpointError: One could not be written.
+            StageDiedError: A rank was lost meanwhile, and what it was writing with it.
+        """
+        if self.store is None:
+            return
+        try:
+            self.store.wait()
+        except CheckpointError as error:
+            if isinstance(error.__cause__, (StageDiedError, CommError)):
+                raise error.__cause__ from None  # a failure that may pass, as in a step
+            raise
 
     def position(self, step: int) -> dict[str, Any]:
         """See `raypar.train.loop.Hooks`."""

@@ -118,6 +118,9 @@ class Hooks(Protocol):
     def checkpoint(self, state: TrainState) -> None:
         """Begins a checkpoint between two steps."""
 
+    def finish(self) -> None:
+        """Returns once every checkpoint that was begun is there."""
+
     def position(self, step: int) -> dict[str, Any]:
         """Position in the training data after so many steps."""
 
@@ -164,11 +167,22 @@ class TrainLoop:
         self._watch.stop_now()
 
     def go(self) -> TrainState:
-        """Runs until the last step, a limit, or an interruption.
+        """Runs until the last step, a limit, or an interruption; what was saved then is there.
 
         Raises:
             BaseException: What `interrupt` was given.
         """
+        try:
+            self._go()
+        except Exception as error:
+            if self._signal is None:
+                raise
+            raise self._signal from error  # it ends as it was asked to, whatever else went wrong
+        if self._signal is not None:
+            raise self._signal
+        return self.state
+
+    def _go(self) -> None:
         self.stopped = self._over_already()
         with self._watch:
             while not self._ended and not self.stopped and self.state.step < self._limits.steps:
@@ -176,9 +190,7 @@ class TrainLoop:
                 self._at_border()
         if self._limits.checkpoint_at_end and self._saved_at != self.state.step:
             self._save()
-        if self._signal is not None:
-            raise self._signal
-        return self.state
+        self._hooks.finish()
 
     def _over_already(self) -> str:
         """Why the run that is resumed was over before its last step; empty where it was not."""

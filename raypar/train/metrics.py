@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import torch
 
-from raypar.errors import ConfigError
 from raypar.stages.faults import RankInfo
 from raypar.stages.run import StepResult
 from raypar.stages.spec import RankSpec, StepReport
 from raypar.train.breakdown import PARTS, Breakdown, RankLists, busiest
 from raypar.train.data import BatchForm
 from raypar.train.display import Display
-from raypar.train.metrics_file import keep_before
+from raypar.train.metrics_file import keep_before, told
 from raypar.train.timeline import TimelineRecorder
 
 __all__ = ["Display", "MetricsLog", "startup_text", "tokens_of"]
@@ -86,8 +84,9 @@ class MetricsLog:
     ) -> None:
         if first_step:
             keep_before(path, first_step)
-        self._file: TextIO = path.open("a" if first_step else "w", encoding="utf-8")
         self._folder = path.parent
+        with told(self._folder):
+            self._file: TextIO = path.open("a" if first_step else "w", encoding="utf-8")
         self._samples = samples
         self._tokens = tokens
         self._infos = list(infos)
@@ -129,7 +128,8 @@ class MetricsLog:
         self._write(line)
         self._recorder.add(result.step, result.ranks)
         if time.monotonic() - self._recorded > _TIMELINE_S:
-            self._recorder.write(self._folder)
+            with told(self._folder):
+                self._recorder.write(self._folder)
             self._recorded = time.monotonic()
         self._count(result, seconds, mean)
         return line
@@ -140,23 +140,21 @@ class MetricsLog:
             {k: _number(v) if isinstance(v, float) else v for k, v in line.items() if k != "step_s"}
         )
 
-    def _write(self, line: Mapping[str, Any]) -> None:
-        with self._told():
-            self._file.write(json.dumps(line) + "\n")
-            if time.monotonic() - self._flushed > _FLUSH_S:
-                self._file.flush()
-                self._flushed = time.monotonic()
+    def flush(self) -> None:
+        """Has what was written outlive this process.
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Says which file it is that cannot be written, as on a full disk."""
-        try:
-            yield
-        except OSError as error:
-            raise ConfigError(
-                f"cannot write to {str(self._folder)!r}: {error.strerror}; make room there, or set "
-                "storage_path to another folder. What was saved in checkpoints can be resumed"
-            ) from error
+        Raises:
+            ConfigError: It cannot be written.
+        """
+        with told(self._folder):
+            self._file.flush()
+        self._flushed = time.monotonic()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        with told(self._folder):
+            self._file.write(json.dumps(line) + "\n")
+        if time.monotonic() - self._flushed > _FLUSH_S:
+            self.flush()
 
     def _slowest(self, parts: np.ndarray) -> dict[str, Any]:
         rank = busiest(parts)
@@ -236,7 +234,7 @@ class MetricsLog:
             ConfigError: They cannot be written.
         """
         if not self._file.closed:
-            with self._told():
+            with told(self._folder):
                 self._file.close()
                 self._recorder.write(self._folder)
 

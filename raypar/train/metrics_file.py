@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,22 @@ def read_lines(path: Path, damaged: list[int] | None = None) -> list[dict[str, A
             raise ConfigError(f"{str(path)!r}, line {number}: a JSON object is expected")
         found.append(value)
     return found
+
+
+@contextmanager
+def told(folder: Path) -> Iterator[None]:
+    """Inside, a file of a run's folder is written; says so where it cannot be, as on a full disk.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {str(folder)!r}: {error.strerror}; make room there, or set "
+            "storage_path to another folder. What was saved in checkpoints can be resumed"
+        ) from error
 
 
 def is_step(line: dict[str, Any]) -> bool:

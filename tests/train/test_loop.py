@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raypar.errors import ConfigError
+from raypar.errors import ConfigError, StageDiedError
 from raypar.stages.run import OnReport, Run, StepResult
 from raypar.train.loop import EarlyStop, Limits, TrainLoop
 from raypar.train.state import TrainState
@@ -76,6 +76,9 @@ class Told:
     def checkpoint(self, state: TrainState) -> None:
         self.events.append(("checkpoint", state.step))
         self.saved.append(state)
+
+    def finish(self) -> None:
+        pass
 
     def position(self, step: int) -> dict[str, Any]:
         return {"at": step}
@@ -175,3 +178,22 @@ def test_the_end_of_the_data_ends_the_run() -> None:
     assert loop.go().step == 5
     assert not loop.stopped
     assert told.other() == [("checkpoint", 3), ("evaluate", 5), ("checkpoint", 5)]
+
+
+class Failing(FakeRun):
+    """Fails once it was asked to stop, as where a rank dies of what interrupted the run."""
+
+    def train(self, *args: Any, **named: Any) -> int:
+        reached = super().train(*args, **named)
+        if self._stop.is_set():
+            raise StageDiedError("lost rank 1")
+        return reached
+
+
+def test_an_interruption_wins_over_what_fails_meanwhile() -> None:
+    run = Failing(0.01)
+    loop = loop_of(run, Told(), steps=1000)
+    threading.Timer(0.05, loop.interrupt, [KeyboardInterrupt()]).start()
+    with pytest.raises(KeyboardInterrupt) as raised:
+        loop.go()
+    assert isinstance(raised.value.__cause__, StageDiedError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from torch import nn
 
 import raypar as rp
 from raypar.testing.plans import random_plan
+from raypar.train.checkpoint.storage import LocalStorage
 
 STEPS = 9
 
@@ -304,3 +306,60 @@ def test_checkpoints_may_lie_elsewhere_and_are_found_there(
     losses = Losses()
     trainer(losses=losses, steps=5, checkpoint=elsewhere, resume_from="auto").fit()
     assert sorted(losses.by_step) == [3, 4]
+
+
+def full_on_ranks(*_: Any) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_told(
+    trainer: Callable[..., rp.Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = trainer(steps=2).fit().checkpoint
+    monkeypatch.setattr(LocalStorage, "_sync", full_on_ranks)
+    with pytest.raises(rp.CheckpointError, match=r"could not write.*No space left"):
+        trainer(steps=4, resume_from="auto").fit()
+    monkeypatch.undo()
+    assert kept is not None
+    assert trainer(steps=4, resume_from="auto").fit().metrics["steps"] == 2
+
+
+def test_ctrl_c_while_the_last_checkpoint_is_written_waits_for_it(
+    trainer: Callable[..., rp.Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, sent = LocalStorage._sync, []
+
+    def slowly(storage: LocalStorage, number: int) -> None:
+        if not sent and threading.current_thread() is not threading.main_thread():
+            sent.append(number)
+            time.sleep(0.1)  # until the main thread waits for it
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+        sync(storage, number)
+
+    monkeypatch.setattr(LocalStorage, "_sync", slowly)
+    interrupted(trainer())
+    found = rp.Checkpoint(next((tmp_path / "run" / "checkpoints").glob("0*")))
+    assert found.step == STEPS
+    assert not found.verify()
+
+
+class Lines(rp.Callback):
+    """Looks at what is in a file when a checkpoint is begun."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.found: list[tuple[int, int]] = []
+
+    def on_checkpoint(self, path: str, step: int) -> None:
+        self.found.append((step, self._path.read_text().count("\n")))
+
+
+def test_the_lines_of_all_steps_before_a_checkpoint_outlive_a_killed_process(
+    trainer: Callable[..., rp.Trainer], tmp_path: Path
+) -> None:
+    lines = Lines(tmp_path / "run" / "metrics.jsonl")
+    trainer("run", lines, checkpoint=rp.CheckpointConfig(every_steps=3)).fit()
+    assert [(step, step) for step, _ in lines.found] == lines.found
+    assert len(lines.found) > 2
