@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,33 +24,62 @@ _SHORT = 40  # longer temp paths break the sockets that Ray puts below them (107
 _STORE_BYTES = 512 * 2**20
 _CPUS_PER_CORE = 8  # logical CPUs of a Ray started here: more ranks than that only thrash
 _CPUS_AT_LEAST = 16
+_TURN = threading.RLock()  # for whoever begins or ends this process's connection
+
+
+class _Connection:
+    """What raypar began in this process; runs on several threads share it, the last one ends it.
+
+    Args:
+        folder: Files of a Ray that was started here.
+        env: Environment variables to set back at the end.
+    """
+
+    def __init__(self, folder: str | None = None, env: dict[str, str | None] | None = None) -> None:
+        self._folder = folder
+        self._env = env or {}
+        self.users = 0
+
+    def end(self) -> None:
+        ray.shutdown()  # also where ray.init was interrupted: it ends the daemons begun so far
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        for name, value in self._env.items():
+            _put(name, value)
+
+
+_begun: _Connection | None = None
 
 
 class RaySession:
-    """A connection to Ray; `close` ends what it began, and nothing else."""
+    """A user of this process's connection to Ray; `close` ends it where raypar began it.
 
-    def __init__(
-        self,
-        began: bool,
-        folder: str | None = None,
-        env: dict[str, str | None] | None = None,
-    ) -> None:
-        self.began = began
+    Args:
+        connection: What raypar began; None where the connection was there.
+    """
+
+    def __init__(self, connection: _Connection | None = None) -> None:
+        global _begun
         self.seconds = 0.0
-        self._folder = folder
-        self._env = env or {}
+        self._connection = connection
+        if connection is not None:
+            connection.users += 1
+            _begun = connection
 
     def close(self) -> None:
-        """Shuts a Ray that was started here down, or disconnects; no-op for one that was there."""
-        if self.began:
-            ray.shutdown()  # also where ray.init was interrupted: it ends the daemons begun so far
-        self.began = False
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
-        for name, value in self._env.items():
-            _put(name, value)
-        self._env = {}
+        """Ends the connection, and a Ray that was started for it, unless another run uses it.
+
+        No-op where the connection was there before, and when it is called twice.
+        """
+        global _begun
+        with _TURN:
+            connection, self._connection = self._connection, None
+            if connection is None:
+                return
+            connection.users -= 1
+            if not connection.users:
+                _begun = None
+                connection.end()
 
     def __enter__(self) -> Self:
         return self
@@ -78,17 +108,23 @@ def start_private_ray(num_cpus: int, *, log_to_driver: bool = False) -> RaySessi
         ClusterError: Ray does not start, this machine is far too small for `num_cpus` actors, or
             this process is connected to a Ray already.
     """
-    if ray.is_initialized():
-        raise ClusterError(
-            "this process is connected to a Ray already; call ray.shutdown() first, or use that one"
-        )
+    with _TURN:
+        if ray.is_initialized():
+            raise ClusterError(
+                "this process is connected to a Ray already; call ray.shutdown() first, or use "
+                "that one"
+            )
+        return _started(num_cpus, log_to_driver)
+
+
+def _started(num_cpus: int, log_to_driver: bool) -> RaySession:
     _refuse_too_many(num_cpus)
     began = time.perf_counter()
     base = _short_folder()
     _folders.remove_stale(base)
     folder = _folders.make(base)
     env = _swap({"RAY_ADDRESS": None, **_authentication()})
-    session = RaySession(True, folder, env)
+    session = RaySession(_Connection(folder, env))
     try:
         with _quiet():
             ray.init(
@@ -115,7 +151,8 @@ def connect(address: str | None = None, *, num_cpus: int = 1) -> RaySession:
     """Connects to Ray.
 
     To the one this process is connected to already, else to `address`, else to RAY_ADDRESS, else
-    to a private one with `num_cpus` logical CPUs.
+    to a private one with `num_cpus` logical CPUs. Runs on several threads of this process share
+    what the first of them began, and it ends with the last of them.
 
     Args:
         address: ``host:port`` of the head, ``ray://host:port``, ``auto`` or ``local``.
@@ -124,17 +161,18 @@ def connect(address: str | None = None, *, num_cpus: int = 1) -> RaySession:
     Raises:
         ClusterError: It is not reachable; told within seconds, while Ray itself tries for minutes.
     """
-    if ray.is_initialized():
-        return RaySession(False)
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    if address == "local":
-        return start_private_ray(num_cpus)
-    began = time.perf_counter()
-    with _quiet():
-        discover.connect(address)
-    session = RaySession(True)
-    session.seconds = time.perf_counter() - began
-    return session
+    with _TURN:
+        if ray.is_initialized():
+            return RaySession(_begun)
+        address = address or os.environ.get("RAY_ADDRESS") or "local"
+        if address == "local":
+            return start_private_ray(num_cpus)
+        began = time.perf_counter()
+        with _quiet():
+            discover.connect(address)
+        session = RaySession(_Connection())
+        session.seconds = time.perf_counter() - began
+        return session
 
 
 def _refuse_too_many(num_cpus: int) -> None:

@@ -76,3 +76,41 @@ def test_a_token_that_cannot_be_read_is_replaced(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/nowhere/token")
     assert len(session._authentication()["RAY_AUTH_TOKEN"] or "") == 64
+
+
+class Fake:
+    """A Ray that notes when it begins and ends."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, up: bool = False) -> None:
+        self.up, self.told = up, list[str]()
+        patch.setattr(session.ray, "is_initialized", lambda: self.up)
+        patch.setattr(session.ray, "init", self._init)
+        patch.setattr(session.ray, "shutdown", self._shutdown)
+
+    def _init(self, **_: object) -> None:
+        self.up = True
+        self.told.append("init")
+
+    def _shutdown(self) -> None:
+        self.up = False
+        self.told.append("shutdown")
+
+
+def test_runs_on_several_threads_share_a_ray_and_the_last_one_ends_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = Fake(monkeypatch)
+    first, second = session.connect("local"), session.connect("local")
+    first.close()
+    first.close()  # twice is once
+    assert fake.told == ["init"]
+    second.close()
+    assert fake.told == ["init", "shutdown"]
+    session.connect("local").close()
+    assert fake.told == ["init", "shutdown"] * 2
+
+
+def test_a_ray_that_was_there_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(monkeypatch, up=True)
+    session.connect("local").close()
+    assert fake.told == []
