@@ -20,6 +20,7 @@ from raypar.plan import Plan
 from raypar.train.attempt import Attempt, Prepared
 from raypar.train.data import peek
 from raypar.train.devices import Devices, check_devices, suits
+from raypar.train.metrics_file import told
 from raypar.train.planning import find_plan, plan_words
 from raypar.train.settings import Settings
 from raypar.train.state import TrainState
@@ -122,7 +123,8 @@ class Attempts:
             made.display.say(f"plan {whose}: {plan_words(plan)}")
         check_devices(plan, cluster, settings.scaling)
         _check_precision(plan, settings, made)
-        plan.save(made.folder / "plan.json")
+        with told(made.folder):
+            plan.save(made.folder / "plan.json")
         if settings.on_plan is not None:
             settings.on_plan(plan, made.graph, cluster)
         return plan

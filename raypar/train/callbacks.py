@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ class Callbacks(Callback):
             member.on_event(event)
 
     def on_end(self, result: dict[str, Any]) -> None:
-        """See `Callback.on_end`."""
-        for member in self._members:
-            member.on_end(result)
+        """See `Callback.on_end`; all are told, also where one raises."""
+        with ExitStack() as stack:
+            for member in reversed(self._members):
+                stack.callback(member.on_end, result)

@@ -204,6 +204,19 @@ class RunConfig:
             )
         if self.log_every < 0:
             raise ConfigError(f"RunConfig.log_every is {self.log_every}; give 0 or more")
+        if "://" in str(self.storage_path):
+            raise ConfigError(
+                f"RunConfig.storage_path is {str(self.storage_path)!r}; a run's own files (metrics,"
+                " plan, events) lie in a local folder, for example 'runs'. Its checkpoints may lie "
+                f"at a URL: CheckpointConfig(storage={str(self.storage_path)!r}) "
+                "(checkpoint.storage)"
+            )
+        told: object = self.callbacks
+        if not isinstance(told, Sequence) or not all(isinstance(c, Callback) for c in told):
+            raise ConfigError(
+                f"RunConfig.callbacks is {told!r}; give a list of objects of classes that derive "
+                "from raypar.Callback, for example [MyCallback()]"
+            )
 
     def folder(self) -> Path:
         """Makes the run's folder and returns its path.

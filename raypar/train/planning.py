@@ -13,6 +13,7 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.train.attempt import Prepared
 from raypar.train.data import RandomState
+from raypar.train.metrics_file import told
 from raypar.train.settings import Settings
 
 if TYPE_CHECKING:
@@ -60,10 +61,11 @@ def find_plan(
                 warm.prepare()
         measurer = warm if measures else None
         found = search(made.graph, cluster, config, measurer=measurer, profiler=warm)
-    (made.folder / "search.json").write_text(found.record.to_json() + "\n")
-    if found.record.stopped == "interrupted":  # a search then ends with its best; a run ends
-        found.plan.save(made.folder / "plan.json")
-        raise KeyboardInterrupt
+    with told(made.folder):
+        (made.folder / "search.json").write_text(found.record.to_json() + "\n")
+        if found.record.stopped == "interrupted":  # a search then ends with its best; a run ends
+            found.plan.save(made.folder / "plan.json")
+            raise KeyboardInterrupt
     return found.plan
 
 

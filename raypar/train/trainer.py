@@ -32,6 +32,7 @@ from raypar.train.devices import Devices, plan_of
 from raypar.train.display import Display
 from raypar.train.loggers.events import EventLog
 from raypar.train.loop import EarlyStop
+from raypar.train.metrics_file import told
 from raypar.train.optimizer import check_recipe, check_resumed
 from raypar.train.planning import random_state_kept
 from raypar.train.result import Result
@@ -39,6 +40,7 @@ from raypar.train.resuming import beginning, store_of
 from raypar.train.resuming import checkpoint_at as checkpoint_at
 from raypar.train.settings import Settings
 from raypar.train.signals import terminating
+from raypar.train.travelling import check_sendable
 from raypar.train.weights import initial_weights
 
 
@@ -240,6 +242,8 @@ class Trainer:
             # What is wrong with model or optimizer is told before any Ray is started.
             graph = capture(*_captured(settings, opened.example), settings.batch_dims)
             check_recipe(settings.optimizer, settings.recipe, graph.params)
+            if not settings.scaling.in_process:
+                check_sendable(settings)
             initial, notes = (None, ()) if begin is None else initial_weights(begin, graph.model)
             clock.mark("capture")
             steps = _steps(settings, opened)
@@ -269,13 +273,17 @@ class Trainer:
             try:
                 summary, plan = Attempts(settings, made, devices, tell).go(plan)
             except BaseException as error:
-                made.callbacks.on_end({"error": f"{type(error).__name__}: {error}"})
+                try:
+                    made.callbacks.on_end({"error": f"{type(error).__name__}: {error}"})
+                except Exception as second:  # what ended the run is what the user has to see
+                    error.add_note(f"Callback.on_end raised {type(second).__name__}: {second}")
                 raise
         if not summary["steps"]:  # a resume of what was done already: its last step's figures
             kept = {k: v for k, v in made.state.metrics.items() if k in ("loss", "grad_norm")}
             summary = {**kept, **summary}
         summary["startup"] = clock.summary()
-        _write_json(path / "result.json", summary)
+        with told(path):
+            _write_json(path / "result.json", summary)
         made.callbacks.on_end(summary)
         newest = (made.store.latest() if made.store is not None else None) or made.resume
         return Result(summary, path, plan, checkpoint=newest)

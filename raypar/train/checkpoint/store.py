@@ -214,8 +214,9 @@ class CheckpointStore:
             self._storage.write(f"{folder}/{MARK}", [token.encode()])
         except OSError as error:
             raise CheckpointError(
-                f"cannot write to {self._storage.root!r}: {error}; set storage_path to a folder or "
-                "URL that this process and all ranks can write to"
+                f"cannot write to {self._storage.root!r}: {error}; set storage_path, or "
+                "CheckpointConfig.storage (checkpoint.storage), to a folder that this process and "
+                "all ranks can write to"
             ) from None
 
     def _forget_others(self, run: Run) -> None:

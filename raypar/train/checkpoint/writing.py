@@ -97,7 +97,8 @@ class SaveJob:
             raise CheckpointError(
                 f"rank {rank} does not find {storage.path(name)!r}, which the process that leads "
                 f"the run has just written ({found:.200}): all nodes must reach one storage; set "
-                "storage_path to a folder that they share, or to a URL such as s3://bucket/runs"
+                "storage_path to a folder that they share, or CheckpointConfig.storage "
+                "(checkpoint.storage) to one, or to a URL such as s3://bucket/run"
             )
 
 

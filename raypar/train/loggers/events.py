@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raypar.train.callbacks import Callback, RunFacts
+from raypar.train.metrics_file import told
 
 EVENTS_FILE = "events.jsonl"
 
@@ -71,6 +72,6 @@ class EventLog(Callback):
         self._early.append(json.dumps(line) + "\n")
         if self._path is None:  # nothing has begun: there is no folder yet
             return
-        with self._path.open("a", encoding="utf-8") as file:
+        with told(self._path.parent), self._path.open("a", encoding="utf-8") as file:
             file.writelines(self._early)
         self._early.clear()

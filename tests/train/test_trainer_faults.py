@@ -1,0 +1,92 @@
+"""What goes wrong around a run: it is named, and hides nothing else."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import raypar as rp
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def batches(n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    g = torch.Generator().manual_seed(7)
+    return [
+        (torch.randn(8, 6, generator=g), torch.randint(0, 3, (8,), generator=g)) for _ in range(n)
+    ]
+
+
+@pytest.fixture
+def fit(tmp_path: Path) -> Callable[..., rp.Result]:
+    def run(**changed: Any) -> rp.Result:
+        arguments: dict[str, Any] = {
+            "model_fn": model,
+            "loss_fn": nn.functional.cross_entropy,
+            "optimizer": lambda p: torch.optim.SGD(p, lr=0.1),
+            "data": batches(3),
+            "steps": 5,
+            "scaling_config": rp.ScalingConfig(num_workers=0),
+            "run_config": rp.RunConfig(name="run", storage_path=tmp_path, log_every=0),
+            "search_config": rp.SearchConfig(stages=2, microbatches=2),
+        }
+        return rp.Trainer(**{**arguments, **changed}).fit()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"storage_path": "s3://bucket/runs"}, r"local folder.*CheckpointConfig\(storage='s3://"),
+        ({"callbacks": rp.Callback()}, r"callbacks is .*give a list"),
+        ({"callbacks": [rp.Callback]}, r"callbacks is .*\[MyCallback\(\)\]"),
+    ],
+)
+def test_where_files_go_and_who_is_told_is_checked(changed: dict[str, Any], text: str) -> None:
+    with pytest.raises(rp.ConfigError, match=text):
+        rp.RunConfig(**changed)
+
+
+class Ends(rp.Callback):
+    """Notes how a run ended; may raise then."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.told: list[dict[str, Any]] = []
+        self._error = error
+
+    def on_end(self, result: dict[str, Any]) -> None:
+        self.told.append(result)
+        if self._error is not None:
+            raise self._error
+
+
+def test_a_callback_that_raises_at_the_end_hides_nothing(
+    fit: Callable[..., rp.Result], tmp_path: Path
+) -> None:
+    ends = [Ends(KeyError("mine")), Ends()]
+    run = rp.RunConfig(name="run", storage_path=tmp_path, log_every=0, callbacks=ends)
+    with pytest.raises(rp.DataError, match="ended after 2 batches") as raised:
+        fit(data=iter(batches(2)), run_config=run)
+    assert any("on_end raised KeyError" in note for note in raised.value.__notes__)
+    assert "DataError" in ends[1].told[0]["error"]
+
+
+def test_what_cannot_be_sent_is_named_before_ray_is_started(fit: Callable[..., rp.Result]) -> None:
+    lock = threading.Lock()
+
+    def locked() -> nn.Module:
+        with lock:
+            return model()
+
+    with pytest.raises(rp.ConfigError, match=r"model_fn cannot be sent.*lock.*num_workers=0"):
+        fit(model_fn=locked, scaling_config=rp.ScalingConfig(num_workers=2))
+    assert fit(model_fn=locked).metrics["steps"] == 5
