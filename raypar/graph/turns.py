@@ -11,8 +11,8 @@ Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
 TRACING = threading.RLock()
-"""Held by the thread that captures, lowers, or builds a rank; so several runs of one process, each
-on its own thread, can be brought up at the same time."""
+"""Held by the thread that captures, traces for a search, lowers, or builds a rank; so several runs
+of one process, each on its own thread, can be brought up at the same time."""
 
 
 def in_turn(function: Callable[Args, Result]) -> Callable[Args, Result]:

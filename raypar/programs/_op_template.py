@@ -12,6 +12,7 @@ from torch import fx
 from raypar.compat import current_graph, fake_mode, is_mutable, make_fx, pytree, storage_id
 from raypar.graph.passes.emit import is_op
 from raypar.graph.passes.functionalize import functionalize
+from raypar.graph.turns import in_turn
 from raypar.programs.joint import is_transparent
 from raypar.programs.wire import find_target, torch_constant
 
@@ -149,6 +150,7 @@ class _Tracer:
         self.tensors: tuple[bool, ...] = ()
         self.several = False
 
+    @in_turn
     def trace(self) -> Template | None:
         """The template, or None."""
         mode = fake_mode()

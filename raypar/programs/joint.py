@@ -14,6 +14,7 @@ from raypar.compat import forgetting_sizes, make_fx, pytree
 from raypar.graph.passes.emit import aten, drop_unused
 from raypar.graph.passes.functionalize import functionalize
 from raypar.graph.replay import replay
+from raypar.graph.turns import in_turn
 from raypar.sharding.convert import NONE
 
 
@@ -42,6 +43,7 @@ class Joint:
     constants: dict[str, torch.Tensor]
 
 
+@in_turn
 def trace_joint(graph: fx.Graph, wrt: Sequence[int], candidates: Sequence[int]) -> Joint:
     """Traces a stage with autograd on fake tensors.
 
