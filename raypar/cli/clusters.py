@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from raypar.cli._shared import written_option
+from raypar.cli._shared import json_option, written_option
 
 
 @click.command()
@@ -45,7 +45,7 @@ def probe(address: str | None, processes: int | None, out: str | None) -> None:
 @click.option("--address", metavar="HOST:PORT", help="Of the cluster; default: RAY_ADDRESS.")
 @click.option("--interface", metavar="NAME", help="As comm.interface: try ports there.")
 @click.option("--ports", metavar="FIRST:LAST", help="As comm.port_range.")
-@click.option("--json", "json_file", metavar="FILE", help="Also write what was found (JSON).")
+@json_option
 def doctor(
     cluster: bool,
     address: str | None,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from raypar.cli._shared import output_option, print_or_write, set_option
+from raypar.cli._shared import PATH, output_option, print_or_write, set_option
 from raypar.config import default_yaml, json_schema, load_config
 
 
@@ -22,7 +22,7 @@ def config(ctx: click.Context) -> None:
 
 
 @config.command("show")
-@click.argument("config_file", metavar="CONFIG")
+@click.argument("config_file", metavar="CONFIG", type=PATH)
 @set_option
 def config_show(config_file: str, overrides: tuple[str, ...]) -> None:
     """Print CONFIG with every default, as raypar reads it."""
@@ -37,7 +37,7 @@ def config_schema(output: str | None) -> None:
 
 
 @config.command("check")
-@click.argument("config_file", metavar="CONFIG")
+@click.argument("config_file", metavar="CONFIG", type=PATH)
 @set_option
 def config_check(config_file: str, overrides: tuple[str, ...]) -> None:
     """Check CONFIG.
@@ -52,9 +52,13 @@ def config_check(config_file: str, overrides: tuple[str, ...]) -> None:
 
 
 @click.command()
-@click.argument("run_folder", metavar="RUN")
-@click.option("-o", "--output", metavar="FILE", help="The page; default: RUN/report.html.")
-@click.option("--trace", metavar="FILE", help="Also write a Chrome trace, for ui.perfetto.dev.")
+@click.argument("run_folder", metavar="RUN", type=PATH)
+@click.option(
+    "-o", "--output", metavar="FILE", type=PATH, help="The page; default: RUN/report.html."
+)
+@click.option(
+    "--trace", metavar="FILE", type=PATH, help="Also write a Chrome trace, for ui.perfetto.dev."
+)
 def report(run_folder: str, output: str | None, trace: str | None) -> None:
     """Write a run as one offline page.
 

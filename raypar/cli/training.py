@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from raypar.cli._shared import json_option, set_option, write_json
+from raypar.cli._shared import PATH, json_option, set_option, write_json
 from raypar.config import load_config
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def _workers(number: int | None) -> tuple[str, ...]:
 
 
 @click.command()
-@click.argument("config_file", metavar="CONFIG")
+@click.argument("config_file", metavar="CONFIG", type=PATH)
 @set_option
 @workers_option
 @click.option("--resume", "go_on", is_flag=True, help="Go on from run.name's newest checkpoint.")
@@ -47,10 +47,12 @@ def train(
 
 
 @click.command()
-@click.argument("run_folder", metavar="RUN")
+@click.argument("run_folder", metavar="RUN", type=PATH)
 @set_option
 @workers_option
-@click.option("--checkpoint", metavar="PATH", help="Go on from here; default: the newest of RUN.")
+@click.option(
+    "--checkpoint", metavar="PATH", type=PATH, help="Go on from here; default: the newest of RUN."
+)
 @json_option
 def resume(
     run_folder: str,
@@ -71,11 +73,16 @@ def resume(
 
 
 @click.command()
-@click.argument("config_file", metavar="CONFIG")
+@click.argument("config_file", metavar="CONFIG", type=PATH)
 @set_option
 @click.option("--address", metavar="URL", help="The cluster's dashboard, such as http://head:8265.")
 @click.option(
-    "--working-dir", default=".", show_default=True, metavar="DIR", help="Folder to send along."
+    "--working-dir",
+    default=".",
+    show_default=True,
+    metavar="DIR",
+    type=PATH,
+    help="Folder to send along.",
 )
 @click.option("--no-wait", is_flag=True, help="Do not follow the job.")
 @click.option("--ship-raypar", is_flag=True, help="Send raypar along, for nodes that lack it.")
@@ -120,9 +127,9 @@ def submit(
 
 
 @click.command()
-@click.argument("config_file", metavar="CONFIG")
+@click.argument("config_file", metavar="CONFIG", type=PATH)
 @set_option
-@click.option("--plan", "plan_file", metavar="FILE", help="Time this plan (JSON).")
+@click.option("--plan", "plan_file", metavar="FILE", type=PATH, help="Time this plan (JSON).")
 @click.option("--steps", type=click.IntRange(min=3), default=12, show_default=True)
 @json_option
 def bench(

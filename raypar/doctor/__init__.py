@@ -63,19 +63,25 @@ def main_cluster(
             this machine.
         interface: ``comm.interface``.
         port_range: ``comm.port_range``.
-        json_path: Where to write the report as JSON, too.
+        json_path: Where to write the report as JSON, too; ``-`` for stdout.
 
     Raises:
         ClusterError: The cluster is not reachable.
-        ConfigError: `interface` or `port_range` cannot be meant.
+        ConfigError: `interface` or `port_range` cannot be meant, or the report cannot be written.
     """
     from pathlib import Path
 
+    from raypar.errors import ConfigError
     from raypar.train.session import connect
 
     with connect(address or "auto"):
         report = examine_cluster(interface, port_range)
-    if json_path is not None:
-        Path(json_path).write_text(report.to_json() + "\n", encoding="utf-8")
     render(report.findings, f"raypar can run on these {len(report.nodes)} nodes")
+    if json_path == "-":
+        print(report.to_json())
+    elif json_path is not None:
+        try:
+            Path(json_path).write_text(report.to_json() + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--json: cannot write {json_path!r}: {error.strerror}") from None
     return int(failed(report.findings) > 0)

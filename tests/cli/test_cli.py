@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.shell_completion import BashComplete
 from click.testing import CliRunner, Result
 
 import raypar
@@ -265,6 +266,20 @@ def test_a_config_is_shown_checked_and_described(config_file: Path, tmp_path: Pa
     found = json.loads(schema.read_text())
     assert set(found["required"]) == {"model", "data"}
     assert found["$defs"]["TrainSection"]["additionalProperties"] is False
+
+
+def test_shells_complete_paths_and_keys() -> None:
+    def completed(*words: str) -> list[tuple[str, str]]:
+        *before, begun = words
+        shell = BashComplete(main, {}, "raypar", "_RAYPAR_COMPLETE")
+        return [(item.type, item.value) for item in shell.get_completions(before, begun)]
+
+    for words in (["train"], ["plan"], ["report"], ["explain"], ["checkpoint", "export"]):
+        assert completed(*words, "exa") == [("file", "exa")], words
+    for option in ("--plan", "--cluster", "--trace"):
+        assert completed("simulate", "a.yaml", option, "pl") == [("file", "pl")], option
+    assert completed("train", "a.yaml", "--set", "train.eng") == [("plain", "train.engine=")]
+    assert ("plain", "doctor") in completed("do")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
