@@ -9,6 +9,7 @@ goes on where it stopped. A find is shrunk, printed, and ends the run with exit 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -16,6 +17,7 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +106,26 @@ def main() -> int:
     parser.add_argument("--state", type=Path, help="JSON file from which to go on")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    logging.getLogger("raypar").setLevel(logging.ERROR)
+    with _quiet():
+        tallies, failed = fuzz(options)
+    print(table(tallies))
+    return int(failed)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of raypar: damaged inputs make it write thousands."""
+    log = logging.getLogger("raypar")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def fuzz(options: argparse.Namespace) -> tuple[dict[str, Tally], bool]:
+    """Goes through the inputs; the tallies, and whether something was found."""
     tallies = load_state(options.state)
     names = list(TARGETS) if options.target == "all" else [options.target]
     failed = False
@@ -126,8 +147,7 @@ def main() -> int:
                 options.state.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
             if tally.inputs == before:  # the strategy has no more different inputs
                 break
-    print(table(tallies))
-    return int(failed)
+    return tallies, failed
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ settings.register_profile(
 settings.load_profile("raypar")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         needs_ray = "ray_session" in getattr(item, "fixturenames", ())

@@ -6,9 +6,8 @@ import hashlib
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import torch
 from torch import fx, nn
 
@@ -25,6 +24,9 @@ from raypar.graph.passes.emit import op_name
 from raypar.graph.passes.randomness import SEEDED
 from raypar.graph.states import Const
 from raypar.graph.turns import in_turn, kept_in_turn
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 class OpGraph:
@@ -279,6 +281,8 @@ class OpGraph:
 
     def to_networkx(self) -> nx.DiGraph:
         """Ops as nodes (attribute ``op``), values as edges (attribute ``nbytes``)."""
+        import networkx as nx  # a quarter of a second for every process that trains
+
         graph = nx.DiGraph()
         for op in self.ops:
             graph.add_node(op.id, op=op)

@@ -29,6 +29,13 @@ def test_make_targets_that_a_document_names_exist(name: str) -> None:
     }
 
 
+def test_workers_of_one_run_share_files_whole(request: pytest.FixtureRequest) -> None:
+    """Else each of them captures, plans and starts what the tests of a file share."""
+    if getattr(request.config, "workerinput", None) is None:
+        pytest.skip("one process runs all tests")
+    assert request.node.nodeid.endswith(f"@{__file__}")
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_files_that_a_document_names_exist(name: str) -> None:
     found = re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|md|yaml|toml|txt|sh))`", text_of(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ def test_a_find_is_shrunk_and_fails(
     said = capsys.readouterr().err
     assert "given_input=1234" in said
     assert "found something in round 0" in said
+    # Warnings of raypar are heard again by whoever called it.
+    assert logging.getLogger("raypar").level == logging.NOTSET
 
 
 def test_it_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
