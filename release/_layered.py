@@ -23,7 +23,7 @@ from raypar.search.cost.base import StageCode, stage_code
 from raypar.search.cost.exact import move_of, peak_bytes, stage_pieces
 from raypar.search.cost.machine import MeshMachine
 from raypar.search.cost.params import BUCKET_BYTES, Move, additions, param_cost
-from raypar.search.cost.work import node_work
+from raypar.search.cost.work import Work, node_work
 from raypar.sharding.convert import ALL_GATHER, ALL_REDUCE
 from release._megatron import TENSOR_AXIS, Shape, megatron_plan, mesh_slice
 from release._rings import ring_machine
@@ -110,7 +110,8 @@ def layers_of(hidden: int, heads: int, tensor: int, sequence: int, vocabulary: i
 def _measure(code: StageCode) -> _Measured:
     pieces = stage_pieces(code)
     assert pieces.parts is not None
-    flops, nbytes, moves = [], [], []
+    works: list[Work] = []
+    moves = []
     for node in (*pieces.forward.nodes, *pieces.parts.backward.nodes):
         move = move_of(node)
         if move is not None:
@@ -118,16 +119,16 @@ def _measure(code: StageCode) -> _Measured:
             continue
         work = node_work(node)
         if work.kind not in ("view", "none"):
-            flops.append(work.flops if work.matmul else 0.0)
-            nbytes.append(work.nbytes)
+            works.append(work)
     params = param_cost(code)
     # Every microbatch's gradients are added to what is there.
     for adding, count in additions(params, pieces.products).items():
-        flops += [0.0] * count
-        nbytes += [adding.nbytes] * count
+        works += [adding] * count
+        for _ in range(-count):  # products that read their sums take its place
+            works.remove(adding)
     return _Measured(
-        np.array(flops),
-        np.array(nbytes),
+        np.array([work.flops if work.matmul else 0.0 for work in works]),
+        np.array([work.nbytes for work in works]),
         tuple(moves),
         params.param_bytes,
         peak_bytes(pieces.parts.backward),

@@ -20,29 +20,53 @@ class Split:
     Attributes:
         spec: The uncut tensor.
         pieces: Which part of it each rank of the group has, of equal sizes.
+        product: It comes as a product of matrices, which can be added to a sum as it is made.
     """
 
     spec: TensorSpec
     pieces: tuple[Piece, ...]
+    product: bool = False
 
     @cached_property
     def in_rows(self) -> bool:
         """Whether the pieces, one after the other, are the tensor's elements in their order."""
-        shape, at = self.spec.shape, 0
+        return bool(self.spec.shape) and self._along(0)
+
+    @cached_property
+    def in_columns(self) -> bool:
+        """Whether the pieces are the columns of a matrix, one after the other."""
+        return len(self.spec.shape) == 2 and self._along(1)
+
+    def _along(self, dim: int) -> bool:
+        """Whether the pieces, one after the other along a dim, make up the tensor."""
+        shape, at = tuple(self.spec.shape), 0
         for piece in self.pieces:
-            if len(piece.boxes) != 1 or not shape or tuple(piece.shape[1:]) != tuple(shape[1:]):
+            own = tuple(piece.shape)
+            if (
+                len(piece.boxes) != 1
+                or own[:dim] + own[dim + 1 :] != shape[:dim] + shape[dim + 1 :]
+            ):
                 return False
-            if piece.boxes[0][0][0][0] != at:
+            if piece.boxes[0][0][dim][0] != at:
                 return False
-            at += piece.shape[0]
-        return bool(shape) and at == shape[0]
+            at += own[dim]
+        return at == shape[dim]
 
 
 class Rows:
-    """Where the members of one bucket lie in a row; equal on all ranks."""
+    """Where the members of one bucket lie in a row; equal on all ranks.
 
-    def __init__(self, members: list[int], splits: Sequence[Split]) -> None:
+    Args:
+        members: Numbers of the tensors.
+        splits: All tensors.
+        turned: The pieces, which are matrices, lie column by column.
+    """
+
+    def __init__(
+        self, members: list[int], splits: Sequence[Split], *, turned: bool = False
+    ) -> None:
         self.members = members
+        self.turned = turned
         self.dtype = splits[members[0]].spec.dtype
         self.places: dict[int, tuple[int, int]] = {}
         self.length = 0
@@ -54,7 +78,8 @@ class Rows:
     def of(self, row: torch.Tensor, index: int, piece: Piece) -> torch.Tensor:
         """The member's piece, as a view of a row."""
         start, count = self.places[index]
-        return row.narrow(0, start, count).view(piece.shape)
+        flat = row.narrow(0, start, count)
+        return flat.view(piece.shape[::-1]).mT if self.turned else flat.view(piece.shape)
 
 
 def check_splits(splits: Sequence[Split], group: Group, name: str) -> None:

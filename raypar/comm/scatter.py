@@ -6,7 +6,8 @@ cut in, and so does one all-gather (`raypar.comm.gather`). What is cut when is t
 et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5.
 
 A large gradient has a bucket for itself. Where it is cut in dim 0, that bucket is the gradient as
-it was, so that products of matrices can be added to it while they are made.
+it was; where it is a product of matrices and cut in columns, its transpose. So products can be
+added to it while they are made.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class ScatterBuckets:
         self._eager = every_microbatch
         specs = [s.spec for s in splits]
         members = bucket_members(specs, bucket_bytes, alone=not every_microbatch)
-        self._buckets = [_Bucket(Rows(m, splits)) for m in members]
+        self._buckets = [_Bucket(Rows(m, splits, turned=self._is_turned(m))) for m in members]
         self._home = {i: bucket for bucket in self._buckets for i in bucket.rows.members}
         self._device = torch.device("cpu")
         self._spare: dict[torch.dtype, list[torch.Tensor]] = {}
@@ -134,12 +135,13 @@ class ScatterBuckets:
             raise CommError(
                 f"{self.name}: gradient {index} came twice before the other gradients of its bucket"
             )
-        if isinstance(grad, Product) and self._lies_whole(bucket, index):
-            whole = bucket.flat.view(self._splits[index].spec.shape)
+        if isinstance(grad, Product) and self._lies_whole(bucket, index, grad):
+            product = grad.mT if bucket.rows.turned else grad
+            whole = bucket.flat.view(product.shape)
             if adding:
-                grad.add_to(whole)
+                product.add_to(whole)
             else:
-                grad.write_to(whole)
+                product.write_to(whole)
         else:
             self._fill(bucket, index, as_tensor(grad), adding)
         bucket.filled.add(index)
@@ -175,7 +177,7 @@ class ScatterBuckets:
             row = self._own_row(bucket)
             for index in bucket.rows.members:
                 piece = self._splits[index].pieces[self._group.rank]
-                found[index] = bucket.rows.of(row, index, piece)
+                found[index] = bucket.rows.of(row, index, piece).contiguous()
         return [found[index] for index in range(len(self._splits))]
 
     def tensors(self) -> list[torch.Tensor]:
@@ -185,9 +187,19 @@ class ScatterBuckets:
 
     # ---- buckets --------------------------------------------------------------------------
 
-    def _lies_whole(self, bucket: _Bucket, index: int) -> bool:
-        """Whether a bucket's rows, one after the other, are this gradient and nothing else."""
-        return not self._eager and bucket.rows.members == [index] and self._splits[index].in_rows
+    def _lies_whole(self, bucket: _Bucket, index: int, product: Product) -> bool:
+        """Whether a bucket's rows, one after the other, are this gradient and nothing else.
+
+        Where they are turned: whether they are its transpose.
+        """
+        if self._eager or bucket.rows.members != [index]:
+            return False
+        return product.is_matrix if bucket.rows.turned else self._splits[index].in_rows
+
+    def _is_turned(self, members: list[int]) -> bool:
+        """Whether a bucket holds the transpose of its one gradient; equal on all ranks."""
+        split = self._splits[members[0]]
+        return not self._eager and len(members) == 1 and split.product and split.in_columns
 
     def _fill(self, bucket: _Bucket, index: int, grad: torch.Tensor, adding: bool) -> None:
         assert bucket.flat is not None

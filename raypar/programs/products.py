@@ -51,6 +51,16 @@ class Product:
         """Where it will be."""
         return self.left.device
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the gradient is what the two matrices make, and no other view of it."""
+        return self.shape == (self.left.shape[-2], self.right.shape[-1])
+
+    @property
+    def mT(self) -> Product:
+        """The transpose of a gradient that `is_matrix`."""
+        return Product(self.right.mT, self.left.mT, self.shape[::-1])
+
     def tensor(self) -> torch.Tensor:
         """The gradient, in memory of its own."""
         multiply = torch.mm if self.left.dim() == 2 else torch.bmm

@@ -38,6 +38,7 @@ class StageProgram:
         input_gradients: Edge id → index in what `backward` returns, or None where the received
             value gets no gradient here.
         weight_gradients: Parameter names in the order of the sink's indices.
+        products: Those that are delivered as products (`raypar.programs.products`).
         ready_order: Sink indices in the order in which backward delivers them.
         forward: ``forward(box) -> [outputs..., saved...]``.
         backward: ``backward(box, sink) -> input gradients``; box = kept, saved, tangents.
@@ -66,6 +67,7 @@ class StageProgram:
     weight_kept: list[int]
     saved_bytes: int
     half_bytes: int = 0
+    products: frozenset[str] = frozenset()
 
 
 def compile_stage(
@@ -147,6 +149,7 @@ def compile_stage(
         weight_kept=[given.index(n) for n in parts.weight_inputs],
         saved_bytes=saved_bytes(held, free),
         half_bytes=saved_bytes([*later, *parts.between], free) if edges else 0,
+        products=frozenset(keys[wrt[at]].removeprefix("param:") for at in early),
     )
 
 

@@ -50,6 +50,7 @@ def compiled(
         backward=fast("backward"),
         backward_input=fast("backward_input"),
         backward_weight=fast("backward_weight"),
+        products=frozenset(),  # they are made inside
     )
 
 

@@ -105,6 +105,11 @@ class GradientStore:
         program = self._holdings.stages[stage].program
         return [program.weight_gradients[j] for j in program.ready_order]
 
+    def _made(self, name: str) -> bool:
+        """Whether every stage that delivers a parameter's gradient does so as a product."""
+        own = self._holdings.stages
+        return all(name in own[stage].program.products for stage in self._stages_of[name])
+
     def _sync_order(self, spec: RankSpec) -> list[int]:
         """Stages in the order in which their gradients are complete."""
         return [
@@ -175,7 +180,9 @@ class GradientStore:
             return
         params, ways = self._holdings.params, self._holdings.ways
         splits = [
-            Split(TensorSpec(tuple(params[n].shape), params[n].dtype), ways[n].shares)
+            Split(
+                TensorSpec(tuple(params[n].shape), params[n].dtype), ways[n].shares, self._made(n)
+            )
             for n in names
         ]
         group = self._sharers.along(axes)

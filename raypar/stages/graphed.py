@@ -77,7 +77,8 @@ def graphed(program: StageProgram, graphs: Graphs, device: torch.device) -> Stag
     `reason_against` refuses schedules that use them.
     """
     stage = GraphedStage(program, graphs, device)
-    return replace(program, forward=stage.forward, backward=stage.backward)
+    made = frozenset[str]()  # graphs make all gradients themselves
+    return replace(program, forward=stage.forward, backward=stage.backward, products=made)
 
 
 def reason_against(program: StageProgram, *, halves: bool, sharded: bool) -> str | None:

@@ -185,7 +185,8 @@ def _pieces(shape: tuple[int, ...], state: str, size: int) -> tuple[Piece, ...]:
 
 def _splits(size: int, dtypes: tuple[torch.dtype, ...] = (torch.float64,)) -> list[Split]:
     return [
-        Split(TensorSpec(shape, dtypes[i % len(dtypes)]), _pieces(shape, state, size))
+        # Whatever is announced as a product may still come as a tensor.
+        Split(TensorSpec(shape, dtypes[i % len(dtypes)]), _pieces(shape, state, size), i % 2 == 1)
         for i, (shape, state) in enumerate(CUT)
     ]
 
@@ -335,11 +336,11 @@ class _Ops(TorchDispatchMode):  # type: ignore[misc]
         return made
 
 
-def _product(microbatch: int) -> Product:
+def _product(microbatch: int, shape: tuple[int, ...] = (4, 2, 4)) -> Product:
     generator = torch.Generator().manual_seed(microbatch)
     left = torch.randn(4, 6, generator=generator, dtype=torch.float64)
     right = torch.randn(6, 8, generator=generator, dtype=torch.float64)
-    return Product(left, right, (4, 2, 4))
+    return Product(left, right, shape)
 
 
 def _add_products(group: Group | None) -> None:
@@ -364,14 +365,16 @@ def test_products_are_added_to_the_sum_as_they_are_made() -> None:
     run_threads(lambda group: _add_products(group), 2, 20.0)
 
 
-def _scatter_products(group: Group, bucket_bytes: int, state: str) -> None:
+def _scatter_products(
+    group: Group, bucket_bytes: int, shape: tuple[int, ...], state: str, told: bool, whole: bool
+) -> None:
     """A product between two small gradients, summed over microbatches and cut over ranks."""
-    shape = (4, 2, 4)
     small = Split(TensorSpec((4,), torch.float64), _pieces((4,), "S0", group.size))
-    large = Split(TensorSpec(shape, torch.float64), _pieces(shape, state, group.size))
+    spec = TensorSpec(shape, torch.float64)
+    large = Split(spec, _pieces(shape, state, group.size), told)
     buckets = ScatterBuckets([small, large, small], group, bucket_bytes)
     for _ in range(2):
-        products = [_product(k) for k in range(4)]
+        products = [_product(k, shape) for k in range(4)]
         with _Ops() as ops:
             for k, product in enumerate(products):
                 buckets.add(0, torch.ones(4, dtype=torch.float64), last=k == 3)
@@ -384,17 +387,31 @@ def _scatter_products(group: Group, bucket_bytes: int, state: str) -> None:
         own = large.pieces[group.rank].read(wanted).contiguous()
         torch.testing.assert_close(found, own)
         made = [name for name, _ in ops.seen if "mm" in name]
-        if bucket_bytes <= 256 and state == "S0":  # 32 elements: it fills a bucket
+        if bucket_bytes <= 256 and whole:  # 32 elements: it fills a bucket
             assert made == ["aten.mm.out", *["aten.addmm_.default"] * 3]
         else:
             assert made == ["aten.mm.default"] * 4
         buckets.reset()
 
 
-@pytest.mark.parametrize("state", ["S0", "S1"])
+@pytest.mark.parametrize(
+    ("shape", "state", "told", "whole"),
+    [
+        ((4, 2, 4), "S0", False, True),
+        ((4, 2, 4), "S1", True, False),
+        ((4, 8), "S1", True, True),
+        ((4, 8), "S1", False, False),  # nobody said that it comes as a product
+        ((8, 4), "S1", True, False),  # columns of another view of what the matrices make
+        ((4, 8), "S1/2", True, False),
+    ],
+)
 @pytest.mark.parametrize("bucket_bytes", [256, 1 << 20])
-def test_products_are_added_to_sums_that_are_cut_in_rows(bucket_bytes: int, state: str) -> None:
-    run_threads(lambda group: _scatter_products(group, bucket_bytes, state), 2, 20.0)
+def test_products_are_added_to_sums_that_are_cut_in_rows_or_columns(
+    bucket_bytes: int, shape: tuple[int, ...], state: str, told: bool, whole: bool
+) -> None:
+    run_threads(
+        lambda group: _scatter_products(group, bucket_bytes, shape, state, told, whole), 2, 20.0
+    )
 
 
 def test_products_and_tensors_add_up_to_one_sum() -> None:

@@ -43,7 +43,7 @@ from raypar.search.cost.machine import MeshMachine, machine_of, p2p_s
 from raypar.search.cost.params import accumulation_s, additions, bundle, moves, param_cost
 from raypar.search.cost.profiled import ProfiledCost, profile, program_hash
 from raypar.search.cost.quick import op_work, quick_costs, share_of
-from raypar.search.cost.work import node_work
+from raypar.search.cost.work import Work, node_work
 from raypar.sharding.convert import COLLECTIVES
 from raypar.sharding.layout import layout_of
 from raypar.sharding.rules.base import Strategy
@@ -312,7 +312,7 @@ def _program(stage: StageCode) -> StageProgram:
 
 @pytest.mark.parametrize("name", ["gpt", "cnn", "moe_sparse"])
 def test_additions_of_gradients_are_those_of_the_rank_that_runs_it(name: str) -> None:
-    """Fused ones read the sum besides; others read two and write one, in a call of its own."""
+    """Fused ones read the sum while they multiply; others read two and write one, in own calls."""
     _, stages = _planned(name, stages=1)
     program = _program(stages[0])
     given = [torch.zeros(v.shape, dtype=v.dtype) for v in _holders(stages[0])]
@@ -329,17 +329,35 @@ def test_additions_of_gradients_are_those_of_the_rank_that_runs_it(name: str) ->
         tangents = [torch.ones_like(results[i]) for i in program.tangent_outputs]
         program.backward([*kept, *results[program.n_outputs :], *tangents], sink)
     pieces, held = stage_pieces(stages[0]), param_cost(stages[0])
-    assert pieces.products == fused.keys()
+    assert pieces.products.keys() == fused.keys()
     assert dict(held.uncut) == fused | others
     found = additions(held, pieces.products)
     traffic = sum(work.nbytes * n for work, n in found.items())
     assert traffic == pytest.approx(sum(fused.values()) + 3 * sum(others.values()))
     assert sum(work.calls * n for work, n in found.items()) == len(others)
+    assert {work for work, n in found.items() if n < 0} <= set(pieces.products.values())
     assert fused
     assert others
     # Where every rank keeps a part of the sum, a product is made first, and cut.
     cut = additions(held._replace(uncut=()), pieces.products)
     assert sum(w.nbytes * n for w, n in cut.items()) == pytest.approx(3 * held.gradient_bytes)
+
+
+def test_a_sum_is_read_while_a_product_is_made() -> None:
+    """What waits for its work hides the reading; what waits for memory does not."""
+    machine = _machine(Cluster.virtual(1, 1, "H100"))
+    _, stages = _planned("mlp", stages=1)
+    n = 4096
+    own = 4 * n * n
+    held = param_cost(stages[0])._replace(uncut=(("w", own),), gradient_bytes=own, optimized=1)
+
+    def seconds(inner: int) -> float:
+        product = Work(2.0 * n * inner * n, 4.0 * (2 * n * inner + n * n), matmul=True, kind="")
+        return accumulation_s(held, machine, {"w": product})
+
+    assert seconds(n) == 0.0
+    read = Work(0.0, own).seconds(machine) - Work(0.0, 0.0).seconds(machine)
+    assert seconds(1) == pytest.approx(read, rel=0.01)
 
 
 def _holders(stage: StageCode) -> list[torch.Tensor]:

@@ -241,19 +241,17 @@ class _Cut:
         return seconds * counts * (self.microbatches * self.replicas)
 
     def _state_rows(self) -> np.ndarray:
-        """Device-seconds of the optimizer, and of adding up gradients, for every parameter.
+        """Device-seconds of the optimizer for every parameter.
 
-        Every part of a trained parameter is stored, and stepped over, by at least one device, and
-        that device adds its gradient to the sum once per microbatch: of a product that is added as
-        it is made, the sum is read.
+        Every part of a trained parameter is stored, and stepped over, by at least one device.
+        Adding up gradients may cost nothing: a large product reads the sum while it multiplies.
         """
         rows = []
         for nbytes, count in trained_bytes(self.graph, self.local_batch).items():
             row = []
             for _, rates in self.devices.kinds:
-                adding = linear_s(rates.bytes_curve("plain"), nbytes)
                 step = linear_s(rates.optimizer, nbytes) + rates.optimizer_overhead
-                row.append(count * (step + self.microbatches * adding))
+                row.append(count * step)
             rows.append(row)
         return np.array(rows, dtype=float).reshape(len(rows), len(self.devices.kinds))
 

@@ -69,9 +69,12 @@ class StagePieces:
     figures: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
-    def products(self) -> frozenset[str]:
-        """Names of the parameters whose gradients programs deliver as products."""
-        return frozenset(self.keys[at].removeprefix("param:") for at in self.deferred)
+    def products(self) -> dict[str, Work]:
+        """Names of the parameters whose gradients programs deliver as products; what makes them."""
+        return {
+            self.keys[at].removeprefix("param:"): node_work(found.node)
+            for at, found in self.deferred.items()
+        }
 
 
 def stage_pieces(stage: StageCode, wire: Wire | None = None) -> StagePieces:

@@ -93,7 +93,7 @@ def stage_work(stage: StageCode) -> StageWork:
     if parts is not None:
         last = 3 if pieces.splits else 2
         for adding, count in additions(params, pieces.products).items():
-            counts[adding] = Counter({1: count, last: count})
+            counts.setdefault(adding, Counter()).update({1: count, last: count})
     table = [(work, (c[0], c[1], c[2], c[3])) for work, c in counts.items() if work.kind != "none"]
     return StageWork(
         tuple(sorted(table)),

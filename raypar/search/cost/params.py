@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -111,29 +111,29 @@ def timed(found: Iterable[Move], machine: MeshMachine) -> tuple[Collective, ...]
     return tuple(made)
 
 
-def additions(params: ParamCost, products: Collection[str]) -> Counter[Work]:
-    """What adds one microbatch's gradients to those of the microbatches before.
+def additions(params: ParamCost, products: Mapping[str, Work]) -> Counter[Work]:
+    """What adding one microbatch's gradients to those of the microbatches before changes.
 
     Args:
         params: The parameters of a stage.
-        products: Names of those whose gradient programs deliver as a product
-            (`raypar.programs.products`). Where the sum is not cut, the product is added to it while
-            it is made: what is written is counted with the product, and the sum is read besides.
-            It is no call of its own. Others read two gradients and write one.
+        products: Those whose gradient programs deliver as a product (`raypar.programs.products`),
+            and what makes it. Where the sum is not cut, the product is added to it while it is
+            made, and reads the sum besides: it takes the place of the one that only writes (whose
+            count is negative). Others read two gradients and write one, in a call of their own.
     """
-    fused = [nbytes for name, nbytes in params.uncut if name in products]
     found: Counter[Work] = Counter()
-    if fused:
-        found[Work(0.0, sum(fused) / len(fused), kind=ADDING, calls=0.0)] = len(fused)
+    fused = [(products[name], nbytes) for name, nbytes in params.uncut if name in products]
+    for product, nbytes in fused:
+        found[product] -= 1
+        found[product._replace(nbytes=product.nbytes + nbytes)] += 1
     others = params.optimized - len(fused)
     if others:
-        found[Work(0.0, 3.0 * (params.gradient_bytes - sum(fused)) / others, kind=ADDING)] = others
+        left = params.gradient_bytes - sum(nbytes for _, nbytes in fused)
+        found[Work(0.0, 3.0 * left / others, kind=ADDING)] += others
     return found
 
 
-def accumulation_s(
-    params: ParamCost, machine: MeshMachine, products: Collection[str] = ()
-) -> float:
+def accumulation_s(params: ParamCost, machine: MeshMachine, products: Mapping[str, Work]) -> float:
     """Seconds of `additions`."""
     return sum(n * work.seconds(machine) for work, n in additions(params, products).items())
 
@@ -193,13 +193,15 @@ def _stored_bytes(layout: ParamLayout, itemsize: int, axes: Axes) -> int:
 def _lies_whole(layout: ParamLayout, nbytes: int, axes: Axes) -> bool:
     """Whether a gradient that is reduce-scattered is summed in a bucket that is all its own.
 
-    See `raypar.comm.scatter`: the bucket's rows are then the parts of dim 0.
+    See `raypar.comm.scatter`: the bucket's rows are then the parts of dim 0, or those of the
+    columns of a matrix. The latter holds for products alone; nobody asks about others.
     """
     if layout.zero != 1 or nbytes < BUCKET_BYTES:
         return False
     states = zip(layout.stored, layout.held, axes, strict=True)
     cut = [(s, h) for s, h, (_, n) in states if n > 1 and is_shard(s) and not is_shard(h)]
-    return all(stored == S(0) and held == RG for stored, held in cut)
+    dims = [(S(0), RG)] if len(layout.shape) != 2 else [(S(0), RG), (S(1), RG)]
+    return len(set(cut)) <= 1 and all(pair in dims for pair in cut)
 
 
 def _has_copy(layout: ParamLayout | None) -> bool:
