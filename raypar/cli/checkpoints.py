@@ -22,6 +22,11 @@ def checkpoint() -> None:
 def _checkpoint_at(where: str) -> Checkpoint:
     from raypar.train.resuming import checkpoint_at
 
+    if Path(where).is_file():
+        raise ConfigError(
+            f"{where!r} is a file; give the folder of a checkpoint or of a run, such as runs/gpt. "
+            f"Of a file of weights, raypar checkpoint convert {where} NEW makes a checkpoint"
+        )
     found = checkpoint_at(where, Path(where))
     assert found is not None
     return found

@@ -12,15 +12,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from raypar._plan_text import size
 from raypar.errors import ConfigError, PlanError, RayparError
 from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
+from raypar.lowered import lower_plan
+from raypar.mesh.calibration_files import load_calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.search.config import SearchConfig
+from raypar.search.interop.contest import entry_of
+from raypar.search.need import need_of
 from raypar.search.plan import Found, search
 from raypar.search.record import INTERRUPTED
 from raypar.search.rungs import Ladder, Rung
+from raypar.search.simulate import simulate
 
 __all__ = ["Ladder", "Rung", "ladder", "part_of", "sizes_of"]
 
@@ -60,19 +66,19 @@ def ladder(
     began = time.perf_counter()
     rungs: list[Rung] = []
     stopped = ""
-    for size in sorted(set(sizes)):
+    for count in sorted(set(sizes)):
         try:
-            rung, interrupted = _rung_of(graph, part_of(cluster, size), config, search, rungs)
+            rung, interrupted = _rung_of(graph, part_of(cluster, count), config, search, rungs)
         except KeyboardInterrupt:
             if not rungs:
                 raise
-            stopped = f"interrupted before a plan for {size} devices was found"
+            stopped = f"interrupted before a plan for {count} devices was found"
             break
         rungs.append(rung)
         if progress is not None:
             progress(rung)
         if interrupted:
-            stopped = f"interrupted: {size} devices have the best found by then, larger sizes none"
+            stopped = f"interrupted: {count} devices have the best found by then, larger sizes none"
             break
     return Ladder(tuple(rungs), time.perf_counter() - began, stopped)
 
@@ -85,7 +91,8 @@ def _rung_of(
     found: Plan | None = None
     reason, interrupted = "", False
     try:
-        found, record = search(graph, part, config)
+        made, record = search(graph, part, config)
+        found = _foreseen(made, graph, part, config)
         interrupted = record.stopped == INTERRUPTED
     except ConfigError:
         raise
@@ -107,6 +114,33 @@ def _rung_of(
     source = best.carried_from or best.devices
     reason = reason or f"the plan for {source} devices is faster than what was found for this size"
     return replace(rung, plan=carried, reason=reason, carried_from=source), interrupted
+
+
+def _foreseen(made: Plan, graph: OpGraph, part: Cluster, config: SearchConfig) -> Plan:
+    """A plan with the time of its step, which planners that are told the shape do not foresee.
+
+    Raises:
+        PlanError: It does not fit the memory, which these do not look at either.
+    """
+    if "step_s" in made.predicted:
+        return made
+    lowered = lower_plan(graph, made)
+    played = simulate(
+        graph,
+        made,
+        part,
+        calibration=load_calibration(part),
+        lowered=lowered,
+        optimizer_states=config.optimizer_states,
+    )
+    entry = entry_of(made, played, memory_fraction=1.0)
+    if entry.overfull > 1.0:
+        need = need_of(made, lowered, played)
+        raise PlanError(
+            f"the shape that was asked for does not fit: a rank needs {size(need.nbytes)} of "
+            f"{size(need.limit)}, and what binds is {need.binding}"
+        )
+    return entry.plan
 
 
 def part_of(cluster: Cluster, devices: int) -> Cluster:

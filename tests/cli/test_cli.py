@@ -268,6 +268,16 @@ def test_a_config_is_shown_checked_and_described(config_file: Path, tmp_path: Pa
     assert found["$defs"]["TrainSection"]["additionalProperties"] is False
 
 
+def test_a_file_is_no_checkpoint_and_the_way_to_one_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(b"")
+    for command in (["inspect"], ["verify"], ["export"]):
+        done = run("checkpoint", *command, file, *[tmp_path / "out"] * (command == ["export"]))
+        assert done.exit_code == 2
+        assert f"'{file}' is a file" in " ".join(done.stderr.split())
+        assert "raypar checkpoint convert" in " ".join(done.stderr.split())
+
+
 def test_shells_complete_paths_and_keys() -> None:
     def completed(*words: str) -> list[tuple[str, str]]:
         *before, begun = words

@@ -16,11 +16,13 @@ from raypar.fit import check_plan
 from raypar.graph.capture import capture
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster, Node
+from raypar.mesh.devices import device_kind
 from raypar.search.config import SearchConfig
 from raypar.search.ladder import Ladder, ladder, part_of, sizes_of
 from raypar.search.plan import Found
 from raypar.search.planners.uniform import UniformPlanner
 from raypar.search.record import INTERRUPTED, SearchRecord
+from raypar.search.simulate import simulate
 
 CLUSTER = Cluster.virtual(2, 3)
 
@@ -205,3 +207,20 @@ def test_a_real_search_climbs(graph: OpGraph) -> None:
     steps = [rung.step_s for rung in made.rungs]
     assert steps == sorted(steps, reverse=True)
     assert all(step < math.inf for step in steps)
+
+
+def test_a_shape_that_was_asked_for_is_told_with_its_time(graph: OpGraph) -> None:
+    cluster = Cluster.local(2)
+    fixed = SearchConfig(stages=1, replicas="auto", microbatches=1)
+    found = ladder(graph, cluster, (1, 2), fixed)
+    for rung in found.rungs:
+        assert rung.plan is not None
+        assert rung.plan.planner == "uniform"
+        own = dataclasses.replace(rung.plan, predicted={})
+        assert rung.step_s == simulate(graph, own, part_of(cluster, rung.devices)).step_s
+    assert "inf" not in found.text()
+    small = dataclasses.replace(device_kind("A100"), name="Small", memory=100)
+    told = ladder(graph, Cluster((Node.of(small, 2),)), (1, 2), fixed)
+    assert [rung.plan for rung in told.rungs] == [None, None]
+    assert "does not fit: a rank needs" in told.rungs[0].reason
+    assert "of 100 B, and what binds is stage 0" in told.rungs[0].reason
