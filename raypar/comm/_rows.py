@@ -41,15 +41,12 @@ class Split:
         """Whether the pieces, one after the other along a dim, make up the tensor."""
         shape, at = tuple(self.spec.shape), 0
         for piece in self.pieces:
-            own = tuple(piece.shape)
-            if (
-                len(piece.boxes) != 1
-                or own[:dim] + own[dim + 1 :] != shape[:dim] + shape[dim + 1 :]
-            ):
+            length = piece.shape[dim]
+            if piece.shape != (*shape[:dim], length, *shape[dim + 1 :]):
                 return False
-            if piece.boxes[0][0][dim][0] != at:
+            if len(piece.boxes) != 1 or piece.boxes[0][0][dim][0] != at:
                 return False
-            at += own[dim]
+            at += length
         return at == shape[dim]
 
 

@@ -136,7 +136,7 @@ class ScatterBuckets:
                 f"{self.name}: gradient {index} came twice before the other gradients of its bucket"
             )
         if isinstance(grad, Product) and self._lies_whole(bucket, index, grad):
-            product = grad.mT if bucket.rows.turned else grad
+            product = grad.transposed if bucket.rows.turned else grad
             whole = bucket.flat.view(product.shape)
             if adding:
                 product.add_to(whole)

@@ -57,7 +57,7 @@ class Product:
         return self.shape == (self.left.shape[-2], self.right.shape[-1])
 
     @property
-    def mT(self) -> Product:
+    def transposed(self) -> Product:
         """The transpose of a gradient that `is_matrix`."""
         return Product(self.right.mT, self.left.mT, self.shape[::-1])
 
