@@ -15,7 +15,26 @@ from typing import Literal
 
 from raypar.errors import ConfigError
 from raypar.plan import Plan
+from raypar.train._kinds import NONE, NUMBER, check_kinds
 from raypar.train.callbacks import Callback
+
+_SCALING = {
+    "cpus_per_worker": (NUMBER, "a number above 0, for example 1"),
+    "threads_per_worker": ((int, NONE), "a number of at least 1, or None"),
+    "placement_timeout_s": (NUMBER, "seconds above 0, for example 60"),
+    "scale_up_timeout_s": (NUMBER, "seconds above 0, for example 180"),
+}
+_CHECKPOINT = {
+    "storage": ((str, Path, NONE), "a folder, an fsspec URL, or None"),
+    "every_s": ((NUMBER, NONE), "seconds above 0, for example 600, or None"),
+    "score_attribute": ((str, NONE), "the name of a metric, for example 'eval_loss', or None"),
+}
+_RUN = {
+    "name": ((str, NONE), "the name of a folder, for example 'gpt-small', or None"),
+    "storage_path": ((str, Path), "a local folder, for example 'runs'"),
+    "log_every": (int, "steps, 0 or more"),
+}
+"""Field → what it may be, and the same in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +64,7 @@ class ScalingConfig:
     scale_up_timeout_s: float = 180.0
 
     def __post_init__(self) -> None:
+        check_kinds("ScalingConfig.", self, _SCALING)
         count = self.num_workers
         if isinstance(count, list):  # from YAML and JSON
             count = tuple(count)
@@ -134,6 +154,7 @@ class CheckpointConfig:
     score_order: Literal["min", "max"] = "min"
 
     def __post_init__(self) -> None:
+        check_kinds("CheckpointConfig.", self, _CHECKPOINT)
         for name in ("every_steps", "num_to_keep"):
             value = getattr(self, name)
             if value is not None and not _is_count(value):
@@ -197,6 +218,7 @@ class RunConfig:
     callbacks: Sequence[Callback] = ()
 
     def __post_init__(self) -> None:
+        check_kinds("RunConfig.", self, _RUN)
         name = self.name
         if name is not None and (not name or name in (".", "..") or "/" in name or "\0" in name):
             raise ConfigError(

@@ -14,9 +14,15 @@ from typing import Any, Protocol, Self
 
 from raypar.errors import ConfigError
 from raypar.stages.run import Run, StepResult
+from raypar.train._kinds import NUMBER, check_kinds
 from raypar.train.state import TrainState
 
 _ASK_AGAIN_S = 0.5
+_EARLY = {
+    "metric": (str, "the name of a metric, for example 'eval_loss'"),
+    "patience": (int, "a number of evaluations, at least 1"),
+    "min_delta": (NUMBER, "a number, 0 or more"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,7 @@ class EarlyStop:
     mode: str = "min"
 
     def __post_init__(self) -> None:
+        check_kinds("early_stop.", self, _EARLY)
         if self.patience < 1:
             raise ConfigError(f"early_stop.patience is {self.patience!r}; give at least 1")
         if self.min_delta < 0:

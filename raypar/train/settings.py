@@ -19,6 +19,7 @@ from raypar.plan import Plan
 from raypar.stages.engines import ENGINES
 from raypar.stages.recipe import LossScale, Recipe, SchedulerFn
 from raypar.stages.spec import Engine, OptimizerFn
+from raypar.train._kinds import NONE, NUMBER, check_kinds
 from raypar.train.checkpoint import Checkpoint
 from raypar.train.config import RunConfig, ScalingConfig
 from raypar.train.data import Data
@@ -30,6 +31,29 @@ if TYPE_CHECKING:
 
 STEP_METRICS = ("loss", "grad_norm", "step_s")
 """What a checkpoint keeps of the metrics of its last step."""
+
+_PLACES = (Checkpoint, str, Path, NONE)
+_KINDS = {
+    "model_fn": (Callable, "a function without arguments that builds a torch.nn.Module"),
+    "loss_fn": ((Callable, NONE), "a function of the module's output (and batch), or None"),
+    "plan": ((Plan, str, Path), "'auto', a raypar.Plan, or the path of a plan file"),
+    "seed": (int, "a whole number of at least 0"),
+    "time_limit_s": ((NUMBER, NONE), "seconds above 0, for example 3600, or None"),
+    "clip_norm": ((NUMBER, NONE), "a number above 0, for example 1.0, or None"),
+    "ema_decay": ((NUMBER, NONE), "a number in [0, 1), for example 0.999, or None"),
+    "precision": ((str, NONE), "'bf16', 'fp16', or None"),
+    "loss_scale": ((LossScale, NONE), "raypar.LossScale(...), or None"),
+    "accumulate": (int, "a number of batches, at least 1"),
+    "eval_every": ((int, NONE), "steps, at least 1, or None"),
+    "eval_metrics": (Mapping, "a dict of functions, for example {'accuracy': accuracy}"),
+    "early_stop": ((EarlyStop, NONE), "raypar.EarlyStop(...), or None"),
+    "resume_from": (_PLACES, "'auto', a raypar.Checkpoint, the path of one or of a run"),
+    "init_from": (_PLACES, "a raypar.Checkpoint, or the path of a file or folder of weights"),
+    "network": ((NetworkSettings, NONE), "raypar.NetworkSettings(...), or None"),
+    "on_plan": ((Callable, NONE), "a function of plan, graph and cluster, or None"),
+    "config": (Mapping, "a dict, or None"),
+}
+"""Field → what it may be, and the same in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +104,7 @@ class Settings:
     lent: BundleRange | None = None
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         self._check_limits()
         self._check_engine()
         if self.loss_scale is not None and self.precision != "fp16":
@@ -88,12 +113,14 @@ class Settings:
                 'gradients; set precision="fp16", or leave it out'
             )
         assert self.recipe and self.model_and_loss  # both check their values
-        if not isinstance(self.accumulate, int) or self.accumulate < 1:
+        if self.accumulate < 1:
             raise ConfigError(
                 f"accumulate is {self.accumulate!r}; give a number of batches, at least 1"
             )
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ConfigError(f"seed is {self.seed!r}; give a whole number of at least 0")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(
+                f"seed is {self.seed!r}; give a whole number of at least 0, below 2**63"
+            )
         if self.eval_every is not None and self.eval_every < 1:
             raise ConfigError(f"eval_every is {self.eval_every!r}; give steps, at least 1")
         if self.eval_every is not None and self.eval_data is None:
@@ -126,6 +153,19 @@ class Settings:
             raise ConfigError(
                 "engine is 'cuda_graph', and the devices are CPUs, which have no CUDA graphs: set "
                 "ScalingConfig(use_gpu=True), or engine='eager' (or 'compiled')"
+            )
+
+    def _check_kinds(self) -> None:
+        check_kinds("", self, _KINDS)
+        for name, kind in (("scaling", ScalingConfig), ("run", RunConfig)):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise ConfigError(
+                    f"{name}_config is {value!r}; give raypar.{kind.__name__}(...), or None"
+                )
+        if self.search is not None and not hasattr(self.search, "chosen_planner"):
+            raise ConfigError(
+                f"search_config is {self.search!r}; give raypar.SearchConfig(...), or None"
             )
 
     def _check_metrics(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,27 @@ def fit(tmp_path: Path) -> Callable[..., rp.Result]:
         return rp.Trainer(**{**arguments, **changed}).fit()
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"clip_norm": "1"}, r"clip_norm is '1'; give a number above 0"),
+        ({"time_limit_s": [60]}, r"time_limit_s is \[60\]; give seconds"),
+        ({"eval_every": "5"}, r"eval_every is '5'; give steps"),
+        ({"plan": 4}, r"plan is 4; give 'auto'"),
+        ({"seed": True}, r"seed is True; give a whole number"),
+        ({"seed": 2**64}, r"seed is 18446744073709551616; .* below 2\*\*63"),
+        ({"run_config": "runs"}, r"run_config is 'runs'; give raypar.RunConfig"),
+        ({"search_config": "alpa"}, r"search_config is 'alpa'; give raypar.SearchConfig"),
+        ({"resume_from": True}, r"resume_from is True; give 'auto'"),
+    ],
+)
+def test_a_value_of_another_kind_is_named(
+    fit: Callable[..., rp.Result], changed: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(rp.ConfigError, match=text):
+        fit(**changed)
 
 
 @pytest.mark.parametrize(
@@ -90,3 +112,20 @@ def test_what_cannot_be_sent_is_named_before_ray_is_started(fit: Callable[..., r
     with pytest.raises(rp.ConfigError, match=r"model_fn cannot be sent.*lock.*num_workers=0"):
         fit(model_fn=locked, scaling_config=rp.ScalingConfig(num_workers=2))
     assert fit(model_fn=locked).metrics["steps"] == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "text"),
+    [
+        (rp.ScalingConfig, "placement_timeout_s", "60", "give seconds above 0"),
+        (rp.ScalingConfig, "threads_per_worker", [1], "give a number of at least 1, or None"),
+        (rp.CheckpointConfig, "every_s", "600", "give seconds above 0"),
+        (rp.RunConfig, "name", 7, "give the name of a folder"),
+        (rp.EarlyStop, "patience", "3", "give a number of evaluations"),
+    ],
+)
+def test_a_setting_of_another_kind_is_named(
+    kind: Callable[..., object], name: str, value: object, text: str
+) -> None:
+    with pytest.raises(rp.ConfigError, match=re.escape(f"{name} is {value!r}; {text}")):
+        kind(**{name: value})
