@@ -38,14 +38,27 @@ def run_with(*faults: Fault, world: int = 2, **options: Any) -> RayRun:
     return RayRun(fake_specs(world), runner=FakeFactory(faults), name="test", **options)
 
 
-def test_steps_state_and_a_second_training() -> None:
+def test_steps_state_a_second_training_and_a_stop() -> None:
     got: list[StepResult] = []
+    until_stop: list[int] = []
     run = run_with()
+
+    def seen(result: StepResult) -> None:
+        until_stop.append(result.step)
+        if result.step == 10:
+            run.request_stop()
+
     with run:
         run.train(0, 5, got.append)
         run.train(5, 2, got.append)
         state = run.state_dict()
         gradients = run.gradients()
+        # All ranks end before the same step, and training goes on.
+        following = run.train(7, 1_000_000, seen)
+        assert until_stop == list(range(7, following))
+        assert following < 1_000_000
+        assert run.call("completed_steps") == [following] * 2
+        assert run.train(following, 2, horizon=following + 9) == following + 2
     assert [r.step for r in got] == list(range(7))
     assert [len(r.ranks) for r in got] == [2] * 7
     assert torch.equal(state["layers.0.bias"], torch.full((2,), 7.0))
@@ -140,23 +153,10 @@ def test_more_ranks_than_the_cluster_has_is_refused_with_numbers() -> None:
 def test_a_driver_that_is_killed_takes_its_actors_and_devices_along() -> None:
     run = run_with()
     run.start()
+    answers = ray.get(run._driver.call.remote("completed_steps", ()))
     ray.kill(run._driver, no_restart=True)
-    with pytest.raises(StageDiedError, match="lost an actor of run test-"):
+    with pytest.raises(StageDiedError, match="lost the driver actor of run test-"):
         run.train(0, 3)
+    with pytest.raises(StageDiedError, match="lost the driver actor of run test-"):
+        run._ask(answers)  # the driver owned them
     run.close()
-
-
-def test_a_stop_ends_all_ranks_before_the_same_step_and_training_goes_on() -> None:
-    got: list[int] = []
-    with run_with(world=2) as run:
-
-        def seen(result: StepResult) -> None:
-            got.append(result.step)
-            if result.step == 3:
-                run.request_stop()
-
-        following = run.train(0, 1_000_000, seen)
-        assert got == list(range(following))
-        assert following < 1_000_000
-        assert run.call("completed_steps") == [following] * 2
-        assert run.train(following, 2, horizon=following + 9) == following + 2

@@ -72,14 +72,14 @@ class Watch(rp.Callback):
         os.kill(info.pid, signal.SIGKILL)
 
 
-def fit(path: Path, watch: Watch, failures: int, pause: float) -> rp.Result:
+def fit(path: Path, watch: Watch, workers: int, failures: int, pause: float) -> rp.Result:
     return rp.Trainer(
         model,
         loss_fn=nn.functional.cross_entropy,
         optimizer=lambda p: torch.optim.AdamW(p, lr=0.01),
         data=rp.batches(Samples(pause), 8, shuffle=True),
         steps=STEPS,
-        scaling_config=rp.ScalingConfig(num_workers=2),
+        scaling_config=rp.ScalingConfig(num_workers=workers),
         search_config=rp.SearchConfig(stages=2, microbatches=2),
         run_config=rp.RunConfig(
             name="run", storage_path=path, log_every=0, callbacks=[watch],
@@ -91,8 +91,8 @@ def fit(path: Path, watch: Watch, failures: int, pause: float) -> rp.Result:
 
 def test_a_run_whose_actor_was_killed_goes_on_bit_for_bit(ray_session: str, tmp_path: Path) -> None:
     calm, killed = Watch(None), Watch(kill_after=8)
-    straight = fit(tmp_path / "calm", calm, 0, 0.0)
-    found = fit(tmp_path / "killed", killed, 1, 0.005)
+    straight = fit(tmp_path / "calm", calm, 0, 0, 0.0)  # in this process, as good as elsewhere
+    found = fit(tmp_path / "killed", killed, 2, 1, 0.005)
     assert killed.starts == 2
     assert killed.losses == calm.losses
     assert straight.checkpoint is not None

@@ -97,8 +97,8 @@ def test_a_generator_that_cannot_travel_is_relayed_and_its_error_arrives(
         raise PermissionError("the tape is locked")
 
     small = {
-        "scaling_config": rp.ScalingConfig(num_workers=2),
-        "search_config": rp.SearchConfig(stages=2),
+        "scaling_config": rp.ScalingConfig(num_workers=1),
+        "search_config": rp.SearchConfig(stages=1),
     }
     with pytest.raises(rp.DataError, match=r"PermissionError.*step 4: the tape is locked"):
         trainer(tmp_path, data=source(), **small).fit()
@@ -130,7 +130,8 @@ class Slow:
 rp.Trainer(
     model, loss_fn=nn.functional.cross_entropy, data=Slow(), steps=100000,
     optimizer=lambda p: torch.optim.SGD(p, lr=0.01),
-    scaling_config=rp.ScalingConfig(num_workers=2), search_config=rp.SearchConfig(stages=2),
+    scaling_config=rp.ScalingConfig(num_workers=int(sys.argv[2])),
+    search_config=rp.SearchConfig(stages=int(sys.argv[2])),
     run_config=rp.RunConfig(name="run", storage_path=sys.argv[1], log_every=1),
 ).fit()
 """
@@ -139,14 +140,14 @@ rp.Trainer(
 class Stopped:
     """A training process, started and brought to its first steps."""
 
-    def __init__(self, path: Path, address: str | None) -> None:
+    def __init__(self, path: Path, address: str | None, workers: int) -> None:
         script = path / "script.py"
         script.write_text(textwrap.dedent(SCRIPT))
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         if address:
             env["RAY_ADDRESS"] = address
         self.process = subprocess.Popen(
-            [sys.executable, str(script), str(path)],
+            [sys.executable, str(script), str(path), str(workers)],
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -218,17 +219,17 @@ def all_gone(pids: set[int], patience_s: float = 30.0) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGINT, None), (signal.SIGTERM, 143), (signal.SIGKILL, -9)],
+    ("number", "code", "workers"),
+    [(signal.SIGINT, None, 1), (signal.SIGTERM, 143, 1), (signal.SIGKILL, -9, 2)],
 )
 def test_a_stopped_process_leaves_nothing_on_the_cluster(
-    ray_session: str, tmp_path: Path, number: signal.Signals, code: int | None
+    ray_session: str, tmp_path: Path, number: signal.Signals, code: int | None, workers: int
 ) -> None:
     # Workers of earlier tests may still be ending: only what this run starts counts.
     before = actor_processes()
-    with Stopped(tmp_path, ray_session) as run:
+    with Stopped(tmp_path, ray_session, workers) as run:
         mine = actor_processes() - before
-        assert len(mine) == 3
+        assert len(mine) == 1 + workers
         assert held_groups()
         returned = run.stop(number)
     assert returned != 0
@@ -245,7 +246,7 @@ def test_a_stopped_process_leaves_nothing_on_the_cluster(
 
 @pytest.mark.slow
 def test_a_stopped_process_takes_its_own_ray_along(tmp_path: Path) -> None:
-    with Stopped(tmp_path, None) as run:
+    with Stopped(tmp_path, None, 1) as run:
         mine = descendants(run.process.pid)
         assert len(mine) > 4
         run.stop(signal.SIGTERM)
