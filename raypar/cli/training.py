@@ -130,12 +130,14 @@ def submit(
 @click.argument("config_file", metavar="CONFIG", type=PATH)
 @set_option
 @click.option("--plan", "plan_file", metavar="FILE", type=PATH, help="Time this plan (JSON).")
+@workers_option
 @click.option("--steps", type=click.IntRange(min=3), default=12, show_default=True)
 @json_option
 def bench(
     config_file: str,
     overrides: tuple[str, ...],
     plan_file: str | None,
+    num_workers: int | None,
     steps: int,
     json_file: str | None,
 ) -> None:
@@ -143,7 +145,7 @@ def bench(
 
     The plan is the one that CONFIG would get, or --plan. It is told where the time goes, too.
     """
-    config = load_config(config_file, overrides)
+    config = load_config(config_file, (*overrides, *_workers(num_workers)))
     from raypar._bench import bench_config, bench_text
 
     found = bench_config(config, plan_file, steps)

@@ -76,7 +76,9 @@ def main_cluster(
 
     with connect(address or "auto"):
         report = examine_cluster(interface, port_range)
-    render(report.findings, f"raypar can run on these {len(report.nodes)} nodes")
+    count = len(report.nodes)
+    where = "this node" if count == 1 else f"these {count} nodes"
+    render(report.findings, f"raypar can run on {where}")
     if json_path == "-":
         print(report.to_json())
     elif json_path is not None:

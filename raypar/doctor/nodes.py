@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from raypar._plan_text import count_of
 from raypar.comm.network import SECTION
 from raypar.doctor.finding import FAIL, OK, WARN, Finding
 from raypar.mesh.skew import Software, disagreements
@@ -91,7 +92,7 @@ def judge_software(nodes: Sequence[NodeFacts]) -> list[Finding]:
         return [Finding("equal versions", FAIL, problem, mend) for problem in problems]
     first = nodes[0].software
     said = ", ".join(f"{k} {getattr(first, k)}" for k in ("python", "torch", "ray", "raypar"))
-    findings = [Finding("equal versions", OK, f"{said} on {len(nodes)} nodes")]
+    findings = [Finding("equal versions", OK, f"{said} on {count_of(len(nodes), 'node')}")]
     sources: dict[str, list[str]] = {}
     for node in nodes:
         sources.setdefault(node.source or "unknown", []).append(node.name)

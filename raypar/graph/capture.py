@@ -162,9 +162,19 @@ def _positional(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         except TypeError:
             continue
         return count
+    given = f"{len(args)} positional arguments" if args else ""
+    advice = ""
+    if kwargs:
+        names = ", ".join(sorted(map(str, kwargs)))
+        given += f"{' and ' if args else ''}the keyword arguments {names}"
+        advice = (
+            ". A dict of tensors becomes keyword arguments: let forward take these names, and **_ "
+            "for those that only the loss function reads; or yield a tuple of one dict, ({...},): "
+            "forward then takes that dict as one argument, and the loss function the tuple"
+        )
     raise CaptureError(
         f"{type(model).__name__}.forward{signature} cannot be called with the example batch: "
-        f"{len(args)} positional and keyword arguments {sorted(kwargs)}"
+        f"{given}{advice}"
     )
 
 

@@ -343,7 +343,7 @@ def test_a_run_that_keeps_its_checkpoints_elsewhere_is_resumed_from_there(
 
 
 def test_bench_tells_measured_and_predicted(config_file: Path, tmp_path: Path) -> None:
-    done = run("bench", config_file, "--set", "mesh.num_workers=0", "--steps", 4)
+    done = run("bench", config_file, "--num-workers", 0, "--steps", 4)
     assert done.exit_code == 0, done.output
     assert "measured ÷ predicted" in done.stdout
     assert "(costs: uncalibrated: device table)" in done.stdout

@@ -167,6 +167,25 @@ def test_more_stages_than_cuts_is_refused():
         random_plan(graph, raypar.Cluster.local(4), stages=len(graph.cuts) + 2)
 
 
+def test_a_model_that_takes_a_whole_dict_is_told_how_to_get_it() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {"out": self.linear(batch["x"])}
+
+    def loss(out: dict[str, torch.Tensor], batch: tuple[dict[str, torch.Tensor]]) -> torch.Tensor:
+        found: torch.Tensor = (out["out"] - batch[0]["y"]).square().mean()
+        return found
+
+    batch = {"x": torch.randn(8, 4), "y": torch.randn(8, 2)}
+    with pytest.raises(CaptureError, match=r"the keyword arguments x, y\. .*a tuple of one dict"):
+        raypar.capture(Whole, batch, loss)
+    assert raypar.capture(Whole, (batch,), loss).global_batch == 8
+
+
 def test_a_batch_with_labels_and_no_loss_function_is_told_as_such() -> None:
     batch = (torch.randn(4, 3), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(
