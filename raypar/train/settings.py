@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,6 +44,11 @@ _KINDS = {
     "precision": ((str, NONE), "'bf16', 'fp16', or None"),
     "loss_scale": ((LossScale, NONE), "raypar.LossScale(...), or None"),
     "accumulate": (int, "a number of batches, at least 1"),
+    "eval_data": (
+        (Iterable, Callable, NONE),
+        "batches that can be gone through again (a list, a "
+        "DataLoader, raypar.batches(...)), or a callable that returns them",
+    ),
     "eval_every": ((int, NONE), "steps, at least 1, or None"),
     "eval_metrics": (Mapping, "a dict of functions, for example {'accuracy': accuracy}"),
     "early_stop": ((EarlyStop, NONE), "raypar.EarlyStop(...), or None"),
@@ -125,6 +130,12 @@ class Settings:
             raise ConfigError(f"eval_every is {self.eval_every!r}; give steps, at least 1")
         if self.eval_every is not None and self.eval_data is None:
             raise ConfigError("eval_every is given without eval_data: there is nothing to evaluate")
+        if self.eval_every is not None and isinstance(self.eval_data, Iterator):
+            raise ConfigError(
+                f"eval_data is a {type(self.eval_data).__name__}, which can be gone through only "
+                f"once, and eval_every={self.eval_every} evaluates again and again: pass a list, a "
+                "DataLoader, raypar.batches(...), or a callable that returns the iterator"
+            )
         if self.eval_data is None and (self.eval_metrics or self.eval_weights != "live"):
             raise ConfigError(
                 "eval_metrics or eval_weights is given without eval_data: there is nothing to "

@@ -50,6 +50,8 @@ def fit(tmp_path: Path) -> Callable[..., rp.Result]:
         ({"clip_norm": "1"}, r"clip_norm is '1'; give a number above 0"),
         ({"time_limit_s": [60]}, r"time_limit_s is \[60\]; give seconds"),
         ({"eval_every": "5"}, r"eval_every is '5'; give steps"),
+        ({"eval_data": 5}, r"eval_data is 5; give batches that can be gone through again"),
+        ({"eval_data": iter(()), "eval_every": 2}, r"eval_data is a tuple_iterator, .* only once"),
         ({"plan": 4}, r"plan is 4; give 'auto'"),
         ({"seed": True}, r"seed is True; give a whole number"),
         ({"seed": 2**64}, r"seed is 18446744073709551616; .* below 2\*\*63"),
