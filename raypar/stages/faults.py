@@ -27,7 +27,9 @@ from raypar.errors import (
 
 _TRACE_LINES = 30
 _LONGEST = 400
-_KILLED = " It crashed, or was killed: by someone, or by the system for want of memory (see dmesg)."
+KILLED = " It crashed, or was killed: by someone, or by the system for want of memory (see dmesg)."
+"""What may have ended a process that Ray knows no more of."""
+
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _RAISED = re.compile(r"^([\w.]*(?:Error|Exception|Exit|Interrupt))(?::\s*(.*))?$")
 
@@ -156,7 +158,8 @@ def _mend(name: str, message: str) -> str:
 def _shortened(text: str) -> str:
     # Ray lists guesses after the fact; the one that a user can act on is kept.
     text = text.split(" If the process was killed by the kernel OOM killer")[0]
-    text = re.sub(r" Some common causes include:.*", _KILLED, text)
+    text = re.sub(r" To see information about where this ObjectRef was created.*?`\.", "", text)
+    text = re.sub(r" Some common causes include:.*", KILLED, text)
     return text if len(text) < _LONGEST else text[: _LONGEST - 3] + "..."
 
 

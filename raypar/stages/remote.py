@@ -10,7 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,
+    OwnerDiedError,
+    RayActorError,
+    RayError,
+)
 
 from raypar.comm.group import DEFAULT_TIMEOUT_S
 from raypar.comm.network import NetworkSettings
@@ -20,7 +26,7 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.stages.actor import actor_class
 from raypar.stages.driver import Driver, DriverSettings, Ended, Rows, RunFailure
-from raypar.stages.faults import Failure, cause_of, to_exception
+from raypar.stages.faults import KILLED, Failure, cause_of, to_exception
 from raypar.stages.run import (
     OnReport,
     Run,
@@ -202,9 +208,12 @@ class RayRun(Run):
         except RayError as error:
             name, message = cause_of(str(error))
             text = f"{name}: {message}" if name else message
-            # An object dies with the actor that owns it, as the driver owns what ranks answer.
+            if isinstance(error, OwnerDiedError):  # the driver owns what ranks answer
+                raise StageDiedError(
+                    f"lost the driver actor of run {self.name}.{KILLED}"
+                ) from error
             if isinstance(error, (RayActorError, ObjectLostError)):
-                who = self._whose(ref) or "an actor"
+                who = self._whose(ref) or "the driver actor"
                 raise StageDiedError(f"lost {who} of run {self.name}: {text}") from error
             raise TrainingError(f"run {self.name}: an actor raised {text}") from error
 
