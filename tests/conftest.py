@@ -49,6 +49,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needs_ray = "ray_session" in getattr(item, "fixturenames", ())
         if needs_ray:
             item.add_marker(pytest.mark.ray)
+            if item.get_closest_marker("timeout") is None:
+                # Ranks begin with seconds of imports, which are minutes on a machine with others.
+                item.add_marker(pytest.mark.timeout(300))
         # With several workers, one has all that shares a Ray, and files stay whole: their tests
         # share what was captured.
         group = "ray" if needs_ray or item.path.stem.endswith("_ray") else str(item.path)

@@ -110,12 +110,18 @@ class Mailbox(Endpoint):
         return aborted_reason(self._aborted, path)
 
     def close(self) -> None:
-        """Says goodbye once all sends are out (at most 2 s), then ends sockets and threads."""
+        """Says goodbye once all sends are out (at most 2 s), then ends sockets and threads.
+
+        Out of an aborted group it says why instead: the word of the rank that aborted may not have
+        come to every peer.
+        """
         if self._closed:
             return
         self._closed = True
+        why = self._aborted.get(b"/")
+        last = _frames.bye_frame() if why is None else _frames.abort_frame(b"/", why)
         for peer in self._peers.values():
-            peer.finish(_CLOSE_S)
+            peer.finish(last, _CLOSE_S)
         self._abort_here(b"/", f"rank {self.rank} of {self.name} has closed the group")
         for peer in self._peers.values():
             peer.shut()
@@ -353,10 +359,10 @@ class _Peer:
             if pending is not None:
                 pending.fail(kind, why)
 
-    def finish(self, timeout_s: float) -> None:
-        """Waits until all is sent, then says goodbye."""
+    def finish(self, last: bytes, timeout_s: float) -> None:
+        """Waits until all is sent, then sends the last frame."""
         self._idle.wait(timeout_s)
-        self.tell(_frames.bye_frame())
+        self.tell(last)
 
     def shut(self) -> None:
         """Ends the connection; both threads wake and leave."""

@@ -19,7 +19,7 @@ from raypar.comm import _frames, rendezvous
 from raypar.comm.gloo import GlooGroup
 from raypar.comm.group import Group, TensorSpec
 from raypar.comm.rendezvous import Address, Rendezvous
-from raypar.errors import CommError, CommTimeoutError
+from raypar.errors import CommAbortedError, CommError, CommTimeoutError
 
 
 def together(size: int, one: Callable[[int], Any]) -> list[Any]:
@@ -51,6 +51,29 @@ def exchange(group: Group) -> float:
     total = torch.ones(200_000)
     group.all_reduce(total).wait()
     return float(total.sum())
+
+
+def test_who_leaves_an_aborted_group_tells_the_reason_to_who_has_not_heard_it() -> None:
+    """The word of the rank that aborted may come later than the goodbyes of those it reached."""
+    server = Rendezvous()
+
+    def one(rank: int) -> str:
+        group = GlooGroup.create("left", rank, 2, server.address, timeout_s=60.0)
+        try:
+            if rank == 0:
+                group._endpoint._abort_here(b"/", "rank 7: out of memory")
+                return ""
+            with pytest.raises(CommAbortedError) as caught:
+                group.irecv(TensorSpec((1,), torch.float32), 0, "x").wait()
+            return str(caught.value)
+        finally:
+            group.close()
+
+    try:
+        found = together(2, one)
+    finally:
+        server.close()
+    assert "rank 7: out of memory" in str(found[1])
 
 
 def test_late_ranks_and_a_name_used_again() -> None:

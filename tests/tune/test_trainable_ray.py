@@ -17,7 +17,7 @@ import raypar as rp
 from raypar.tune import trainable
 
 tune = pytest.importorskip("ray.tune", reason="needs the extra raypar[tune]", exc_type=ImportError)
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def model() -> nn.Module:
