@@ -93,7 +93,7 @@ class CompiledProgram:
                 raise
             raise PlanError(
                 f"{self._name} cannot be compiled ({type(error).__name__}: {error}): run its plan "
-                "with engine = 'eager'"
+                "with engine = 'eager' (train.engine: eager)"
             ) from error
         return self._outlet.deliver(results, sink)
 
@@ -110,7 +110,9 @@ class CompiledProgram:
         # On fake tensors: nothing is computed, and no rank waits for another while it traces.
         with TRACING, torch.no_grad(), fake_mode() as mode:
             graph = make_fx(flat)(*(mode.from_tensor(rest[i].detach()) for i in self._tensors))
-        return self._make(graph)
+        # Made anew: while another thread compiles, torch makes modules that write their code late,
+        # and these cannot be compiled.
+        return self._make(torch.fx.GraphModule(graph, graph.graph))
 
 
 class Outlet:

@@ -189,6 +189,23 @@ def test_graphs_need_a_gpu() -> None:
         assert_trains_the_same("mlp", {"stages": 1, "replicas": 1, "microbatches": 1}, "cuda_graph")
 
 
+def test_what_is_traced_can_be_compiled_while_another_thread_compiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Then torch makes graph modules whose code is written late, which Dynamo refuses."""
+    kinds: list[type] = []
+
+    def keep(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        kinds.extend(type(graph).__mro__)
+        return graph
+
+    monkeypatch.setattr(compiled, "_inductor", keep)
+    monkeypatch.setattr("torch.fx._lazy_graph_module._use_lazy_graph_module_flag", True)
+    assert_trains_the_same("mlp", {"stages": 1, "replicas": 1, "microbatches": 1}, "compiled")
+    assert kinds
+    assert not [kind for kind in kinds if "Lazy" in kind.__name__]
+
+
 def test_an_unknown_engine_is_told() -> None:
     with pytest.raises(PlanError, match=r"'cuda_graphs'.*Did you mean 'cuda_graph'"):
         assert_trains_the_same(
