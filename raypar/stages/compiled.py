@@ -12,6 +12,7 @@ makes: the deadline of transfers (``timeout_s``) has to be longer than that.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,8 @@ from raypar.graph.turns import TRACING
 from raypar.programs.codegen import Program
 from raypar.programs.products import as_tensor
 from raypar.programs.stage import Sink, StageProgram
+
+_log = logging.getLogger(__name__)
 
 Compile = Callable[[torch.fx.GraphModule], Callable[..., Any]]
 """Makes a fast function of a graph; called once for each program."""
@@ -112,7 +115,15 @@ class CompiledProgram:
             graph = make_fx(flat)(*(mode.from_tensor(rest[i].detach()) for i in self._tensors))
         # Made anew: while another thread compiles, torch makes modules that write their code late,
         # and these cannot be compiled.
-        return self._make(torch.fx.GraphModule(graph, graph.graph))
+        made = torch.fx.GraphModule(graph, graph.graph)
+        recurrent = torch.ops.raypar.recurrent_backward.default
+        if any(node.target is recurrent for node in made.graph.nodes):
+            _log.warning(
+                "%s is not compiled: torch.compile fails in the backward of a recurrent layer",
+                self._name,
+            )
+            return made
+        return self._make(made)
 
 
 class Outlet:

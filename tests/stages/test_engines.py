@@ -206,6 +206,27 @@ def test_what_is_traced_can_be_compiled_while_another_thread_compiles(
     assert not [kind for kind in kinds if "Lazy" in kind.__name__]
 
 
+def test_the_backward_of_a_recurrent_layer_is_not_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Torch 2.13 fails in it: its compiled programs trip over the engine of autograd."""
+    ops: list[set[Any]] = []
+
+    def keep(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        ops.append({node.target for node in graph.graph.nodes})
+        return graph
+
+    told: list[str] = []
+    monkeypatch.setattr(compiled, "_inductor", keep)
+    monkeypatch.setattr(compiled._log, "warning", lambda text, *given: told.append(text % given))
+    assert_trains_the_same("lstm", {"stages": 1, "replicas": 1, "microbatches": 1}, "compiled")
+    (forward,) = ops
+    assert torch.ops.raypar.recurrent.default in forward
+    assert told == [
+        "stage 0 backward is not compiled: torch.compile fails in the backward of a recurrent layer"
+    ]
+
+
 def test_an_unknown_engine_is_told() -> None:
     with pytest.raises(PlanError, match=r"'cuda_graphs'.*Did you mean 'cuda_graph'"):
         assert_trains_the_same(
