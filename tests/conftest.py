@@ -44,7 +44,7 @@ settings.load_profile("raypar")
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of the same name
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         needs_ray = "ray_session" in getattr(item, "fixturenames", ())
         if needs_ray:
@@ -52,10 +52,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker("timeout") is None:
                 # Ranks begin with seconds of imports, which are minutes on a machine with others.
                 item.add_marker(pytest.mark.timeout(300))
-        # With several workers, one has all that shares a Ray, and files stay whole: their tests
-        # share what was captured.
-        group = "ray" if needs_ray or item.path.stem.endswith("_ray") else str(item.path)
+        # With several workers, one has all that shares the session's Ray; what starts another one
+        # stays with its folder, which may share it; other files stay whole, since their tests share
+        # what was captured.
+        own_ray = item.path.stem.endswith("_ray")
+        group = "ray" if needs_ray else str(item.path.parent if own_ray else item.path)
         item.add_marker(pytest.mark.xdist_group(group))
+    if hasattr(config, "workerinput"):
+        # The longest group comes first, so that nobody waits for it at the end.
+        items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)
