@@ -83,6 +83,9 @@ def store_of(settings: Settings, path: Path, stack: ExitStack) -> CheckpointStor
     """Where the run's checkpoints go; None where it is to write none.
 
     Those of an earlier run of the same name are set aside: they would count as this run's.
+
+    Raises:
+        CheckpointError: They cannot be written there.
     """
     wanted = settings.run.checkpoint_config
     earlier = path / CHECKPOINTS
@@ -92,6 +95,8 @@ def store_of(settings: Settings, path: Path, stack: ExitStack) -> CheckpointStor
         return None
     store = CheckpointStore(wanted.storage or path / CHECKPOINTS, wanted)
     stack.callback(store.close)
+    if wanted.storage is not None:  # the run's own folder was tried already
+        store.check()
     return store
 
 

@@ -80,6 +80,17 @@ def test_where_files_go_and_who_is_told_is_checked(changed: dict[str, Any], text
         rp.RunConfig(**changed)
 
 
+def test_checkpoints_that_cannot_be_written_are_told_before_training(
+    fit: Callable[..., rp.Result], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    kept = rp.CheckpointConfig(storage=tmp_path / "file" / "far", every_steps=3)
+    run = rp.RunConfig(name="run", storage_path=tmp_path, log_every=0, checkpoint_config=kept)
+    with pytest.raises(rp.CheckpointError, match=r"cannot write to .*checkpoint\.storage"):
+        fit(run_config=run)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 class Ends(rp.Callback):
     """Notes how a run ended; may raise then."""
 

@@ -25,7 +25,7 @@ from raypar.train.checkpoint.checkpoint import Checkpoint, folder_name, serial_o
 from raypar.train.checkpoint.keeping import Keeping
 from raypar.train.checkpoint.pending import Pending
 from raypar.train.checkpoint.sealed import plain
-from raypar.train.checkpoint.storage import Storage, storage_at
+from raypar.train.checkpoint.storage import TEMPORARY, Storage, storage_at
 from raypar.train.checkpoint.writing import MARK, FailureJob, ReadyJob, SaveJob
 from raypar.train.config import CheckpointConfig
 from raypar.train.state import TrainState
@@ -82,6 +82,17 @@ class CheckpointStore:
         self._closed = False
 
     # -- writing ----------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Writes and removes something, to tell before training what the first checkpoint would.
+
+        Raises:
+            CheckpointError: The storage cannot be written.
+        """
+        token = secrets.token_hex(8)
+        folder = f".{token}{TEMPORARY}"
+        self._open(folder, token)
+        self._remove_quietly(folder)
 
     def make_ready(self, run: Run) -> None:
         """Has the ranks get ready, so that the first checkpoint stalls no longer than later ones.
