@@ -36,7 +36,7 @@ from raypar.graph.opgraph import OpGraph
 from raypar.lowered import lower_plan
 from raypar.mesh.calibration import Calibration
 from raypar.mesh.calibration_files import read_calibration
-from raypar.mesh.probe import probe_local
+from raypar.mesh.probe import probe
 from raypar.plan import Plan
 from raypar.schedules.instructions import Instruction
 from raypar.search.cost.analytic import AnalyticCost, cached_pieces
@@ -195,9 +195,7 @@ def lines_of(name: str, stages: int, args: argparse.Namespace) -> list[Line]:
     rounds: list[list[Line]] = []
     for _ in range(args.rounds):
         calibration = (
-            read_calibration(args.calibration)
-            if args.calibration
-            else probe_local(Cluster.local(1))
+            read_calibration(args.calibration) if args.calibration else probe(Cluster.local(1))
         )
         measured = measure(graph, plan, batch)
         lines = []

@@ -35,7 +35,7 @@ import torch
 from raypar import Cluster
 from raypar.mesh.calibration import Calibration
 from raypar.mesh.calibration_files import load_calibration, save_calibration
-from raypar.mesh.probe import probe_local
+from raypar.mesh.probe import probe
 from raypar.plan import MeshSlice
 from raypar.search.cost.features import PIECES, Pricer, analytic_s
 from raypar.search.cost.machine import machine_of
@@ -156,7 +156,7 @@ def calibrated() -> Calibration:
     cluster = Cluster.local(2)
     found = load_calibration(cluster)
     if not found.measured:
-        found = probe_local(cluster)
+        found = probe(cluster)
         save_calibration(found)
     return found
 

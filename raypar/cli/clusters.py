@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from raypar.cli._shared import json_option, written_option
+
+if TYPE_CHECKING:
+    from raypar.mesh._probe_fit import LinkSample
+    from raypar.mesh.cluster import Cluster
+    from raypar.mesh.probe import Keep
 
 
 @click.command()
@@ -33,11 +39,26 @@ def probe(address: str | None, processes: int | None, out: str | None) -> None:
     from raypar.report.calibration import calibration_text
 
     cluster = Cluster.local(processes) if address is None else Cluster.from_ray(address)
-    found = measure(cluster, address=address)
+    found = measure(cluster, address=address, keep=_learner(cluster))
     click.echo(calibration_text(found, cluster))
     click.echo(f"kept in {save_calibration(found)}")
     if out is not None:
         save_calibration(found, Path(out))
+
+
+def _learner(cluster: Cluster) -> Keep:
+    """Keeps measured collectives for the cost model that learns (`search.cost_model`)."""
+    from raypar.search.cost.learned import LearnedCost
+    from raypar.search.cost.store import MeasurementStore
+    from raypar.sharding.convert import COLLECTIVES
+
+    model = LearnedCost(MeasurementStore.for_cluster(cluster))
+
+    def keep(tier: str, sample: LinkSample) -> None:
+        if sample.kind in COLLECTIVES and sample.seconds > 0:
+            model.observe_collective(sample.kind, tier, sample.size, sample.nbytes, sample.seconds)
+
+    return keep
 
 
 @click.command()

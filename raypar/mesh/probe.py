@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -30,6 +30,9 @@ from raypar.mesh.cluster import Cluster
 from raypar.mesh.device_mesh import DeviceMesh
 
 __all__ = ["load_calibration", "probe", "probe_local", "probe_ray", "save_calibration"]
+
+Keep = Callable[[str, LinkSample], None]
+"""Is given the tier (``inside`` or ``across``) and the figures of an exchange that was measured."""
 
 _DEADLINE_S = 300.0
 _MOST_PER_NODE = 8
@@ -107,23 +110,33 @@ def calibrate(cluster: Cluster, ranks: Sequence[RankSamples]) -> Calibration:
     )
 
 
-def probe(cluster: Cluster | None = None, *, address: str | None = None) -> Calibration:
+def probe(
+    cluster: Cluster | None = None, *, address: str | None = None, keep: Keep | None = None
+) -> Calibration:
     """Measures a cluster; the result is not yet kept (`save_calibration`).
 
     Args:
         cluster: What to measure; default: all cores of this machine, or the Ray cluster at
             `address`.
         address: Address of a Ray cluster, as in `Cluster.from_ray`; None: processes here.
+        keep: Is given every exchange as it was measured, which the constants only sum up.
 
     Raises:
         ClusterError: The cluster is not reachable or too busy, or a rank failed.
     """
     if address is not None:
-        return probe_ray(cluster or Cluster.from_ray(address))
-    return probe_local(cluster or Cluster.local())
+        cluster = cluster or Cluster.from_ray(address)
+        ranks = probe_ray(cluster)
+    else:
+        cluster = cluster or Cluster.local()
+        ranks = probe_local(cluster)
+    for tier, sample in ((t, s) for rank in ranks for t, own in rank.links.items() for s in own):
+        if keep is not None:
+            keep(tier, sample)
+    return calibrate(cluster, ranks)
 
 
-def probe_local(cluster: Cluster) -> Calibration:
+def probe_local(cluster: Cluster) -> list[RankSamples]:
     """Measures this machine with one process for each device of a local cluster.
 
     Raises:
@@ -149,7 +162,7 @@ def probe_local(cluster: Cluster) -> Calibration:
             its.close()
             pipes.append(mine)
             processes.append(process)
-        return calibrate(cluster, _collect(pipes))
+        return _collect(pipes)
     finally:
         for process in processes:
             process.join(timeout=5)
@@ -232,7 +245,7 @@ class ProbeActor:
             world.close()
 
 
-def probe_ray(cluster: Cluster) -> Calibration:
+def probe_ray(cluster: Cluster) -> list[RankSamples]:
     """Measures a Ray cluster that this process is connected to (`Cluster.from_ray`).
 
     Raises:
@@ -269,4 +282,4 @@ def probe_ray(cluster: Cluster) -> Calibration:
             raise ClusterError(
                 f"a probe rank on the Ray cluster failed: {str(error).splitlines()[-1]}"
             ) from error
-    return calibrate(cluster, ranks)
+    return ranks
