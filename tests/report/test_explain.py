@@ -196,7 +196,9 @@ def test_a_table_is_never_wider_than_the_screen(rows: list[tuple[str, int]]) -> 
 def test_no_line_is_longer_than_100_columns(name: str) -> None:
     case = models.case(name)
     graph = rp.capture(case.model_fn, case.batch(seed=0), case.loss_fn, case.batch_dims)
-    base = rp.plan(graph, rp.Cluster.local(4), rp.SearchConfig(stages=2, replicas=1))
+    base = rp.plan(
+        graph, rp.Cluster.local(4), rp.SearchConfig(planner="uniform", stages=2, replicas=1)
+    )
     plan = random_sharding(graph, base, rp.Cluster.local(4), seed=1, meshes=((2,),))
     text = rp.explain(plan, graph, rp.Cluster.local(4), lists=True)
     assert max(map(len, text.splitlines())) <= 100
