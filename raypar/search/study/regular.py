@@ -8,6 +8,7 @@ interleaving, nor one change at a time lead there.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from raypar.search.config import SearchConfig
@@ -19,17 +20,18 @@ REGULAR = "regular"
 """The proposer of these plans."""
 _LEAST_DEVICES = 8
 """On fewer, the exact planners and the sampler see all of it."""
-_LOCAL_BATCHES = (1, 2, 4)
+_LOCAL_BATCHES = (1, 2, 4, 8)
 _CHUNKS = (1, 2, 4, 6, 8, 12)
 _MOST_DRAFTS = 200
 _SHOWN = 4
 
 
-def regular_plans(drafter: Drafter) -> list[Decisions]:
+def regular_plans(drafter: Drafter, deadline: float = float("inf")) -> list[Decisions]:
     """The regular plans that the solvers' figures like best, of each shape one, the best first.
 
     Args:
         drafter: Carries decisions out.
+        deadline: `time.perf_counter()` at which the best of those drafted by then are given.
 
     Returns:
         At most a handful; none where the cluster is small or unequal, or where the user has fixed
@@ -40,7 +42,7 @@ def regular_plans(drafter: Drafter) -> list[Decisions]:
         return []
     found: dict[tuple[int, int], tuple[float, Decisions]] = {}
     for count, decisions in enumerate(_all(bench)):
-        if count == _MOST_DRAFTS:
+        if count == _MOST_DRAFTS or time.perf_counter() > deadline:
             break
         try:
             step_s = _step_s(drafter.draft(decisions))

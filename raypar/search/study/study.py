@@ -50,6 +50,8 @@ _GAIN = 0.002
 """Relative: what counts as gain, and a gap to the bound at which nothing is left to find."""
 _SEED_SHARE = 0.5
 """Of the budget, that the planners of seeds may take together."""
+_REGULAR_SHARE = 0.8
+"""Of the budget, at which no further regular plan is drafted."""
 
 
 class StudySearch:
@@ -109,6 +111,8 @@ class StudySearch:
         self._deadline = self.began + budget
         share = budget * _SEED_SHARE if self._limited else float("inf")
         self._seed_deadline = self.began + share
+        share = budget * _REGULAR_SHARE if self._limited else float("inf")
+        self._regular_deadline = self.began + share
         name = self._name()
         self.lookout: Elsewhere | None = None
         if executor is not None:
@@ -209,9 +213,9 @@ class StudySearch:
 
     def _seed_regular(self) -> None:
         """Looks at regular plans, which no exact planner makes."""
-        if self.config.seeds != "auto" or time.perf_counter() > self._seed_deadline:
+        if self.config.seeds != "auto":
             return
-        for decisions in regular_plans(self.judge.drafter):
+        for decisions in regular_plans(self.judge.drafter, self._regular_deadline):
             if len(self.ledger.trials) >= self._trials():
                 return
             outcome = self.judge.look(decisions)

@@ -15,6 +15,8 @@ from raypar.schedules.check import check_lists
 from raypar.schedules.compile import compile_schedule
 from raypar.search.config import SearchConfig
 from raypar.search.interop.workbench import Workbench
+from raypar.search.plan import search
+from raypar.search.study import study
 from raypar.search.study.draft import held_per_chunk
 from raypar.search.study.judge import Judge
 from raypar.search.study.obey import INTERLEAVED
@@ -68,3 +70,16 @@ def test_drafts_count_what_chunks_hold(
 
 def test_a_small_cluster_has_none() -> None:
     assert regular_plans(_judge(4).drafter) == []
+
+
+def test_seeds_that_take_all_their_time_leave_some_for_regular_plans(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(study, "_SEED_SHARE", 0.0)
+    config = SearchConfig(trials=8, budget_s=60)
+    _, record = search(_graph(), Cluster.local(8), config)
+    assert "regular" in {trial.proposer for trial in record.trials}
+
+
+def test_no_plan_is_drafted_when_time_is_over() -> None:
+    assert regular_plans(_judge().drafter, deadline=0.0) == []
