@@ -80,10 +80,11 @@ def lower_bound(
     `raypar.search.simulate.simulate` plays it with the analytic cost model, a core for every CPU
     device, and this calibration.
 
-    What it does not count, since there are plans without it: bubbles (any of them shrinks with
-    more interleaving), collectives and messages (stages of one rank per replica need no
-    collectives, and messages travel while ranks compute), and recomputation beyond what a single
-    microbatch asks for (memory can be had by keeping fewer of them in flight).
+    What it does not count, since there are plans without it: additions of gradients to those of
+    earlier microbatches (a large product reads the sum while it multiplies), bubbles (any of them
+    shrinks with more interleaving), collectives and messages (stages of one rank per replica need
+    no collectives, and messages travel while ranks compute), and recomputation beyond what a
+    single microbatch asks for (memory can be had by keeping fewer of them in flight).
 
     Args:
         graph: The captured model.

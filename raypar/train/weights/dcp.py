@@ -6,15 +6,13 @@ is in it: a folder that somebody else made could run anything.
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 import warnings
 from pathlib import Path
 
 import torch
 
 from raypar.errors import CheckpointError
+from raypar.train.weights.folder import whole_folder
 from raypar.train.weights.weights import Weights, refuse_existing
 
 METADATA = ".metadata"
@@ -44,18 +42,10 @@ def save_dcp(weights: Weights, folder: str | Path) -> list[str]:
     refuse_existing(str(folder), target.exists())
     held = {name: weights.read(name) for name in weights.forms}
     state: dict[str, torch.Tensor] = {name: held[of] for name, of in weights.names.items()}
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        part.mkdir(parents=True)
-        with warnings.catch_warnings():
-            # It warns that there is one process, which is meant.
-            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
-            save(state, storage_writer=FileSystemWriter(part), no_dist=True)
-        os.rename(part, target)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {str(folder)!r}: {error}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with whole_folder(target, str(folder)) as part, warnings.catch_warnings():
+        # It warns that there is one process, which is meant.
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
+        save(state, storage_writer=FileSystemWriter(part), no_dist=True)
     return sorted(path.name for path in target.iterdir())
 
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import secrets
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ import torch
 
 from raypar.errors import CheckpointError, ConfigError, did_you_mean
 from raypar.train.checkpoint.storage import storage_at
+from raypar.train.weights.folder import whole_folder
 from raypar.train.weights.safetensors import INDEX, SINGLE, folder_weights, save_safetensors
 from raypar.train.weights.weights import Weights, refuse_existing
 
@@ -62,19 +61,12 @@ def save_hugging_face(
     refuse_existing(str(folder), target.exists())
     settings = _settings(base, config)
     names = _names(weights, base)
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        part.mkdir(parents=True)
+    with whole_folder(target, str(folder)) as part:
         if base is not None:
             _copy_small(Path(base), part)
         dtype = _main_dtype(weights, names)
         (part / CONFIG).write_text(json.dumps(_with_dtype(settings, dtype), indent=2) + "\n")
         _write(weights, names, part, shard_bytes)
-        os.rename(part, target)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {str(folder)!r}: {error}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return sorted(path.name for path in target.iterdir())
 
 
