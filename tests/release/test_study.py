@@ -44,6 +44,36 @@ def test_the_study_keeps_to_its_budget() -> None:
     assert 1 <= len(found.path) <= 3
 
 
+def test_the_fastest_are_told_apart_in_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book = study.Book(tmp_path / "study.json")
+    counting = study.Counting(Watch())
+    study.by_proposals("mlp", counting, 3, 1, sampler="random")
+    table = book.table("mlp")
+    plans = {study.identity(plan): plan for plan, _ in counting.ran}
+    fast, near, slow = plans.values()
+    for plan, step_s in ((fast, 1.0), (near, 1.2), (slow, 1.3)):
+        table.put(study.Row("search", plan, Measured(step_s, 0.0, 5, 0.1), 0.0))
+    table.write()
+    book.of("mlp")["searches"]["study 0"] = {"plan": study.identity(fast)}
+    asked: list[Plan] = []
+
+    class Later(Watch):
+        def measure_together(
+            self, plans: list[Plan], *, seconds: float
+        ) -> list[Measured | Exception]:
+            asked.extend(plans)
+            return [Measured(1.5, 0.0, 5, 0.1), RuntimeError("gone")]
+
+    monkeypatch.setattr(study, "measurer", lambda name, rounds: Later())
+    study.settle("mlp", book, 12)
+    assert [study.identity(p) for p in asked] == [study.identity(p) for p in (fast, near)]
+    told = [row.measured.step_s for row in book.table("mlp").rows.values()]
+    assert told == [1.5, 1.2, 1.3]
+    assert book.of("mlp")["searches"] == {}
+
+
 def test_medians_and_measurements_needed(tmp_path: Path) -> None:
     def row(plan: str, path: list[float]) -> study.Figures:
         return {"plan": plan, "path": path}
