@@ -5,17 +5,19 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH ?= torch>=2.11,<2.14
 WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help venv demo test lint format dist clean
+.PHONY: help venv demo test test-all lint format dist clean
 
 help:
-	@echo "make demo    train a small GPT over two pipeline stages on this machine (about 2 minutes)"
-	@echo "make test    run the tests"
-	@echo "make lint    ruff, mypy, import-linter"
-	@echo "make format  put the source into its standard form"
-	@echo "make dist    build the wheel and the sdist, then install and try the wheel in a clean folder"
-	@echo "make venv    install everything into $(VENV)"
-	@echo "make clean   remove what the above made ($(VENV) too)"
+	@echo "make demo      train a small GPT over two pipeline stages on this machine (about 2 minutes)"
+	@echo "make test      run the tests that a change has to pass"
+	@echo "make test-all  those, and the thorough ones: more seeds, models and processes"
+	@echo "make lint      ruff, mypy, import-linter"
+	@echo "make format    put the source into its standard form"
+	@echo "make dist      build the wheel and the sdist, then install and try the wheel in a clean folder"
+	@echo "make venv      install everything into $(VENV)"
+	@echo "make clean     remove what the above made ($(VENV) too)"
 
 venv: $(STAMP)
 
@@ -34,7 +36,10 @@ demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PYTEST) -m "not thorough" $(PYTEST_ARGS)
+
+test-all: $(STAMP)
+	RAYPAR_THOROUGH=1 $(PYTEST) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

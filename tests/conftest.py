@@ -17,11 +17,15 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests._tiers import examples
+
 _ROOT = Path(__file__).resolve().parent.parent
 # Ray reads these in this process and in every one that it starts.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112 (Ray's own spelling)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Ray's workers make way for others by default: beside a busy neighbour they would hardly run.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 os.environ.pop("RAY_ADDRESS", None)
 # What somebody measured on this machine is nobody else's test.
 os.environ["RAYPAR_CACHE_DIR"] = tempfile.mkdtemp(prefix="raypar-tests-")
@@ -36,6 +40,7 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 settings.register_profile(
     "raypar",
+    max_examples=examples(30, 100),
     deadline=None,  # the machine is shared: no test asserts a time
     derandomize="CI" in os.environ,
     suppress_health_check=[HealthCheck.too_slow],

@@ -23,10 +23,45 @@ def text_of(name: str) -> str:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_make_targets_that_a_document_names_exist(name: str) -> None:
-    targets = set(re.findall(r"^(\w+):", text_of("Makefile"), re.M))
-    assert set(re.findall(r"`make (\w+)`|^make (\w+)", text_of(name), re.M)) <= {
+    targets = set(re.findall(r"^([\w-]+):", text_of("Makefile"), re.M))
+    assert set(re.findall(r"`make ([\w-]+)`|^make ([\w-]+)", text_of(name), re.M)) <= {
         pair for t in targets for pair in ((t, ""), ("", t))
     }
+
+
+def recipe_of(target: str) -> str:
+    """The command of a target, as make would run it."""
+    [line] = re.findall(rf"^{target}:.*\n\t(.*)$", text_of("Makefile"), re.M)
+    return str(line)
+
+
+def test_the_first_tier_leaves_out_what_is_thorough_and_the_other_one_nothing() -> None:
+    assert '-m "not thorough"' in recipe_of("test")
+    assert "-m " not in recipe_of("test-all").replace("-m pytest", "")
+    assert "RAYPAR_THOROUGH=1" in recipe_of("test-all")
+    assert "\nmake test " in text_of(".ci/run")
+
+
+def test_the_tiers_are_told_apart_by_a_marker_that_is_known(pytestconfig: pytest.Config) -> None:
+    """A misspelt one would leave a test in the first tier: pytest refuses what it does not know."""
+    assert pytestconfig.getoption("strict_markers")
+    known = {re.split(r"[:(]", line)[0].strip() for line in pytestconfig.getini("markers")}
+    assert {"gpu", "ray", "slow", "thorough"} <= known
+
+
+def test_every_file_has_tests_of_the_first_tier() -> None:
+    """What is thorough repeats something, which lies most often in the same file."""
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tests = [
+            node
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        ]
+        left_out = [
+            t for t in tests if "pytest.mark.thorough" in map(ast.unparse, t.decorator_list)
+        ]
+        assert not tests or len(left_out) < len(tests), path
 
 
 def test_workers_of_one_run_share_files_whole(request: pytest.FixtureRequest) -> None:

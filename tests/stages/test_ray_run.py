@@ -70,21 +70,22 @@ def test_steps_state_a_second_training_and_a_stop() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "error", "text"),
+    ("world", "fault", "error", "text"),
     [
         (
+            2,
             Fault("raise", 1, 3),
             TrainingError,
             r"rank 1 on node .* raised ValueError in step 3: the",
         ),
-        (Fault("nan", 1, 3), NonFiniteError, "step 3: not finite: stage 1 loss"),
+        (1, Fault("nan", 0, 3), NonFiniteError, "step 3: not finite: stage 0 loss"),
     ],
 )
 def test_the_first_error_is_raised_after_the_steps_before_it(
-    fault: Fault, error: type[Exception], text: str
+    world: int, fault: Fault, error: type[Exception], text: str
 ) -> None:
     got: list[int] = []
-    with run_with(fault) as run:
+    with run_with(fault, world=world) as run:
         with pytest.raises(error, match=text):
             run.train(0, 500, lambda r: got.append(r.step))
         assert got[:3] == [0, 1, 2]
@@ -92,20 +93,16 @@ def test_the_first_error_is_raised_after_the_steps_before_it(
 
 
 def test_a_dead_stage_actor_is_named_with_the_others_positions() -> None:
-    with (
-        run_with(Fault("die", 1, 4), world=3) as run,
-        pytest.raises(StageDiedError) as found,
-    ):
+    with run_with(Fault("die", 0, 4)) as run, pytest.raises(StageDiedError) as found:
         run.train(0, 500)
     text = str(found.value)
-    assert "lost stage 1 (rank 1 on node" in text
-    assert "stage 0 (rank 0 on node" in text
-    assert "stage 2 (rank 2 on node" in text
-    assert "step 4: recv x from rank 1" in text
+    assert "lost stage 0 (rank 0 on node" in text
+    assert "stage 1 (rank 1 on node" in text
+    assert "step 4: recv x from rank 0" in text
 
 
 def test_a_rank_that_cannot_be_built_fails_the_start_and_frees_its_devices() -> None:
-    run = run_with(Fault("build", 0, 0))
+    run = run_with(Fault("build", 0, 0), world=1)
     with pytest.raises(TrainingError, match="during start-up: the fake cannot be built"):
         run.start()
     run.close()
@@ -122,7 +119,7 @@ def test_a_hang_is_reported_with_every_position_and_can_be_closed() -> None:
 
 
 def test_closing_while_a_step_runs_ends_everything() -> None:
-    run = run_with(Fault("hang", 0, 2))
+    run = run_with(Fault("hang", 0, 2), world=1)
     run.start()
     failures: list[BaseException] = []
 
@@ -153,7 +150,7 @@ def test_more_ranks_than_the_cluster_has_is_refused_with_numbers() -> None:
 def test_a_driver_that_is_killed_takes_its_actors_and_devices_along(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = run_with()
+    run = run_with(world=1)
     run.start()
     try:
         ray.kill(run._driver, no_restart=True)

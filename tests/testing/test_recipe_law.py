@@ -245,6 +245,7 @@ def test_a_model_that_enters_autocast_itself() -> None:
         assert_plan_equivalent(Mixed, batch, drawn_plan(graph, seed), optimizer=sgd)
 
 
+@pytest.mark.thorough
 def test_the_recipe_on_ray(ray_session: str) -> None:
     assert ray_session
     model, _ = under_autocast(Normed, None, "fp16")

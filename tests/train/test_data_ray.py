@@ -71,7 +71,7 @@ def losses(
     return found, state
 
 
-@pytest.mark.parametrize("kind", ["map", "relayed"])
+@pytest.mark.parametrize("kind", [pytest.param("map", marks=pytest.mark.thorough), "relayed"])
 def test_a_run_goes_on_on_other_ranks_where_it_was_stopped(ray_session: str, kind: str) -> None:
     def made() -> Any:
         return OnOnePlace() if kind == "relayed" else KINDS[kind](40, 4)

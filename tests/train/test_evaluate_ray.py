@@ -20,8 +20,8 @@ def test_actors_evaluate_and_predict_as_threads_do(ray_session: str) -> None:
     case = models.case("mlp")
     batch = case.batch(0, 8)
     graph = rp.capture(case.model_fn, batch, case.loss_fn, case.batch_dims)
-    search = rp.SearchConfig(stages=2, replicas=2, microbatches=2)
-    plan = rp.plan(graph, rp.Cluster.local(4), search)
+    search = rp.SearchConfig(stages=2, replicas=1, microbatches=2)
+    plan = rp.plan(graph, rp.Cluster.local(2), search)
     specs = compile_plan(graph, plan, optimizer=sgd)
     tensors = pytree.tree_leaves(batch)
     data = [case.batch(5, 8), case.batch(6, 3)]

@@ -75,14 +75,17 @@ def test_two_stages_of_two_replicas_on_actors_equal_one_process(
     assert not held_groups()
 
 
-def test_a_search_runs_plans_and_training_starts_afresh(ray_session: str, tmp_path: Path) -> None:
-    two = {"scaling_config": rp.ScalingConfig(num_workers=2), "steps": 3}
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.thorough)])
+def test_a_search_runs_plans_and_training_starts_afresh(
+    ray_session: str, tmp_path: Path, workers: int
+) -> None:
+    small = {"scaling_config": rp.ScalingConfig(num_workers=workers), "steps": 3}
     search = rp.SearchConfig(planner="optuna", trials=3, seeds=("uniform",), measure=2)
     random_state = torch.get_rng_state()
-    there = trainer(tmp_path / "ray", search_config=search, **two).fit()
+    there = trainer(tmp_path / "ray", search_config=search, **small).fit()
     assert torch.equal(torch.get_rng_state(), random_state)
-    two["scaling_config"] = rp.ScalingConfig(num_workers=0)
-    here = trainer(tmp_path / "local", plan=there.plan, **two).fit()
+    small["scaling_config"] = rp.ScalingConfig(num_workers=0)
+    here = trainer(tmp_path / "local", plan=there.plan, **small).fit()
     record = json.loads((there.path / "search.json").read_text())
     assert record["measured_s"] > 0
     torch.testing.assert_close(weights(there), weights(here))
@@ -220,7 +223,11 @@ def all_gone(pids: set[int], patience_s: float = 30.0) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "workers"),
-    [(signal.SIGINT, None, 1), (signal.SIGTERM, 143, 1), (signal.SIGKILL, -9, 2)],
+    [
+        (signal.SIGKILL, -9, 1),
+        pytest.param(signal.SIGINT, None, 1, marks=pytest.mark.thorough),
+        pytest.param(signal.SIGTERM, 143, 2, marks=pytest.mark.thorough),
+    ],
 )
 def test_a_stopped_process_leaves_nothing_on_the_cluster(
     ray_session: str, tmp_path: Path, number: signal.Signals, code: int | None, workers: int
@@ -249,7 +256,7 @@ def test_a_stopped_process_takes_its_own_ray_along(tmp_path: Path) -> None:
     with Stopped(tmp_path, None, 1) as run:
         mine = descendants(run.process.pid)
         assert len(mine) > 4
-        run.stop(signal.SIGTERM)
+        assert run.stop(signal.SIGTERM) == 143, run.output
     assert all_gone(mine), {pid: processes().get(pid) for pid in mine}
 
 

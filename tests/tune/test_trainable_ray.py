@@ -125,6 +125,7 @@ def test_trials_of_two_meshes_run_on_their_own_groups_and_share_a_plan(
         assert set(found["bundles"]) == {2}
 
 
+@pytest.mark.thorough
 def test_population_based_training_moves_checkpoints_between_plans(
     ray_session: str, looks: Path
 ) -> None:
