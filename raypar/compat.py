@@ -268,6 +268,21 @@ def ray_address_on_this_machine() -> str | None:
     return find_bootstrap_address(None) or None
 
 
+def ray_node_on_this_machine(address: str, timeout_s: int) -> bool:
+    """Whether a node of the cluster at ``host:port`` runs on this machine, within `timeout_s`.
+
+    `ray.init` asks the same, with a limit of a minute that cannot be set. What else goes wrong is
+    left to it.
+    """
+    from ray._private.services import GcsClient, get_node_to_connect_for_driver
+
+    try:
+        get_node_to_connect_for_driver(GcsClient(address=address), timeout_seconds=timeout_s)
+    except RuntimeError as error:
+        return "No node info found" not in str(error)
+    return True
+
+
 def ray_free_by_node() -> dict[str, dict[str, float]]:
     """Ray node id → resources that are free now; the public call adds all nodes up."""
     from ray._private.state import available_resources_per_node

@@ -44,7 +44,8 @@ def probe(address: str, timeout_s: float = PROBE_S) -> None:
     """Returns if a gRPC server answers at `address`.
 
     Raises:
-        ClusterError: The address is malformed, nobody listens there, or what does is not Ray.
+        ClusterError: The address is malformed, nobody listens there, or what does is not Ray, or
+            hangs.
     """
     host, port = split_address(address)
     deadline = time.monotonic() + timeout_s
@@ -59,6 +60,11 @@ def probe(address: str, timeout_s: float = PROBE_S) -> None:
             "the port, and that address or RAY_ADDRESS is right; unset RAY_ADDRESS to use this "
             "machine alone"
         ) from None
+    if answer is None:
+        raise ClusterError(
+            f"what listens at {address} says nothing within {timeout_s:g} s: it is a Ray head that "
+            "hangs or cannot keep up (look at its machine, restart it there), or not a Ray head"
+        )
     if len(answer) < _HEADER_BYTES or answer[3] != _SETTINGS_TYPE:
         raise ClusterError(
             f"something listens at {address}, but it is not a Ray head. The head's port is 6379 "
@@ -66,18 +72,20 @@ def probe(address: str, timeout_s: float = PROBE_S) -> None:
         )
 
 
-def _greet(connection: socket.socket, deadline: float) -> bytes:
-    """Sends the preface and reads the first frame's header; short where none comes."""
+def _greet(connection: socket.socket, deadline: float) -> bytes | None:
+    """What answers the preface: short where the other side ends, None where it says nothing."""
     connection.sendall(_PREFACE + _EMPTY_SETTINGS)
     answer = b""
     while len(answer) < _HEADER_BYTES:
         left = deadline - time.monotonic()
         if left <= 0:
-            break
+            return None
         connection.settimeout(left)
         try:
             part = connection.recv(_HEADER_BYTES - len(answer))
-        except (TimeoutError, ConnectionError):
+        except TimeoutError:
+            return None
+        except ConnectionError:
             break
         if not part:
             break

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from raypar.compat import ray_address_on_this_machine
+from raypar.compat import ray_address_on_this_machine, ray_node_on_this_machine
 from raypar.errors import ClusterError
 from raypar.mesh._memory import machine_memory
 from raypar.mesh._probe import probe, split_address
@@ -17,6 +17,8 @@ from raypar.mesh.devices import GIB, DeviceKind, device_kind
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 _ACCELERATOR_RESOURCE = "accelerator_type:"
 _HEAD_RESOURCE = "node:__internal_head__"
+_NODE_S = 10  # Ray itself waits a minute for a node on this machine
+_HEAD_S = 10.0  # a head that is busy answers late; one that is gone is known at once
 
 
 def discover(
@@ -63,6 +65,8 @@ def connect(address: str | None = None) -> None:
     target = resolve(address)
     if target != "local":
         probe(target)
+    if target != "local" and "://" not in target:
+        _await_node(target)
     try:
         ray.init(address=target)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -70,6 +74,40 @@ def connect(address: str | None = None) -> None:
             f"Ray at {target} refused this process: {error}. Python and Ray versions must equal "
             "the cluster's (`raypar doctor` shows this machine's), and so must RAY_AUTH_MODE"
         ) from error
+
+
+def lost_head() -> str:
+    """Why the head of this process's cluster does not answer any more; empty where it does.
+
+    Ray's own calls wait a minute for a head that is gone, and then end the process; for one that
+    hangs they wait for ever.
+    """
+    import ray
+    from ray.util.client import ray as client
+
+    if client.is_connected():
+        return ""  # it is beyond a server, which tells by itself
+    try:
+        probe(ray.get_runtime_context().gcs_address, _HEAD_S)
+    except ClusterError as error:
+        return str(error)
+    return ""
+
+
+def _await_node(target: str) -> None:
+    """A driver talks to a node on its own machine: without one, Ray tries for a minute.
+
+    Raises:
+        ClusterError: None of that cluster runs here.
+    """
+    if ray_node_on_this_machine(target, _NODE_S):
+        return
+    raise ClusterError(
+        f"the head at {target} answers, but no node of its cluster runs on this machine, or the "
+        f"one that did has died (looked for {_NODE_S} s). Start one here: `ray start "
+        f"--address={target}`; or run on a node of the cluster: `raypar submit`; or unset "
+        "RAY_ADDRESS to use this machine alone"
+    )
 
 
 def resolve(address: str | None) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import pickle
 import secrets
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from raypar.comm.network import NetworkSettings
 from raypar.errors import ClusterError, RayparError, StageDiedError, TrainingError
 from raypar.mesh.bundles import BundleRange
 from raypar.mesh.cluster import Cluster
+from raypar.mesh.discover import lost_head
 from raypar.plan import Plan
 from raypar.stages.actor import actor_class
 from raypar.stages.driver import Driver, DriverSettings, Ended, Rows, RunFailure
@@ -189,6 +191,16 @@ class RayRun(Run):
         """Ends all actors of the run and gives its devices back; see `Run.close`."""
         driver, self._driver = self._driver, None
         if driver is None or not ray.is_initialized():
+            return
+        lost = lost_head()
+        if lost:
+            # Every call of Ray would wait for the head: what was trained is to be told first.
+            warnings.warn(
+                f"run {self.name} cannot give its devices back: {lost}. Its actors end with the "
+                "nodes of that cluster, about a minute after its head",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             return
         try:
             with contextlib.suppress(RayError, GetTimeoutError):

@@ -13,7 +13,9 @@ import pytest
 from raypar.errors import ClusterError
 from raypar.mesh import DEVICES, Cluster
 from raypar.mesh._probe import probe, split_address
-from raypar.mesh.discover import nodes_from, resolve
+from raypar.mesh.discover import connect, nodes_from, resolve
+
+_SETTINGS = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 
 
 @contextmanager
@@ -72,9 +74,27 @@ def test_another_service_is_no_ray_head(answer: bytes | None) -> None:
         probe(address, timeout_s=0.5)
 
 
+def test_a_head_that_hangs_is_told_as_such() -> None:
+    with _server(None) as address, pytest.raises(ClusterError, match=r"says nothing within 0\.5 s"):
+        probe(address, timeout_s=0.5)
+
+
 def test_a_settings_frame_is_a_grpc_server() -> None:
-    with _server(b"\x00\x00\x00\x04\x00\x00\x00\x00\x00") as address:
+    with _server(_SETTINGS) as address:
         probe(address)
+
+
+def test_a_head_without_a_node_here_is_told_before_ray_waits_for_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray waits a minute for a node"))
+    monkeypatch.setattr("raypar.mesh.discover.ray_node_on_this_machine", lambda *_: False)
+    with _server(_SETTINGS) as address, pytest.raises(ClusterError) as told:
+        connect(address)
+    assert f"ray start --address={address}" in str(told.value)
 
 
 @pytest.mark.parametrize(
