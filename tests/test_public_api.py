@@ -89,7 +89,8 @@ def test_plan_is_the_function_and_the_module() -> None:
         ("import raypar", {"torch", "ray", "numpy", "networkx", "pydantic"}),
         ("import raypar; raypar.Cluster.local(2)", {"ray"}),
         (
-            "import raypar; raypar.capture; raypar.plan; raypar.SearchConfig; raypar.explain",
+            "import raypar; raypar.capture; raypar.plan; raypar.SearchConfig; raypar.explain; "
+            "import raypar.search.simulate",
             {"ray"},
         ),
     ],

@@ -19,6 +19,7 @@ from raypar.errors import CommError
 from raypar.programs.products import Product
 from raypar.sharding.pieces import Piece, piece_of
 from raypar.sharding.spec import ShardingSpec
+from tests._tiers import examples
 
 from .conftest import Processes, run_threads
 
@@ -75,7 +76,7 @@ def train(group: Group, m: int, bucket_bytes: int, average: bool) -> int:
     return early
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(5, 15), deadline=None)
 @given(
     size=st.integers(1, 3),
     m=st.integers(1, 3),
@@ -212,7 +213,7 @@ def scatter(group: Group, m: int, bucket_bytes: int, every_microbatch: bool) -> 
     return most
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(7, 20), deadline=None)
 @given(
     size=st.integers(2, 3),
     m=st.integers(1, 3),
@@ -289,7 +290,7 @@ def test_bad_use_of_scattered_buckets() -> None:
     run_threads(rank, 2, 20.0)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(5, 15), deadline=None)
 @given(
     size=st.integers(2, 3),
     bucket_bytes=st.sampled_from((1, 700, 1 << 30)),

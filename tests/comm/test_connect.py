@@ -20,6 +20,7 @@ from raypar.comm.gloo import GlooGroup
 from raypar.comm.group import Group, TensorSpec
 from raypar.comm.rendezvous import Address, Rendezvous
 from raypar.errors import CommAbortedError, CommError, CommTimeoutError
+from tests._tiers import examples
 
 
 def together(size: int, one: Callable[[int], Any]) -> list[Any]:
@@ -181,7 +182,7 @@ def test_no_thread_is_left_behind() -> None:
     assert not left, left
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(17, 50), deadline=None)
 @given(
     key=st.binary(max_size=4096),
     shape=st.lists(st.integers(0, 5), max_size=6),

@@ -18,6 +18,7 @@ from raypar.comm.reshard import ALIKE, Layout, LinkCosts, ReshardPlan, reshard_p
 from raypar.comm.resharder import ReplicaGroups, Resharder, ReshardSum
 from raypar.errors import CommError
 from raypar.sharding.spec import ShardingSpec
+from tests._tiers import examples
 
 from .conftest import Processes
 
@@ -100,7 +101,7 @@ def check_runs(plan: ReshardPlan) -> None:
         np.testing.assert_array_equal(found.numpy(), part_of(value, plan.target, rank))
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(20, 60))
 @given(pairs(), st.sampled_from(COSTS))
 def test_every_receiver_gets_its_part(
     case: tuple[tuple[int, ...], Layout, Layout], costs: LinkCosts
@@ -109,7 +110,7 @@ def test_every_receiver_gets_its_part(
     check_runs(reshard_plan(shape, 8, source, target, costs))
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(50, 200))
 @given(pairs(), st.sampled_from(COSTS))
 def test_tiles_fill_what_is_sent_once(
     case: tuple[tuple[int, ...], Layout, Layout], costs: LinkCosts

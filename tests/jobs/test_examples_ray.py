@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _SMALL = (
     "model.kwargs={layers: 2, width: 32, heads: 2, seq_len: 16}",
     "data={target: 'examples.data:stdlib_bytes', global_batch: 8, kwargs: {seq_len: 16}}",
-    "search={stages: 2, replicas: 2}",
+    "search={stages: 2, replicas: 1}",
+    "mesh.num_workers=2",
     "checkpoint.every_steps=2",
 )
 

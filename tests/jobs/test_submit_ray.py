@@ -50,8 +50,8 @@ def project(tmp_path: Path) -> Path:
             f"""
             model: {{target: "mine:model", loss: "torch.nn.functional:cross_entropy"}}
             data: {{target: "mine:data", global_batch: 8}}
-            mesh: {{num_workers: 2}}
-            search: {{stages: 2}}
+            mesh: {{num_workers: 1}}
+            search: {{stages: 1}}
             train: {{steps: 6, microbatches: 2}}
             run: {{name: job, storage_path: {tmp_path / "runs"}, log_every: 1}}
             """

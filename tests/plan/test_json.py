@@ -18,6 +18,7 @@ from raypar.errors import PlanError
 from raypar.fit import check_plan
 from raypar.plan import PLAN_FORMAT, MemoryPolicy, MeshSlice, Plan, ScheduleSpec, StagePlan
 from raypar.testing import models, random_plan
+from tests._tiers import examples
 
 CLUSTER = rp.Cluster.local(4)
 
@@ -66,7 +67,7 @@ any_plans = st.builds(
 
 
 @given(any_plans)
-@settings(max_examples=60)
+@settings(max_examples=examples(20, 60))
 def test_any_plan_comes_back_equal(plan):
     again = Plan.from_json(plan.to_json())
     assert again == plan
@@ -75,7 +76,7 @@ def test_any_plan_comes_back_equal(plan):
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=30)
+@settings(max_examples=examples(10, 30))
 def test_a_random_plan_comes_back_equal_and_hashes_of_types_hold(seed):
     plan = random_plan(_graph(), CLUSTER, seed=seed)
     again = Plan.from_json(plan.to_json())
@@ -105,7 +106,7 @@ junk = st.sampled_from(
 
 
 @given(st.data())
-@settings(max_examples=300)
+@settings(max_examples=examples(75, 300))
 def test_an_edited_plan_is_a_valid_plan_or_a_plan_error(data):
     plan = random_plan(_graph(), CLUSTER, seed=data.draw(st.integers(0, 19)))
     raw = json.loads(plan.to_json())

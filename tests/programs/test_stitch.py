@@ -67,7 +67,7 @@ def _both(code: StageCode) -> tuple[Joint | None, Joint]:
     return made, trace_joint(graph, wrt, code.outputs_with_grad)
 
 
-@pytest.mark.parametrize("name", ["gpt", "cnn"])
+@pytest.mark.parametrize("name", ["gpt", pytest.param("cnn", marks=pytest.mark.thorough)])
 def test_a_stitched_stage_is_the_traced_one(name: str) -> None:
     case = models.case(name)
     graph = capture(case.model_fn, case.batch(0, 8), case.loss_fn, case.batch_dims)

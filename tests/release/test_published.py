@@ -117,8 +117,8 @@ def test_tensor_parallelism_goes_by_columns_then_rows() -> None:
 @pytest.mark.parametrize(
     ("row", "size", "chunks"),
     [
-        (_small(6, 1, 1, 1, 4), 4, 1),
-        (_small(6, 2, 2, 1, 8), 2, 1),
+        pytest.param(_small(6, 1, 1, 1, 4), 4, 1, marks=pytest.mark.thorough),
+        pytest.param(_small(6, 2, 2, 1, 8), 2, 1, marks=pytest.mark.thorough),
         (_small(6, 1, 2, 3, 12), 2, 1),
         (_small(6, 1, 1, 3, 12), 2, 2),
     ],

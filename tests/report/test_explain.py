@@ -192,7 +192,14 @@ def test_a_table_is_never_wider_than_the_screen(rows: list[tuple[str, int]]) -> 
         assert name in line or "…" in line
 
 
-@pytest.mark.parametrize("name", ["cnn", "t5"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt",
+        pytest.param("cnn", marks=pytest.mark.thorough),
+        pytest.param("t5", marks=pytest.mark.thorough),
+    ],
+)
 def test_no_line_is_longer_than_100_columns(name: str) -> None:
     case = models.case(name)
     graph = rp.capture(case.model_fn, case.batch(seed=0), case.loss_fn, case.batch_dims)

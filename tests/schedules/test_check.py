@@ -17,6 +17,7 @@ from raypar.schedules.registry import schedule_names
 from raypar.schedules.text import parse_lists
 from raypar.testing._replay import reference, replay
 from raypar.testing.schedules import chain_io, stage_ios
+from tests._tiers import examples
 
 Lists = list[list[Instruction]]
 SMALL = st.tuples(st.sampled_from(schedule_names()), stage_ios(5, 3), st.integers(1, 4))
@@ -27,7 +28,7 @@ def some_place(data: st.DataObject, lists: Lists) -> tuple[int, int]:
     return rank, data.draw(st.integers(0, len(lists[rank]) - 1))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(100, 400), deadline=None)
 @given(plan=SMALL, data=st.data())
 def test_a_dropped_instruction_is_found(
     plan: tuple[str, StageIO, int], data: st.DataObject
@@ -39,7 +40,7 @@ def test_a_dropped_instruction_is_found(
         check_lists(lists, *plan[1:])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(100, 400), deadline=None)
 @given(plan=SMALL, data=st.data())
 def test_a_doubled_instruction_is_found(
     plan: tuple[str, StageIO, int], data: st.DataObject
@@ -52,7 +53,7 @@ def test_a_doubled_instruction_is_found(
         check_lists(lists, *plan[1:])
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(150, 600), deadline=None)
 @given(plan=SMALL, data=st.data(), near=st.booleans())
 def test_swapped_instructions_are_found_or_harmless(
     plan: tuple[str, StageIO, int], data: st.DataObject, near: bool
@@ -67,7 +68,7 @@ def test_swapped_instructions_are_found_or_harmless(
     found_or_harmless(lists, *plan[1:])
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(150, 600), deadline=None)
 @given(plan=SMALL, data=st.data(), name=st.sampled_from(["stage", "microbatch", "peer", "value"]))
 def test_an_edited_instruction_is_found_or_harmless(
     plan: tuple[str, StageIO, int], data: st.DataObject, name: str
@@ -94,7 +95,7 @@ def found_or_harmless(lists: Lists, io: StageIO, microbatches: int) -> None:
     assert replay(lists, io, microbatches) == reference(io, microbatches)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(75, 300), deadline=None)
 @given(plan=SMALL, data=st.data())
 def test_swapping_microbatches_of_a_kind_is_found(
     plan: tuple[str, StageIO, int], data: st.DataObject
@@ -215,7 +216,7 @@ def test_the_peak_of_a_rank_group_is_not_the_sum_of_its_stages_peaks() -> None:
     assert report.peak_saved_bytes((1,) * 4) == (5, 3)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(25, 100), deadline=None)
 @given(io=stage_ios(), microbatches=st.integers(1, 12))
 def test_zero_bubble_h1_holds_what_1f1b_on_whole_rank_groups_would(
     io: StageIO, microbatches: int

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from raypar.schedules.base import Placement, Schedule
 from raypar.schedules.registry import get_schedule, schedule_names
 from raypar.testing.schedules import CHECKS, plans
+from tests._tiers import examples
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -19,7 +20,7 @@ def test_conformance(name: str, check: Callable[[Schedule], None]) -> None:
 
 
 @pytest.mark.parametrize("name", schedule_names())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(17, 50), deadline=None)
 @given(plan=plans)
 def test_built_in_schedules_run_every_plan(name: str, plan: tuple) -> None:  # type: ignore[type-arg]
     io, microbatches = plan

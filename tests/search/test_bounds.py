@@ -28,6 +28,7 @@ from raypar.search.simulation import Simulation
 from raypar.testing import random_plan, random_sharding
 from raypar.testing.models import cases
 from release.bounds import hold
+from tests._tiers import examples
 
 
 def _squares(out: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
@@ -49,7 +50,7 @@ def test_no_random_plan_is_faster(name):
     case = next(c for c in cases(hf=False) if c.name == name)
     graph = capture(lambda: case.model_fn(seed=0), case.batch(seed=0), case.loss_fn)
     cluster = Cluster((Node.of("V100", 4, name="a"), Node.of("H100", 4, name="b")))
-    for seed in range(2):
+    for seed in range(examples(1, 2)):
         plan = random_plan(graph, cluster, seed=seed)
         if 2 * len(plan.devices) <= 8:
             plan = random_sharding(graph, plan, cluster, seed=seed, meshes=[(2,), ()])
@@ -116,7 +117,7 @@ def _fraction(found: Simulation) -> float:
     return max(peak / lane.memory_limit for lane, peak in peaks)
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(4, 12))
 @given(st.integers(0, 10**6), st.sampled_from(["none", "selective", "full"]), st.booleans())
 def test_no_plan_that_just_fits_is_faster(seed, policy, sharded):
     plan = random_plan(_DEEP, _TIGHT, seed=seed)
@@ -233,7 +234,7 @@ def test_frozen_layers_have_no_gradients():
     assert trained_bytes(graph, 4) == {4 * 16 * 16: 1, 4 * 16: 1}
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(13, 40))
 @given(
     st.integers(1, 9), st.floats(0, 1e9), st.floats(1, 1e8), st.booleans(),
     st.floats(1e9, 1e12), st.floats(0.05, 1.0), st.floats(1e3, 1e7), st.integers(0, 2**31),
@@ -259,7 +260,7 @@ def test_no_sharing_out_takes_fewer_device_seconds(ranks, flops, nbytes, matmul,
     assert kernel_s(kernel, kind, rates, ranks) <= total * (1 + 1e-9)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(13, 40))
 @given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=1, max_size=12),
        st.integers(1, 8), st.integers(1, 8))  # fmt: skip
 def test_unequal_devices_share_work_as_it_suits_them(rows, first, second):

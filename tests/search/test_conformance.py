@@ -17,11 +17,18 @@ from raypar.testing.planners import (
     plans_fit,
     plans_keep_the_recipe,
     plans_repeat,
+    plans_without_ray,
     refusals_are_plan_errors,
 )
 
+# It starts a process each time: once is enough for planners of one package.
+OTHERS = [
+    pytest.param(check, marks=[pytest.mark.thorough] * (check is plans_without_ray))
+    for check in PLANNER_CHECKS
+]
 
-@pytest.mark.parametrize("check", PLANNER_CHECKS, ids=lambda check: check.__name__)
+
+@pytest.mark.parametrize("check", OTHERS, ids=lambda check: check.__name__)
 def test_uniform(check):
     check(UniformPlanner())
 

@@ -222,7 +222,17 @@ def test_models_are_found_by_name() -> None:
         get_cost_model("analytc")
 
 
-@pytest.mark.parametrize("name", ["gpt", "cnn", "t5", "mlp", "moe_sparse", "lstm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt",
+        "cnn",
+        "mlp",
+        "lstm",
+        pytest.param("t5", marks=pytest.mark.thorough),
+        pytest.param("moe_sparse", marks=pytest.mark.thorough),
+    ],
+)
 def test_every_model_has_a_cost(name: str) -> None:
     plan, stages = _planned(name)
     for stage, planned in zip(stages, plan.stages, strict=True):
@@ -310,7 +320,9 @@ def _program(stage: StageCode) -> StageProgram:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["gpt", "cnn", "moe_sparse"])
+@pytest.mark.parametrize(
+    "name", ["gpt", "cnn", pytest.param("moe_sparse", marks=pytest.mark.thorough)]
+)
 def test_additions_of_gradients_are_those_of_the_rank_that_runs_it(name: str) -> None:
     """Fused ones read the sum while they multiply; others read two and write one, in own calls."""
     _, stages = _planned(name, stages=1)

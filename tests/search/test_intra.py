@@ -31,6 +31,7 @@ from raypar.sharding.listing import collectives_of
 from raypar.sharding.lower import assign, lower
 from raypar.sharding.rules.base import OpView, Strategy
 from raypar.sharding.strategies import strategies
+from tests._tiers import examples
 
 torch.set_num_threads(1)
 SLOW = Link(1e9, 1e-5, "slow")
@@ -143,7 +144,7 @@ GPT = small_gpt(2)
 GPT_TWO_AXES = machine((2, 2))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(8, 25), deadline=None)
 @given(st.data())
 def test_random_choices_never_beat_the_optimum(data: st.DataObject) -> None:
     options = every(GPT, (2, 2))
@@ -160,7 +161,7 @@ def _gpt_answers() -> tuple[float, float]:
     return plan_intra(GPT, GPT_TWO_AXES).objective_s, lower_bound_s(GPT, GPT_TWO_AXES)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(4, 12), deadline=None)
 @given(st.randoms(use_true_random=False), st.booleans())
 def test_program_and_evaluation_agree_on_forced_choices(random: object, twice: bool) -> None:
     graph, on = mlp(64, 128, 16, twice), machine((2, 2))
@@ -308,7 +309,7 @@ class _FreeCompute(MeshMachine):
         return 0.0
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(5, 15), deadline=None)
 @given(st.data())
 def test_conversions_are_those_of_the_lowered_graph(data: st.DataObject) -> None:
     graph, real = mlp(64, 128, 16, True), machine((2, 2))

@@ -13,6 +13,7 @@ from raypar.graph.origins import fetch_tensor
 from raypar.sharding.blocks import annotate_blocks
 from raypar.sharding.lower import held_spec, readings
 from raypar.testing import models
+from tests._tiers import examples
 from tests.sharding.lowering import random_strategies, run_lowered, run_whole
 
 MESHES = ((2,), (4,), (2, 2))
@@ -51,7 +52,7 @@ def test_any_strategy_per_op_gives_the_whole_result(name: str, mesh: tuple[int, 
     wanted = run_whole(clean.graph, values)
     axes = tuple(zip("xyz", mesh, strict=False))
     near = 1e-5 if models.case(name).fp32_ops else 1e-9
-    for seed in range(2):
+    for seed in range(examples(1, 2)):
         chosen = random_strategies(clean.graph, mesh, seed)
         held = {
             k.removeprefix("param:"): held_spec(specs, len(mesh))

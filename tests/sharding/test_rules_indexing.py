@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raypar.graph.passes.emit import aten
+from tests._tiers import examples
 from tests.sharding.one_op import Fixed, Made, OneOp, check_op, real, whole_numbers
 
-few = settings(max_examples=10, deadline=None)
+few = settings(max_examples=examples(4, 10), deadline=None)
 
 ALONG: dict[str, tuple[Any, ...]] = {
     "select rows": (aten.index_select.default, real(8, 4, 4), 0, whole_numbers(8, 4)),

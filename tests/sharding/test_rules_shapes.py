@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raypar.testing.rules import check_rule
+from tests._tiers import examples
 
 aten = torch.ops.aten
 SIZES = st.sampled_from([1, 2, 3, 4, 6])
 MESH = st.sampled_from([(2,), (3,), (2, 2)])
-EXAMPLES = settings(max_examples=25, deadline=None)
+EXAMPLES = settings(max_examples=examples(8, 25), deadline=None)
 
 
 def _real(shape: tuple[int, ...] | list[int]) -> torch.Tensor:

@@ -15,9 +15,10 @@ from raypar.sharding.rules import vision
 from raypar.sharding.rules._halo import Window
 from raypar.sharding.spec import S
 from raypar.sharding.strategies import strategies
+from tests._tiers import examples
 from tests.sharding.one_op import Fixed, OneOp, check_op, real
 
-few = settings(max_examples=12, deadline=None)
+few = settings(max_examples=examples(4, 12), deadline=None)
 
 
 @given(

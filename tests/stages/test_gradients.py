@@ -45,6 +45,7 @@ from raypar.testing import assert_plan_equivalent
 from raypar.testing.backends import RepeatFeed, start_run
 from raypar.testing.equivalence import default_optimizer
 from raypar.train.optimizer import check_optimizer_on
+from tests._tiers import examples
 
 Mesh = tuple[tuple[int, ...], tuple[str, ...]]
 
@@ -343,7 +344,7 @@ def _coordinates(axes: Axes) -> list[tuple[int, ...]]:
     return list(itertools.product(*(range(size) for _, size in axes)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(50, 200), deadline=None)
 @given(case=layouts())
 def test_parts_along_the_gathered_axes_make_up_what_programs_take(
     case: tuple[ParamLayout, Axes],
@@ -377,7 +378,7 @@ def _apart(axes: Axes, a: tuple[int, ...], b: tuple[int, ...]) -> set[str]:
     return {name for (name, _), i, j in zip(axes, a, b, strict=True) if i != j}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(50, 200), deadline=None)
 @given(case=layouts())
 def test_every_axis_of_a_partial_gradient_is_summed_over_once(
     case: tuple[ParamLayout, Axes],
@@ -395,7 +396,7 @@ def test_every_axis_of_a_partial_gradient_is_summed_over_once(
         assert layout.zero or not way.gather
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(25, 100), deadline=None)
 @given(case=layouts())
 def test_reported_parts_cover_a_parameter_once(case: tuple[ParamLayout, Axes]) -> None:
     layout, axes = case

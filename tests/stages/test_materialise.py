@@ -20,6 +20,7 @@ from raypar.sharding.spec import ShardingSpec
 from raypar.stages._memory import cut
 from raypar.stages.materialise import Materialised, Part, materialise
 from raypar.testing import models
+from tests._tiers import examples
 
 ModelFn = Callable[[], nn.Module]
 
@@ -405,7 +406,7 @@ def test_errors_name_what_is_wrong() -> None:
         materialise(lambda: nn.Linear(1 // 0, 3), 0, {})
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(10, 30))
 @given(
     st.lists(st.tuples(st.integers(1, 70_000), st.sampled_from(
         ["normal_", "uniform_", "exponential_", "bernoulli_", "zero_", "mul"])), max_size=8),

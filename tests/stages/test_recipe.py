@@ -25,6 +25,7 @@ from raypar.stages.update import build_scheduler, scheduler_state, step_schedule
 from raypar.testing import random_plan
 from raypar.testing.backends import start_run
 from raypar.train.optimizer import check_recipe
+from tests._tiers import examples
 
 CPU = torch.device("cpu")
 FORMS = {
@@ -54,7 +55,7 @@ def test_values_out_of_range_are_refused(make: Any, text: str) -> None:
         make()
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(13, 40))
 @given(
     verdicts=st.lists(st.booleans(), max_size=16),
     scale=st.floats(1e-3, 1e30),

@@ -49,7 +49,12 @@ MODELS = (
 
 
 @pytest.mark.parametrize(
-    ("name", "seed"), [(n, 3 * i + k) for i, n in enumerate(MODELS) for k in (0, 1)]
+    ("name", "seed"),
+    [
+        pytest.param(n, 3 * i + k, marks=[pytest.mark.thorough] * k)
+        for i, n in enumerate(MODELS)
+        for k in (0, 1)
+    ],
 )
 def test_random_plans_train_exactly(name, seed):
     _, batch, graph = _captured(name)

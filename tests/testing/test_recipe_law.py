@@ -23,6 +23,7 @@ from raypar.stages.recipe import LossScale, Recipe
 from raypar.testing import assert_plan_equivalent, models, random_plan, random_sharding
 from raypar.testing.backends import start_run
 from raypar.testing.equivalence import RunRecord, gaps, reference_run, run_graph
+from tests._tiers import examples
 
 FEW, MANY = rp.Cluster.local(2), rp.Cluster.local(8)
 EXACT = 1e-9
@@ -105,7 +106,7 @@ def worst(found: RunRecord, wanted: RunRecord) -> float:
     return gap.ratio
 
 
-@settings(max_examples=10, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=examples(4, 10), phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     name=st.sampled_from(["mlp", "gpt_shared_mask", "masked_mean", "partly_frozen", "sum_loss"]),
     seed=st.integers(0, 99),

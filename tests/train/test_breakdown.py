@@ -30,6 +30,7 @@ from raypar.train.feed import DataFeed, HeldBatches
 from raypar.train.metrics import MetricsLog
 from raypar.train.timeline import Timeline, TimelineRecorder
 from raypar.train.utilisation import model_flops, peak_flops, product_dtype
+from tests._tiers import examples
 
 FIRST = "0F0 0SF0[x>1] 0RB0[x<1] 0B0 NORM OPTIMIZER"
 LAST = "1RF0[x<0] 1F0 1B0 1SB0[x>0] NORM OPTIMIZER"
@@ -75,7 +76,7 @@ def test_waiting_for_somebody_is_bubble_and_for_what_is_under_way_communication(
 
 
 @given(st.floats(-1e4, 1e4), st.integers(1, 5))
-@settings(max_examples=20)
+@settings(max_examples=examples(7, 20))
 def test_clocks_of_other_nodes_are_set_by_the_norm(ahead: float, steps: int) -> None:
     here, there = lists_of(FIRST, LAST), lists_of(FIRST, LAST, nodes=("a", "b"))
     apart = Breakdown(there)

@@ -63,9 +63,13 @@ def _gap(found, wanted):
 
 
 LAW = [
-    ("mlp", 2, True), ("cnn", 0, True), ("gpt_dropout", 2, True), ("t5", 0, False),
-    ("moe_dense", 1, False), ("contrastive", 0, False),
-]  # fmt: skip
+    ("mlp", 2, True),
+    ("cnn", 0, True),
+    ("moe_dense", 1, False),
+    ("contrastive", 0, False),
+    pytest.param("gpt_dropout", 2, True, marks=pytest.mark.thorough),
+    pytest.param("t5", 0, False, marks=pytest.mark.thorough),
+]
 
 
 @pytest.mark.parametrize(("name", "seed", "sharded"), LAW)

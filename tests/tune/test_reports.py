@@ -111,7 +111,8 @@ def test_a_trial_goes_on_from_the_checkpoint_that_tune_gives_it(
     run = _trials.Trial(
         lambda config: trainer_of(config, tmp_path), 1, True, False, True, str(tmp_path / "plans")
     )
-    run({"lr": 0.003, "steps": 4, "workers": "auto", "stages": 1})
+    own = {"lr": 0.003, "steps": 4, "workers": "auto", "stages": 1}
+    run(own)
     assert [(line["step"], line["lr"], line["plan_stages"]) for line in told] == [
         (3, 0.003, 1),
         (4, 0.003, 1),
@@ -119,3 +120,6 @@ def test_a_trial_goes_on_from_the_checkpoint_that_tune_gives_it(
     assert all(line["at"] is not None for line in told)
     lines = (tmp_path / "trial" / "raypar" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2
+    # The next trial that asks for such a plan finds it.
+    run(own)
+    assert [line["plan_cached"] for line in told] == [False, False, True, True]

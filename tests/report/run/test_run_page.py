@@ -20,6 +20,7 @@ from raypar.report.run.files import read_run
 from raypar.report.run.measured import all_spans, measured_step
 from raypar.report.run.predicted import Prediction
 from raypar.train.breakdown import meetings_of
+from tests._tiers import examples
 from tests.report.browser import asked, needs_browser
 from tests.report.page_checks import checked
 from tests.report.run.runs import make_run
@@ -154,7 +155,9 @@ def test_a_damaged_file_is_named(copy: Path, name: str, text: str) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=examples(20, 60), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 def test_changed_predictions_are_refused_or_understood(run: Path, data: st.DataObject) -> None:
     raw = json.loads((run / "predicted.json").read_text())
     at: Any = raw

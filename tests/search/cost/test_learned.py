@@ -42,6 +42,7 @@ from raypar.search.cost.store import MeasurementStore
 from raypar.search.cost.work import Work
 from raypar.search.measure import Measured, StageSeconds
 from raypar.search.simulate import simulate
+from tests._tiers import examples
 
 CLUSTER = Cluster.local(2)
 
@@ -133,7 +134,7 @@ def test_classes_get_factors_of_their_own() -> None:
         assert math.exp(found.log) == pytest.approx(want, rel=0.15)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(13, 40), deadline=None)
 @given(
     st.lists(
         st.tuples(*[st.floats(1e-9, 1e3)] * 2, st.floats(1e-9, 1e3), st.sampled_from("abcd")),

@@ -17,6 +17,7 @@ from raypar.search.exact import _piper_knapsack as knapsack
 from raypar.search.exact import piper
 from raypar.search.exact._piper_lattice import Family, Order, nearest, thinned
 from raypar.search.exact.piper import PiperPipeline, PiperSetting, solve_piper
+from tests._tiers import examples
 from tests.search.exact import piper_by_hand as by_hand
 
 
@@ -44,7 +45,7 @@ def check(raw: by_hand.Raw, k: int, M: float, B: int, W: float) -> None:
     B=st.sampled_from([1, 2, 4, 6, 12]),
     W=st.sampled_from([0.5, 3.0, 100.0]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(20, 60), deadline=None)
 def test_it_finds_the_optimum(seed: int, k: int, memory: int, B: int, W: float) -> None:
     check(by_hand.workload(seed), k, float(memory), B, W)
 
@@ -112,7 +113,7 @@ def test_a_setting_out_of_range(setting: PiperSetting, says: str) -> None:
 
 
 @given(seed=st.integers(0, 10_000), layers=st.integers(1, 6))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(20, 80), deadline=None)
 def test_the_knapsack(seed: int, layers: int) -> None:
     rng = random.Random(seed)
     choices = [

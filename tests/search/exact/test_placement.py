@@ -23,6 +23,7 @@ from raypar.search.exact.placement_local import local_search
 from raypar.search.exact.placement_problem import by_item, problem_of
 from raypar.search.exact.placement_reduce import reduced
 from release.placement import main
+from tests._tiers import examples
 from tests.search.exact.placement_graphs import GraphWriter, cells, layered, transformer
 
 
@@ -106,7 +107,7 @@ def tiny(seed: int) -> dict[str, Any]:
     return graph.json(rng.choice([1, 2, 2]), 1, memory=rng.choice([4.0, 8.0, 1e9]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(20, 60), deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_tiny_graphs_reach_the_optimum_of_an_enumeration(
     seed: int, tmp_path_factory: pytest.TempPathFactory

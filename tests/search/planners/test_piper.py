@@ -32,8 +32,16 @@ def plan(graph: OpGraph, cluster: Cluster, **options: object) -> rp.Plan:
     ("name", "options"),
     [
         ("gpt", {"tensor": 2, "stages": 2, "microbatches": 2}),
-        ("t5", {"tensor": 1, "replicas": 1, "stages": 3, "microbatches": 2}),
-        ("unet", {"tensor": 1, "replicas": 1, "stages": 3, "microbatches": 2}),
+        pytest.param(
+            "t5",
+            {"tensor": 1, "replicas": 1, "stages": 3, "microbatches": 2},
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            "unet",
+            {"tensor": 1, "replicas": 1, "stages": 3, "microbatches": 2},
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_its_plans_train_exactly(name: str, options: dict[str, int]) -> None:

@@ -15,7 +15,7 @@ from raypar.search.config import SearchConfig
 from raypar.search.planners.placement import PlacementPlanner, PlacementSearch
 from raypar.search.simulate import simulate
 from raypar.testing import PLANNER_CHECKS, assert_plan_equivalent, models
-from raypar.testing.planners import stack
+from raypar.testing.planners import plans_without_ray, stack
 
 TOLD = SearchConfig(planner="placement", replicas=1)
 
@@ -35,13 +35,26 @@ def _noncontiguous(case: models.Case, devices: int, microbatches: int) -> Plan:
     return next(p for p in search.plans() if any(chunk for _, chunk in p.schedule.placement))
 
 
-@pytest.mark.parametrize("check", PLANNER_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "check",
+    # It starts a process each time: once is enough for planners of one package.
+    [
+        pytest.param(check, marks=[pytest.mark.thorough] * (check is plans_without_ray))
+        for check in PLANNER_CHECKS
+    ],
+    ids=lambda check: check.__name__,
+)
 def test_conformance(check):
     check(PlacementPlanner())
 
 
 @pytest.mark.parametrize(
-    ("name", "devices", "microbatches"), [("gpt", 2, 1), ("t5", 2, 2), ("unet", 3, 2)]
+    ("name", "devices", "microbatches"),
+    [
+        ("gpt", 2, 1),
+        pytest.param("t5", 2, 2, marks=pytest.mark.thorough),
+        pytest.param("unet", 3, 2, marks=pytest.mark.thorough),
+    ],
 )
 def test_noncontiguous_plans_train_exactly(name, devices, microbatches):
     case = _case(name)

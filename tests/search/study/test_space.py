@@ -24,6 +24,7 @@ from raypar.search.study.judge import Judge
 from raypar.search.study.space import Decisions
 from raypar.testing import models
 from raypar.testing.equivalence import assert_plan_equivalent
+from tests._tiers import examples
 
 
 class Dice:
@@ -51,7 +52,7 @@ def judge(name: str, devices: int = 4, **options: Any) -> Judge:
 
 
 @pytest.mark.parametrize("name", ["mlp", "gpt"])
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(10, 30), deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 10**6))
 def test_a_proposal_is_a_plan_or_says_why_not(name: str, seed: int) -> None:
     own = judge(name)
@@ -73,7 +74,7 @@ def test_a_proposal_is_a_plan_or_says_why_not(name: str, seed: int) -> None:
             assert stage.memory.zero == (decisions.zero if len(stage.mesh.devices) > 1 else 0)
 
 
-@pytest.mark.parametrize("name", ["mlp", "gpt"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("gpt", marks=pytest.mark.thorough)])
 def test_plans_of_proposals_train_like_the_model(name: str) -> None:
     own, case = judge(name), models.case(name)
     checked = 0

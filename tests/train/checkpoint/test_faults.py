@@ -23,6 +23,7 @@ from raypar.train.checkpoint.storage import LocalStorage, Storage, UrlStorage
 from raypar.train.checkpoint.writing import note_name
 from raypar.train.config import CheckpointConfig
 from raypar.train.state import TrainState
+from tests._tiers import examples
 from tests.train.checkpoint.runs import differences, losses, plan_of, save, start
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -91,8 +92,9 @@ def test_any_write_may_fail(tmp_path: Path, running: Run, monkeypatch: pytest.Mo
 
 def test_random_kills(tmp_path: Path) -> None:
     """SIGKILL at random moments, over and over in one folder; see `killed.py`."""
+    kills = examples(4, 8)
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.train.checkpoint.killed", str(tmp_path), "8", "1"],
+        [sys.executable, "-m", "tests.train.checkpoint.killed", str(tmp_path), str(kills), "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -101,7 +103,7 @@ def test_random_kills(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
     found = json.loads(ended.stdout.splitlines()[-1])
-    assert found["kills"] == 8
+    assert found["kills"] == kills
     assert found["broken"] == found["lost"] == found["other_losses"] == 0
     assert found["steps"] > 2
 

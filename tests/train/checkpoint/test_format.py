@@ -20,6 +20,7 @@ from raypar.train.checkpoint import Checkpoint
 from raypar.train.checkpoint.format import BLOCK, Index, SavedFile, SavedPiece, SavedTensor
 from raypar.train.checkpoint.image import lay_out
 from raypar.train.checkpoint.sealed import FORMAT, seal
+from tests._tiers import examples
 from tests.train.checkpoint.runs import losses, plan_of, start
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -83,7 +84,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(75, 300))
 @given(st.randoms(use_true_random=False), JSON)
 def test_any_value_anywhere_is_read_or_refused(draw: random.Random, value: Any) -> None:
     def change(inner: Any) -> None:
@@ -103,7 +104,7 @@ def test_any_value_anywhere_is_read_or_refused(draw: random.Random, value: Any) 
         Index.from_bytes(data, "x")
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(50, 200))
 @given(st.binary(max_size=200) | st.text(max_size=50).map(str.encode))
 def test_any_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(CheckpointError, match="x is damaged"):

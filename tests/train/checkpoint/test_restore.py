@@ -14,6 +14,7 @@ from raypar.errors import CheckpointError, OptimizerError
 from raypar.stages.recipe import LossScale, Recipe
 from raypar.train.checkpoint import Checkpoint, CheckpointStore
 from raypar.train.config import CheckpointConfig
+from tests._tiers import examples
 from tests.train.checkpoint.runs import (
     OPTIMIZERS,
     adamw,
@@ -29,7 +30,7 @@ from tests.train.checkpoint.runs import (
 SMALL = ("mlp", "sum_loss", "partly_frozen")
 
 
-@settings(max_examples=7)
+@settings(max_examples=examples(4, 7))
 @given(
     name=st.sampled_from(SMALL),
     optimizer=st.sampled_from(OPTIMIZERS),

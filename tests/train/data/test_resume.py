@@ -19,6 +19,7 @@ from raypar.errors import DataError
 from raypar.stages.spec import RankSpec
 from raypar.train.data import BatchForm, DataPosition, RandomState, batches, joined, peek
 from raypar.train.feed import DataFeed, HeldBatches
+from tests._tiers import examples
 from tests.stages.fakes import fake_specs
 from tests.train.data.sources import KINDS, Batch, Numbered, Stateful, batch_of, by_number
 
@@ -93,7 +94,7 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=6)
+@settings(max_examples=examples(4, 6))
 @given(data=st.data())
 def test_runs_that_stop_anywhere_and_change_their_ranks_read_what_one_run_reads(
     kind: str, data: st.DataObject

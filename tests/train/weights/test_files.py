@@ -22,6 +22,7 @@ from raypar.sharding.pieces import Piece, piece_of
 from raypar.train.checkpoint import Checkpoint
 from raypar.train.checkpoint.sealed import FORMAT
 from raypar.train.weights import Weights, copy_checkpoint, save_as_checkpoint, weights_at
+from tests._tiers import examples
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.float16)
 
@@ -166,7 +167,7 @@ def test_what_is_no_file_of_weights_is_told_with_what_to_give(tmp_path: Path) ->
     assert weights_at(tmp_path / "bin", torch_files=True).read("w").tolist() == [1.0, 1.0]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(37, 150), deadline=None)
 @given(st.data())
 def test_damaged_headers_end_in_clear_errors(data: st.DataObject) -> None:
     raw = bytearray(save({"a": torch.ones(3, 2), "b": torch.ones(2, dtype=torch.int64)}))

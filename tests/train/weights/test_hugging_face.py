@@ -84,7 +84,14 @@ def begun(kind: str, folder: Path, **changed: Any) -> rp.Result:
     return rp.Trainer(functools.partial(made, kind), **{**arguments, **changed}).fit()
 
 
-@pytest.mark.parametrize("kind", ["llama-tied", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama-tied",
+        pytest.param("gpt2", marks=pytest.mark.thorough),
+        pytest.param("t5", marks=pytest.mark.thorough),
+    ],
+)
 def test_transformers_loads_what_was_trained_from_its_folder(
     kind: str, base: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -103,7 +103,9 @@ def model_alone(file: Path) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in (2, 3, 4))]
+)
 def test_training_goes_on_as_in_one_process_that_loaded_the_file(
     trainer: Callable[..., rp.Trainer], file: Path, seed: int
 ) -> None:
