@@ -55,6 +55,7 @@ def acquire(
     *,
     attempt_s: float = _ATTEMPT_S,
     may_grow: bool = False,
+    deadline_key: str = "deadline_s",
     seed: int | None = None,
 ) -> list[PlacementGroup]:
     """Creates all placement groups, or none.
@@ -65,6 +66,7 @@ def acquire(
         attempt_s: Least seconds that one attempt waits for its groups before it gives them all
             back; each waits a random time up to three times that.
         may_grow: The cluster has an autoscaler: do not refuse what its present nodes cannot hold.
+        deadline_key: What the caller's users know `deadline_s` as; told when it has passed.
         seed: Makes the random waits repeatable; by default they differ from process to process,
             which is what keeps contenders apart.
 
@@ -101,7 +103,8 @@ def acquire(
         if left <= 0:
             break
         time.sleep(min(left, chance.uniform(0.05, backoff)))
-    raise ClusterError(_busy(requests, time.monotonic() - began, attempts))
+    more = f"{deadline_key}={4 * deadline_s:g}"
+    raise ClusterError(_busy(requests, time.monotonic() - began, attempts, more))
 
 
 @contextmanager
@@ -272,13 +275,13 @@ def _create(request: PlacementRequest) -> PlacementGroup:
         raise ClusterError(f"Ray refuses placement group {request.name!r}: {error}") from error
 
 
-def _busy(requests: Sequence[PlacementRequest], waited_s: float, attempts: int) -> str:
+def _busy(requests: Sequence[PlacementRequest], waited_s: float, attempts: int, more: str) -> str:
     nodes = node_states()
     return (
         f"the cluster is busy: after {waited_s:.1f} s and {attempts} attempts there was still no "
         f"room for {asked(requests)}.\nAlive nodes:\n{table(nodes)}\nIn the way:\n"
-        f"{in_the_way(requests, nodes, holders())}\nWait for them or stop them, raise the deadline "
-        f"(deadline_s), or set {requests[0].key} to a number that fits what is free."
+        f"{in_the_way(requests, nodes, holders())}\nWait for them or stop them, set a longer "
+        f"deadline ({more}), or set {requests[0].key} to a number that fits what is free."
     )
 
 

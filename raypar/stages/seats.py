@@ -119,7 +119,8 @@ class Seats:
         """
         if settings.lent:
             return cls(settings, settings.lent)
-        groups = acquire(settings.requests, settings.deadline_s)
+        key = "ScalingConfig.placement_timeout_s"
+        groups = acquire(settings.requests, settings.deadline_s, deadline_key=key)
         return cls(
             settings,
             [BundleRange.own(r.name, g) for r, g in zip(settings.requests, groups, strict=True)],

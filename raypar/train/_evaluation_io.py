@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 _END = object()
 
 
-def read_batches(batches: Batches, seed: int) -> Iterator[Any]:
+def read_batches(batches: Batches, seed: int) -> Generator[Any]:
     """The batches of a data source; what its own code raises is told as such.
 
     Global random states are those of `seed` while it is read, so that every evaluation reads the
@@ -55,6 +56,32 @@ def read_batches(batches: Batches, seed: int) -> Iterator[Any]:
             f"batches: {error}"
             + (advice(error) or "; pass an iterable of batches, or a callable that returns one")
         ) from error
+
+
+EMPTY = (
+    "the evaluation data are empty: they hold no batch; pass an iterable of batches that can be "
+    "gone through again at every evaluation (a list, a DataLoader, a callable that returns one)"
+)
+
+
+def check_not_empty(batches: Batches, seed: int) -> None:
+    """Looks whether there is a first batch, where looking does not use it up.
+
+    What knows its length is not read.
+
+    Raises:
+        DataError: There is none, or reading it failed.
+    """
+    if isinstance(batches, Iterator):
+        return
+    try:
+        empty = not len(batches)  # type: ignore[arg-type]
+    except TypeError:  # of a callable, or of a stream
+        reading = read_batches(batches, seed)
+        with closing(reading):
+            empty = next(reading, _END) is _END
+    if empty:
+        raise DataError(EMPTY)
 
 
 @dataclass(frozen=True)

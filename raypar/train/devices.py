@@ -35,6 +35,7 @@ class Devices:
         self._tell = tell
         self._request: Any = None
         self._waited = False
+        self._shared = ""
 
     @property
     def device(self) -> str:
@@ -59,6 +60,13 @@ class Devices:
         session = connect(num_cpus=max(needed, os.cpu_count() or 1, _least(self._settings)))
         stack.callback(session.close)
         signals.take()
+        if session.shared_cpus is not None:
+            self._shared = (
+                f"this run shares the Ray with {session.shared_cpus} CPUs that another run of this "
+                "process began for itself; for more, call ray.init(num_cpus=...) before both, with "
+                "the devices of both together"
+            )
+            self._tell("ray", self._shared)
         self._request = stack.enter_context(ScaleRequest())
 
     def find(self, plan: Plan | None, *, lost: bool = False) -> Cluster:
@@ -134,6 +142,7 @@ class Devices:
         return ClusterError(
             f"ScalingConfig(num_workers={scaling.num_workers}) needs {least} devices: the cluster "
             f"has {there} devices ({self.device}), and {waited}; {fewer}add nodes"
+            + (f". Note that {self._shared}" if self._shared else "")
         )
 
     def _there(self) -> int:

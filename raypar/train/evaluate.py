@@ -23,7 +23,7 @@ from raypar.stages.evaluation import Outcome, Parcel
 from raypar.stages.forward_spec import ForwardSpec
 from raypar.stages.run import Run
 from raypar.stages.spec import RankSpec
-from raypar.train._evaluation_io import Batches, parcel, read_batches, whole_of
+from raypar.train._evaluation_io import EMPTY, Batches, parcel, read_batches, whole_of
 from raypar.train.data.form import leaves_as
 
 Select = Callable[[Any], Any]
@@ -140,11 +140,7 @@ class Evaluator:
                 samples += form.graph.global_batch
                 count += 1
         if not count:
-            raise DataError(
-                "the evaluation data are empty: they hold no batch; pass an iterable of batches "
-                "that can be gone through again at every evaluation (a list, a DataLoader, a "
-                "callable that returns one)"
-            )
+            raise DataError(EMPTY)
         means = {n: totals[n] / weighed[n] if weighed[n] else math.nan for n in totals}
         return {**means, "samples": samples, "batches": count}
 

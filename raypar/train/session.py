@@ -33,11 +33,18 @@ class _Connection:
     Args:
         folder: Files of a Ray that was started here.
         env: Environment variables to set back at the end.
+        cpus: Logical CPUs of a Ray that was started here.
     """
 
-    def __init__(self, folder: str | None = None, env: dict[str, str | None] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | None = None,
+        env: dict[str, str | None] | None = None,
+        cpus: int | None = None,
+    ) -> None:
         self._folder = folder
         self._env = env or {}
+        self.cpus = cpus
         self.users = 0
 
     def end(self) -> None:
@@ -56,11 +63,17 @@ class RaySession:
 
     Args:
         connection: What raypar began; None where the connection was there.
+
+    Attributes:
+        seconds: What starting or connecting took.
+        shared_cpus: Logical CPUs of a private Ray that another run of this process started, for
+            itself, and that this one uses as well; else None.
     """
 
     def __init__(self, connection: _Connection | None = None) -> None:
         global _begun
         self.seconds = 0.0
+        self.shared_cpus = connection.cpus if connection and connection.users else None
         self._connection = connection
         if connection is not None:
             connection.users += 1
@@ -124,7 +137,7 @@ def _started(num_cpus: int, log_to_driver: bool) -> RaySession:
     _folders.remove_stale(base)
     folder = _folders.make(base)
     env = _swap({"RAY_ADDRESS": None, **_authentication()})
-    session = RaySession(_Connection(folder, env))
+    session = RaySession(_Connection(folder, env, num_cpus))
     try:
         with _quiet():
             ray.init(

@@ -21,6 +21,7 @@ from raypar.plan import Plan
 from raypar.report.run.writer import PredictionWriter
 from raypar.stages.recipe import LossScale, SchedulerFn
 from raypar.stages.spec import Engine, OptimizerFn
+from raypar.train._evaluation_io import check_not_empty
 from raypar.train._run_lock import locked
 from raypar.train.attempt import Clock, Prepared
 from raypar.train.attempts import Attempts, Teller, check_restartable
@@ -234,6 +235,8 @@ class Trainer:
             batch_dims=settings.batch_dims,
         )
         form = BatchForm(opened.example, settings.batch_dims)
+        if settings.eval_data is not None:
+            check_not_empty(settings.eval_data, settings.seed)
         clock.mark("data")
         with ExitStack() as stack:
             signals = stack.enter_context(terminating())

@@ -101,7 +101,8 @@ def test_a_busy_cluster_is_waited_for_and_then_told(ray_session: str) -> None:
 
     with acquired([_want("the-other-run", *[1] * 14)]):
         with pytest.raises(ClusterError) as caught:
-            acquire([_want("a", 1, 1), _want("b", 4)], 0.6, attempt_s=0.2)
+            acquire([_want("a", 1, 1), _want("b", 4)], 0.6, attempt_s=0.2, deadline_key="patience")
+        assert "set a longer deadline (patience=2.4)" in str(caught.value)
         assert "placement group the-other-run: 14 CPU" in str(caught.value)
         assert _held() == ["the-other-run"]
 

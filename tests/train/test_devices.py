@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ from torch import nn
 import raypar as rp
 from raypar.mesh.autoscaler import await_devices
 from raypar.train.attempts import Attempts
-from raypar.train.devices import suits
+from raypar.train.devices import Devices, suits
+from raypar.train.signals import terminating
 
 
 class World:
@@ -227,3 +230,23 @@ def test_in_process_a_plan_that_leaves_devices_idle_is_predicted_all_the_same(
             scaling_config=rp.ScalingConfig(num_workers=0),
         ).fit()
     assert (result.path / "predicted.json").is_file()
+
+
+def test_too_few_devices_of_another_run_s_ray_are_told_with_whose_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "raypar.train.session.connect",
+        lambda **_: SimpleNamespace(shared_cpus=2, close=lambda: None),
+    )
+    monkeypatch.setattr("raypar.mesh.discover.devices_now", lambda _: 2)
+    monkeypatch.setattr("raypar.mesh.autoscaler.has_autoscaler", lambda: False)
+    told: list[str] = []
+    settings = trainer(tmp_path, 0, scaling_config=rp.ScalingConfig(num_workers=4)).settings
+    devices = Devices(settings, lambda kind, text: told.append(f"{kind}: {text}"))
+    with ExitStack() as stack, terminating() as signals:
+        devices.connect(None, signals, stack)
+        assert len(told) == 1
+        assert told[0].startswith("ray: this run shares the Ray with 2 CPUs")
+        with pytest.raises(rp.ClusterError, match=r"needs 4 devices.* 2 devices.*shares the Ray"):
+            devices.find(None)

@@ -100,7 +100,8 @@ def test_runs_on_several_threads_share_a_ray_and_the_last_one_ends_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake = Fake(monkeypatch)
-    first, second = session.connect("local"), session.connect("local")
+    first, second = session.connect("local", num_cpus=3), session.connect("local")
+    assert (first.shared_cpus, second.shared_cpus) == (None, 3)
     first.close()
     first.close()  # twice is once
     assert fake.told == ["init"]

@@ -45,6 +45,32 @@ def fit(tmp_path: Path) -> Callable[..., rp.Result]:
 
 
 @pytest.mark.parametrize(
+    "nothing",
+    [
+        [],
+        torch.utils.data.DataLoader(torch.empty(0, 6), batch_size=8),
+        list,
+        lambda: (batch for batch in ()),
+    ],
+    ids=["list", "loader", "returns a list", "returns a generator"],
+)
+def test_empty_evaluation_data_are_told_before_a_step(
+    fit: Callable[..., rp.Result], tmp_path: Path, nothing: Any
+) -> None:
+    with pytest.raises(rp.DataError, match="the evaluation data are empty"):
+        fit(eval_data=nothing)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_stream_to_evaluate_on_loses_nothing_to_the_look_at_it(
+    fit: Callable[..., rp.Result],
+) -> None:
+    found = fit(eval_data=lambda: iter(batches(2)), eval_every=3)
+    assert found.metrics["eval_batches"] == 2
+    assert fit(eval_data=iter(batches(2))).metrics["eval_batches"] == 2
+
+
+@pytest.mark.parametrize(
     ("changed", "text"),
     [
         ({"clip_norm": "1"}, r"clip_norm is '1'; give a number above 0"),
