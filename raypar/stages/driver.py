@@ -118,6 +118,7 @@ class Driver:
         self._events: queue.SimpleQueue[Rows | Ended] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._stop = threading.Event()
+        self._turn = threading.Lock()  # all ranks are let go, or all told where to end
         self._release_lock = threading.Lock()
 
     def start(self, specs: list[Any], feeds: list[Any], runners: list[Any]) -> Started | RunFailure:
@@ -225,9 +226,10 @@ class Driver:
         """
         cpu, began = time.process_time(), time.perf_counter()
         try:
-            if self._stop.is_set():
-                self._stop.clear()
-                ray.get([actor.call.remote("go_on", ()) for actor in self._actors])
+            with self._turn:
+                if self._stop.is_set():
+                    self._stop.clear()
+                    ray.get([actor.call.remote("go_on", ()) for actor in self._actors])
             failure = self._drive(first, first + steps, max(horizon, first + steps))
         except BaseException as error:
             self._release()
@@ -315,13 +317,16 @@ class Driver:
     @ray.method(concurrency_group="control")
     def request_stop(self) -> None:
         """Has the `train` under way end before the first step that no rank has begun."""
-        self._stop.set()
-        end: int | None = None
-        with contextlib.suppress(RayError):  # who is dead is found by the calls under way
-            begun = ray.get([actor.hold.remote() for actor in self._actors], timeout=_STOP_S)
-            end = max(begun) + 1
-        for actor in self._actors:  # also where not all answered: nobody may be held for ever
-            actor.end_at.remote(end)
+        with self._turn:
+            self._stop.set()
+            end: int | None = None
+            with contextlib.suppress(RayError):  # who is dead is found by the calls under way
+                begun = ray.get([actor.hold.remote() for actor in self._actors], timeout=_STOP_S)
+                end = max(begun) + 1
+            # Also where not all answered: nobody may be held for ever.
+            told = [actor.end_at.remote(end) for actor in self._actors]
+            with contextlib.suppress(RayError):
+                ray.get(told, timeout=_STOP_S)  # they may not overtake what lets ranks go
 
     @ray.method(concurrency_group="control")
     def close(self) -> None:

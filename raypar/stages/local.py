@@ -91,6 +91,7 @@ class LocalRun(Run):
         self._timeout_s = timeout_s
         self._replies: queue.SimpleQueue[tuple[int, str, Any]] = queue.SimpleQueue()
         self._seats: list[_Seat] = []
+        self._turn = threading.Lock()  # all ranks are let go, or all told where to end
         self._world: LocalWorld | None = None
 
     def start(self) -> dict[str, float]:
@@ -129,9 +130,10 @@ class LocalRun(Run):
         if not self._seats:
             raise RayparError("the run has not been started: call start() first")
         until, following = first_step + steps, first_step
-        for seat in self._seats:
-            assert seat.worker is not None
-            seat.worker.go_on()
+        with self._turn:
+            for seat in self._seats:
+                assert seat.worker is not None
+                seat.worker.go_on()
         for seat in self._seats:
             seat.do("chunk", partial(self._train_rank, seat, first_step, steps, horizon))
         waiting = set(range(len(self._seats)))
@@ -178,9 +180,10 @@ class LocalRun(Run):
         """See `Run.request_stop`."""
         workers = [seat.worker for seat in self._seats if seat.worker is not None]
         if workers:
-            end = max([worker.hold() for worker in workers]) + 1
-            for worker in workers:
-                worker.end_at(end)
+            with self._turn:
+                end = max([worker.hold() for worker in workers]) + 1
+                for worker in workers:
+                    worker.end_at(end)
 
     def _reached(self, chunks: Sequence[Chunk], until: int) -> bool:
         """Whether every rank has finished the steps before the failing one."""

@@ -242,7 +242,7 @@ class TrainLoop:
     def _at_border(self) -> None:
         limits, step = self._limits, self.state.step
         late = self._late()
-        self.stopped = "interrupted" if self._signal is not None else late
+        self.stopped = late
         last = step >= limits.steps or self._ended or bool(late)
         if self._due(limits.evaluate_steps) or (limits.evaluate and last):
             self._evaluate()
@@ -251,6 +251,8 @@ class TrainLoop:
         )
         if (self._due(limits.checkpoint_steps) or by_time) and self._saved_at != step:
             self._save()
+        if self._signal is not None:  # it came meanwhile: no other step begins
+            self.stopped = "interrupted"
 
     def _due(self, period: int | None) -> bool:
         return bool(period) and self.state.step % int(period or 1) == 0

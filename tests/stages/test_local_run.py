@@ -144,6 +144,27 @@ def test_a_stop_ends_all_ranks_before_the_same_step_and_training_goes_on() -> No
         assert run.train(following, 2, horizon=following + 9) == following + 2
 
 
+def test_a_stop_while_ranks_are_let_go_ends_all_of_them_before_the_same_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with run_with(world=2) as run:
+        run.train(0, 2)
+        last = run._seats[1].worker
+        assert last is not None
+        let_go, stop = last.go_on, threading.Thread(target=run.request_stop)
+
+        def late() -> None:
+            stop.start()
+            stop.join(0.3)  # between the first rank and the last, if it can be
+            let_go()
+
+        monkeypatch.setattr(last, "go_on", late)
+        following = run.train(2, 100_000)
+        stop.join()
+        assert following < 100_002
+        assert run.call("completed_steps") == [following] * 2
+
+
 def test_a_call_reaches_worker_and_runner_and_names_what_is_not_there() -> None:
     with run_with(world=2) as run:
         assert [sorted(m) for m in run.call("memory")] == [["parameters", "total"]] * 2

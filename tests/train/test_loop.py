@@ -190,6 +190,22 @@ class Failing(FakeRun):
         return reached
 
 
+def test_an_interruption_in_an_evaluation_begins_no_other_step() -> None:
+    run = FakeRun()
+
+    class Interrupted(Told):
+        def evaluate(self, step: int) -> dict[str, Any]:
+            loop.interrupt(KeyboardInterrupt())
+            return super().evaluate(step)
+
+    told = Interrupted()
+    loop = loop_of(run, told, steps=10, evaluate_steps=3)
+    with pytest.raises(KeyboardInterrupt):
+        loop.go()
+    assert told.other() == [("evaluate", 3), ("checkpoint", 3)]
+    assert max(step for kind, step in told.events if kind == "step") == 2
+
+
 def test_an_interruption_wins_over_what_fails_meanwhile() -> None:
     run = Failing(0.01)
     loop = loop_of(run, Told(), steps=1000)

@@ -1,0 +1,58 @@
+"""The driver actor's own code, on actors that answer at once. Starts no Ray."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from raypar.stages.driver import Driver
+from raypar.stages.worker import _Gate
+
+
+class Remote:
+    """A method of an actor that has answered when it was called."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.remote = method
+
+
+class Rank:
+    def __init__(self) -> None:
+        self.gate = _Gate()
+        self.hold = Remote(self.gate.hold)
+        self.end_at = Remote(self.gate.end_at)
+        self.call = Remote(self.calls)
+
+    def calls(self, method: str, args: tuple[Any, ...]) -> None:
+        assert (method, args) == ("go_on", ())
+        self.gate.end_at(None)
+
+
+def test_a_stop_while_ranks_are_let_go_is_heard_by_all_or_by_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("raypar.stages.driver.ray.get", lambda answers, timeout=None: answers)
+    settings: Any = None
+    driver = Driver([], settings)
+    first, last = Rank(), Rank()
+    driver._actors = [first, last]
+    driver.request_stop()  # of the steps before these
+    stop = threading.Thread(target=driver.request_stop)
+
+    def late(method: str, args: tuple[Any, ...]) -> None:
+        stop.start()
+        stop.join(0.3)  # between the first rank and the last, if it can be
+        last.calls(method, args)
+
+    monkeypatch.setattr(last.call, "remote", late)
+
+    def drive(*_: int) -> None:
+        stop.join()
+
+    monkeypatch.setattr(driver, "_drive", drive)
+    driver.train(0, 5, 5)
+    assert first.gate.admits(0) == last.gate.admits(0)
+    assert driver._stop.is_set(), "the steps under way are to end"
