@@ -16,7 +16,15 @@ from raypar.testing.plans import random_plan
 from tests._tiers import examples
 
 CASES = models.cases(hf=False)
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+# As "lstm", but for the order of two dims; it is the slowest of all.
+REPEATED = {"lstm_time_first"}
+every_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.thorough] * (case.name in REPEATED))
+        for case in CASES
+    ],
+)
 
 
 def capture_case(case, **options):

@@ -77,7 +77,7 @@ def trainer_of(config: dict[str, Any], folder: Path) -> rp.Trainer:
         data=[(torch.ones(4, 4), torch.ones(4))],
         steps=config["steps"],
         scaling_config=rp.ScalingConfig(num_workers=config["workers"]),
-        search_config=rp.SearchConfig(stages=config["stages"], microbatches=2),
+        search_config=rp.SearchConfig(planner="alpa", stages=config["stages"], microbatches=2),
         run_config=rp.RunConfig(name="donor", storage_path=folder, log_every=0),
     )
 
