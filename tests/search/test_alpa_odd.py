@@ -15,6 +15,8 @@ from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster, Node
 from raypar.mesh.devices import DeviceKind, Link, device_kind
+from raypar.search.interop import ways
+from raypar.search.intra.planner import OutOfTimeError
 from raypar.search.planners.alpa import AlpaSearch
 from raypar.search.simulate import simulate
 from raypar.testing import models, random_plan
@@ -129,9 +131,9 @@ def test_a_search_whose_time_is_over_gives_what_it_has(monkeypatch: pytest.Monke
     tried: list[object] = []
     real = AlpaSearch._try
 
-    def counted(self: AlpaSearch, split: Any, sizes: Any) -> None:
+    def counted(self: AlpaSearch, split: Any, sizes: Any, wish: Any) -> None:
         tried.append(split)
-        real(self, split, sizes)
+        real(self, split, sizes, wish)
 
     monkeypatch.setattr(AlpaSearch, "_try", counted)
     cluster = nodes((slow("one"), 4))
@@ -141,3 +143,46 @@ def test_a_search_whose_time_is_over_gives_what_it_has(monkeypatch: pytest.Monke
     hasty = alpa(cluster, budget_s=1e-9)
     assert len(tried) == 1 < count
     assert hasty.predicted["step_s"] >= whole.predicted["step_s"]
+
+
+def test_meshes_with_two_axes_are_tried_last_from_the_best_microbatches_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[tuple[int | None, int]] = []
+    real = AlpaSearch._try
+
+    def noted(self: AlpaSearch, split: Any, sizes: Any, wish: Any) -> None:
+        tried.append((wish.axes, split.local_batch))
+        real(self, split, sizes, wish)
+
+    monkeypatch.setattr(AlpaSearch, "_try", noted)
+    config = rp.SearchConfig(planner="alpa", zero=0, recompute="none")
+    search = AlpaSearch(captured("mlp"), nodes((slow("one"), 4)), config)
+    kept = search.search()
+    lines = [size for axes, size in tried if axes == 1]
+    grids = [size for axes, size in tried if axes is None]
+    assert tried == [(1, size) for size in lines] + [(None, size) for size in grids]
+    assert lines == sorted(lines)
+    assert grids
+    assert len({(c.split, c.step_s) for c in kept}) == len(kept)
+    tried.clear()
+    AlpaSearch(captured("mlp"), nodes((slow("one"), 2)), config).search()
+    assert {axes for axes, _ in tried} == {1}
+
+
+def test_a_mesh_whose_program_takes_too_long_does_not_end_the_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    solve = ways.plan_intra
+
+    def hasty(graph: Any, machine: Any, settings: Any) -> Any:
+        if len(machine.mesh.inner) == 2:
+            raise OutOfTimeError("no time")
+        return solve(graph, machine, settings)
+
+    graph = captured("mlp")
+    monkeypatch.setattr(graph, "memo", {})
+    monkeypatch.setattr(ways, "plan_intra", hasty)
+    config = rp.SearchConfig(planner="alpa", zero=0, recompute="none")
+    cluster = nodes((slow("one"), 4))
+    check_plan(AlpaSearch(graph, cluster, config).run(), graph, cluster)

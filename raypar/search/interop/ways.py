@@ -33,7 +33,7 @@ from raypar.search.interop.space import AXIS_NAMES, Split, mesh_shapes
 from raypar.search.interop.units import Units
 from raypar.search.intra.allowed import allow
 from raypar.search.intra.forms import take_forms
-from raypar.search.intra.planner import plan_intra
+from raypar.search.intra.planner import OutOfTimeError, plan_intra
 from raypar.search.intra.settings import Graph, IntraSettings, read_graph
 from raypar.sharding.blocks import annotate_blocks
 from raypar.sharding.rules.base import Strategy
@@ -51,12 +51,14 @@ class Wish:
             (`raypar.search.intra.forms`); all other ops are free.
         recompute: The recompute policy; ``auto``: every one.
         zero: The ZeRO level; ``auto``: every one that can pay.
+        axes: Most axes that a mesh may have besides the replicas'; None: any number.
     """
 
     modes: str | None = None
     forms: tuple[tuple[str, str], ...] = ()
     recompute: str = "auto"
     zero: int | Literal["auto"] = "auto"
+    axes: int | None = None
 
 
 ANY = Wish()
@@ -136,6 +138,12 @@ class WayMaker:
         """How many integer programs were solved."""
         return len(self._chosen)
 
+    @property
+    def most_axes(self) -> int:
+        """Axes that a mesh may have besides the replicas'."""
+        sizes = range(1, 1 + max(node.devices for node in self.cluster.nodes))
+        return max(len(shape) for size in sizes for shape in self._shapes(size))
+
     def like(self, config: SearchConfig, cluster: Cluster | None = None) -> WayMaker:
         """One for other options that knows every sharding that this one knows, and shares more.
 
@@ -160,6 +168,8 @@ class WayMaker:
         """
         found: list[Way] = []
         for shape in self._shapes(size):
+            if wish.axes is not None and len(shape) > wish.axes:
+                continue
             mesh = MeshSlice(
                 tuple(devices), (split.replicas, *shape), (DATA, *AXIS_NAMES[: len(shape)])
             )
@@ -304,7 +314,11 @@ class WayMaker:
         if known is None:
             settings = self._settings(split, modes, forms=forms)
             short = self.short(split.local_batch)
-            known = self._chosen[key] = plan_intra(short.graph, machine, settings).choices
+            try:
+                known = plan_intra(short.graph, machine, settings).choices
+            except OutOfTimeError:
+                known = {}  # every op runs whole: a poor way, but the others are not lost for it
+            self._chosen[key] = known
         return known
 
     def _state(self, split: Split, solved: _Solved, machine: MeshMachine, zero: int) -> StateCosts:

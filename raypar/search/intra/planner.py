@@ -40,6 +40,10 @@ _PRICES = (0.9, 1.1, 2.0, float("inf"))
 """Prices of a byte at which tied programs are solved, relative to that of the relaxation."""
 
 
+class OutOfTimeError(PlanError):
+    """The solver found no strategies in the time it was given."""
+
+
 def plan_intra(
     source: Source, machine: MeshMachine, settings: IntraSettings | None = None
 ) -> IntraPlan:
@@ -52,6 +56,7 @@ def plan_intra(
 
     Raises:
         PlanError: It does not fit the memory however it is sharded, or the filter leaves no way.
+        OutOfTimeError: The solver found nothing in time.
     """
     search = _Search(source, machine, settings or IntraSettings())
     return search.run()
@@ -95,7 +100,7 @@ class _Search:
         answer, found = self._solve(self.classes)
         self.stats |= {"parts": 1, "gap": 0.0}
         if not found[0]:
-            raise PlanError(
+            raise OutOfTimeError(
                 f"no strategies were found for {len(self.graph.ops)} ops on a mesh of "
                 f"{list(self.prices.mesh)} in {self.settings.time_limit_s} s; give more, as "
                 f"time_limit_s={10 * self.settings.time_limit_s:g}, or fewer choices (`allowed`)"

@@ -27,6 +27,7 @@ from raypar.search.interop.space import (
     splits,
     stage_sizes,
 )
+from raypar.search.interop.ways import ANY, Wish
 from raypar.search.interop.workbench import MOST_STAGES, Workbench
 from raypar.search.planners.base import Planner, register_planner
 
@@ -111,22 +112,42 @@ class AlpaSearch:
         return [self.build(candidate) for candidate in self.search()]
 
     def search(self) -> list[Candidate]:
-        """The best pipelines, fastest first; once time is over, of what was tried until then."""
+        """The best pipelines, fastest first; once time is over, of what was tried until then.
+
+        Integer programs of meshes with one axis are solved far faster than with two. Therefore the
+        former are tried with all sizes of microbatches before the latter, which begin with the
+        sizes that were best.
+        """
         by_size: dict[int, list[Split]] = {}
         for split in splits(self.graph, self.cluster, self.config):
             by_size.setdefault(split.local_batch, []).append(split)
+        reached = self._walk(sorted(by_size.items()), Wish(axes=1))
+        if self.bench.maker.most_axes > 1:
+            order = sorted(by_size, key=lambda size: (reached.get(size, float("inf")), size))
+            self._walk([(size, by_size[size]) for size in order], ANY)
+        return self.kept
+
+    def _walk(self, groups: Sequence[tuple[int, Sequence[Split]]], wish: Wish) -> dict[int, float]:
+        """Tries sizes of microbatches one after the other.
+
+        Returns:
+            Size → seconds of the best of its pipelines that was kept.
+        """
         worse = 0
-        for _, group in sorted(by_size.items()):
+        reached: dict[int, float] = {}
+        for size, group in groups:
             before = self._limit()
             for _, split, sizes in sorted(self._promising(group), key=lambda one: one[0]):
                 if self._over():
-                    return self.kept
-                self._try(split, sizes)
+                    return reached
+                self._try(split, sizes, wish)
+            own = [c.step_s for c in self.kept if c.split.local_batch == size]
+            reached[size] = min(own, default=float("inf"))
             # Larger microbatches only pay up to a point; two sizes without gain end the search.
             worse = worse + 1 if self.kept and self._limit() >= before else 0
             if worse == 2:
                 break
-        return self.kept
+        return reached
 
     def _over(self) -> bool:
         """Whether there is a pipeline, and no time to look for a better one."""
@@ -159,7 +180,7 @@ class AlpaSearch:
         period = max(whole / slots, unit, self.bench.least_period(split))
         return float(whole + (split.microbatches - 1) * period)
 
-    def _try(self, split: Split, sizes: Mapping[int, float]) -> None:
+    def _try(self, split: Split, sizes: Mapping[int, float], wish: Wish) -> None:
         tables: dict[int, list[WayTable]] = {}
         smallest = min(sizes)
         if min(sizes.values()) >= self._worst():
@@ -171,7 +192,7 @@ class AlpaSearch:
                 continue
             if self._over():
                 break
-            found = self.bench.tables(split, size, smallest)
+            found = self.bench.tables(split, size, smallest, wish)
             if found:
                 tables[size] = found
         if not tables:
@@ -211,6 +232,9 @@ class AlpaSearch:
         return [{n: t[:: n // unit]} for n, t in tables.items()]
 
     def _keep(self, candidate: Candidate) -> None:
+        found = candidate.split, candidate.step_s
+        if found in [(c.split, c.step_s) for c in self.kept]:
+            return  # the second walk meets what the first one found
         self.kept.append(candidate)
         self.kept.sort(key=lambda c: c.step_s)
         del self.kept[_KEPT:]
