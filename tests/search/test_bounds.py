@@ -45,7 +45,9 @@ def _mlp(width: int = 64, samples: int = 8) -> OpGraph:
 # -- the bound holds --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpt", "lstm", "moe_sparse"])
+@pytest.mark.parametrize(
+    "name", ["gpt", "lstm", pytest.param("moe_sparse", marks=pytest.mark.thorough)]
+)
 def test_no_random_plan_is_faster(name):
     case = next(c for c in cases(hf=False) if c.name == name)
     graph = capture(lambda: case.model_fn(seed=0), case.batch(seed=0), case.loss_fn)

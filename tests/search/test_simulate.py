@@ -480,7 +480,7 @@ def zoo() -> dict[str, OpGraph]:
     return found
 
 
-@pytest.mark.parametrize("name", ["gpt", "cnn", "t5"])
+@pytest.mark.parametrize("name", ["gpt", "cnn", pytest.param("t5", marks=pytest.mark.thorough)])
 def test_random_plans_play_to_their_end(zoo: dict[str, OpGraph], name: str) -> None:
     cluster = Cluster.local(4)
     for seed in range(examples(1, 2)):
