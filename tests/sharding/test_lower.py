@@ -46,7 +46,7 @@ def _values(name: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize(
     "name",
-    # What these do, the meshes' law has for T5, and "gpt" for the other one.
+    # T5 is in the law on meshes, and GPT-2 has the ops of "gpt".
     [
         pytest.param(name, marks=[pytest.mark.thorough] * (name in ("t5", "hf_gpt2")))
         for name in NAMES
