@@ -1,7 +1,7 @@
 """Plans for clusters that are described, not owned: the default search beside all it has to beat.
 
     python release/virtual.py [--clusters v100_25g,slow_host] [--models GPT-39B,T5-11B]
-                              [--played 8] [--again] [--json FILE]
+                              [--played 8] [--again] [--only auto] [--json FILE]
 
 For every cluster of `clusters/*.yaml` and model of `workloads.VIRTUAL`, each captured anew for each
 planner: the default search (planner ``auto``), every exact planner that is registered, and the best
@@ -13,7 +13,8 @@ On clusters of unequal nodes it plans once more as if all were the slowest: the 
 is given as a share of Σ speed / (n · slowest speed), speeds being the devices' peak rates for the
 model's dtype.
 
-Cases that the JSON file has are not run again. Exits with 1 where the default search's plan is
+Cases that the JSON file has are not run again; with ``--only`` one planner is, and the other rows
+of these cases are kept. Exits with 1 where the default search's plan is
 slower than another one's, or took longer than 120 s of the processor.
 """
 
@@ -29,6 +30,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # started by path: the project's root holds `release`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -155,13 +157,17 @@ def as_slowest(cluster: Cluster, workload: Workload) -> Cluster:
     return Cluster(nodes, f"{cluster.name}, all as the slowest")
 
 
-def run_case(file: Path, workload: Workload, most_played: int) -> Outcome:
-    """One model on one cluster."""
-    cluster = Cluster.load(file)
-    when = (
+def _when() -> str:
+    return (
         f"{datetime.date.today()}, {platform.processor() or platform.machine()}, "
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     )
+
+
+def run_case(file: Path, workload: Workload, most_played: int) -> Outcome:
+    """One model on one cluster."""
+    cluster = Cluster.load(file)
+    when = _when()
     names = ["auto", *(name for name in EXACT if name in planner_names())]
     rates = speeds(cluster, workload)
     planners = {name: plan_with(workload, cluster, name) for name in names}
@@ -172,6 +178,16 @@ def run_case(file: Path, workload: Workload, most_played: int) -> Outcome:
         hand, ranked = by_hand(workload, cluster, most_played)
     ideal = sum(rates) / (len(rates) * min(rates))
     return Outcome(file.stem, workload.name, when, planners, hand, ranked, slow_s, ideal)
+
+
+def run_again(file: Path, workload: Workload, planner: str, known: dict[str, Any]) -> Outcome:
+    """One planner's row of a case anew, all others as they were."""
+    rows = {name: Found(**row) for name, row in known["planners"].items()}
+    rows[planner] = plan_with(workload, Cluster.load(file), planner)
+    hand = Found(**known["by_hand"]) if known["by_hand"] else None
+    same = {name: known[name] for name in ("ranked", "as_slowest_s", "ideal")}
+    when = known["when"].partition("; ")[0] + f"; {planner} {_when()}"
+    return Outcome(file.stem, workload.name, when, rows, hand, **same)
 
 
 def show(found: Outcome) -> bool:
@@ -203,6 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", default=",".join(VIRTUAL), help="comma-separated")
     parser.add_argument("--played", type=int, default=8, help="plans by hand to simulate")
     parser.add_argument("--again", action="store_true", help="also what the JSON file has")
+    parser.add_argument("--only", choices=planner_names(), help="run one planner of known cases")
     parser.add_argument("--json", type=Path, default=RESULTS)
     asked = parser.parse_args(arguments)
     for kind, names, known in (
@@ -213,17 +230,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if name not in known:
                 parser.error(f"no {kind} {name!r}; there are {', '.join(known)}")
     torch.set_num_threads(1)
-    results: dict[str, object] = {}
+    results: dict[str, Any] = {}
     if asked.json.exists():
         results = json.loads(asked.json.read_text(encoding="utf-8"))["cases"]
     failed = 0
     for cluster in asked.clusters.split(","):
         for model in asked.models.split(","):
             key = f"{model}@{cluster}"
-            if key in results and not asked.again:
+            if key in results and not (asked.again or asked.only):
                 print(f"{key}: {asked.json} has it")
                 continue
-            found = run_case(files[cluster], VIRTUAL[model], asked.played)
+            if asked.only and key in results:
+                found = run_again(files[cluster], VIRTUAL[model], asked.only, results[key])
+            else:
+                found = run_case(files[cluster], VIRTUAL[model], asked.played)
             failed += not show(found)
             sys.stdout.flush()
             results[key] = {**asdict(found), "share": found.share}

@@ -87,12 +87,13 @@ class Drafter:
         self.bench = space.bench
         self._tables: OrderedDict[object, list[WayTable]] = OrderedDict()
 
-    def draft(self, decisions: Decisions, share: float = 1.0) -> Draft:
+    def draft(self, decisions: Decisions, share: float = 1.0, *, axes: int | None = None) -> Draft:
         """The best plan of these decisions, by the solvers' figures.
 
         Args:
             decisions: What was proposed.
             share: Of the memory that may be filled, what the solvers may count on.
+            axes: Most axes of a stage's mesh; fewer are solved faster. None: any number.
 
         Raises:
             InfeasibleError: There is none.
@@ -110,6 +111,7 @@ class Drafter:
             decisions.forms,
             "auto" if decisions.recompute == SOLVER else decisions.recompute,
             "auto" if isinstance(decisions.zero, str) else decisions.zero,
+            axes,
         )
         question = _Question(self, decisions, split, wish, line, share)
         stages, groups = question.interleaved() if decisions.chunks > 1 else question.plain()

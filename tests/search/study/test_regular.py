@@ -17,10 +17,11 @@ from raypar.search.config import SearchConfig
 from raypar.search.interop.workbench import Workbench
 from raypar.search.plan import search
 from raypar.search.study import study
-from raypar.search.study.draft import held_per_chunk
+from raypar.search.study.draft import Draft, Drafter, held_per_chunk
 from raypar.search.study.judge import Judge
 from raypar.search.study.obey import INTERLEAVED
 from raypar.search.study.regular import regular_plans
+from raypar.search.study.space import Decisions
 from raypar.testing import models
 from raypar.testing.schedules import chain_io
 
@@ -47,6 +48,29 @@ def test_each_shape_comes_once_the_best_first_and_can_be_carried_out() -> None:
         assert len(outcome.plan.devices) == 8
         assert len(outcome.plan.stages) == decisions.groups * decisions.chunks
     assert found == regular_plans(_judge().drafter)
+
+
+def test_they_are_ranked_without_programs_of_two_axes_nor_need_whole_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int | None, int, int, int]] = []
+    real = Drafter.draft
+
+    def noted(self: Drafter, decisions: Decisions, *rest: Any, axes: int | None = None) -> Draft:
+        d = decisions
+        asked.append((axes, d.groups, d.chunks, self.space.split_of(d).microbatches))
+        return real(self, decisions, *rest, axes=axes)
+
+    monkeypatch.setattr(Drafter, "draft", noted)
+    judge = Judge(Workbench(_graph(), Cluster.local(12), SearchConfig()))
+    found = regular_plans(judge.drafter)
+    assert {axes for axes, *_ in asked} == {1}
+    # Rounds of microbatches through the chunks of three groups, the last of which is not whole.
+    assert any(chunks > 1 and parts % groups for _, groups, chunks, parts in asked)
+    for decisions in found:
+        outcome = judge.look(decisions)
+        assert outcome.plan is not None
+        check_plan(outcome.plan, judge.bench.graph)
 
 
 @pytest.mark.parametrize(
