@@ -219,7 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", default=",".join(VIRTUAL), help="comma-separated")
     parser.add_argument("--played", type=int, default=8, help="plans by hand to simulate")
     parser.add_argument("--again", action="store_true", help="also what the JSON file has")
-    parser.add_argument("--only", choices=planner_names(), help="run one planner of known cases")
+    parser.add_argument(
+        "--only", choices=("auto", *planner_names()), help="run this planner of known cases"
+    )
     parser.add_argument("--json", type=Path, default=RESULTS)
     asked = parser.parse_args(arguments)
     for kind, names, known in (
