@@ -153,6 +153,11 @@ class AlpaSearch:
         """Whether there is a pipeline, and no time to look for a better one."""
         return bool(self.kept) and time.perf_counter() > self._deadline
 
+    def _stays_inside(self) -> bool:
+        """Whether the stages of the best pipeline, if there is one, stay inside nodes."""
+        stages = [stage for best in self.kept[:1] for stage in best.pipeline.stages]
+        return bool(stages) and all(s.devices <= self.bench.per_node for s in stages)
+
     def _limit(self) -> float:
         return self.kept[0].step_s if self.kept else float("inf")
 
@@ -186,8 +191,8 @@ class AlpaSearch:
         if min(sizes.values()) >= self._worst():
             return
         for size, least in sorted(sizes.items()):
-            if size > self.bench.per_node and self.kept:
-                break  # over nodes only where nothing else fits
+            if size > self.bench.per_node and self._stays_inside():
+                break  # over nodes only where that was best before
             if least >= self._worst() and split.devices // smallest > _MIXED_SLOTS:
                 continue
             if self._over():

@@ -14,7 +14,9 @@ from raypar.search.planners.base import get_planner, planner_names
 
 SEEDS = ("alpa", "piper", "placement")
 _SLOW_UNITS = 64
-"""Beyond so many units, only the first planner is asked: the others take long and cut no better."""
+"""Beyond so many units, the first planner's time does not leave enough for a whole other search."""
+_NARROW = ("piper",)
+"""Planners that soon know the best stages for one cut of the batch."""
 _LEAST_S = 1.0
 """What a planner that is asked is given at least."""
 
@@ -24,25 +26,35 @@ def seed_names(config: SearchConfig, units: int) -> list[str]:
     if config.seeds != "auto":
         return list(config.seeds)
     names = [name for name in SEEDS if name in planner_names()]
-    return names if units <= _SLOW_UNITS else names[:1]
+    return names if units <= _SLOW_UNITS else [n for n in names if n == names[0] or n in _NARROW]
 
 
 def seeds(bench: Workbench, deadline: float) -> Iterator[tuple[str, Plan | None, str]]:
     """(planner, its plan, why there is none) for every planner that is asked.
+
+    Where time is over, or the model long, a planner may still be asked for the replicas and
+    microbatches of the plan before: the shardings of these are known by then.
 
     Args:
         bench: The model on the cluster, with the study's options.
         deadline: `time.perf_counter()` at which planners end their search with what they have, and
             after which only the first one is asked; infinity if time does not matter.
     """
+    last: Plan | None = None
+    slow = len(bench.units) > _SLOW_UNITS
     for index, name in enumerate(seed_names(bench.config, len(bench.units))):
         left = deadline - time.perf_counter()
-        if index and left <= 0:
+        narrow = index > 0 and last is not None and name in _NARROW and (slow or left <= 0)
+        if index and left <= 0 and not narrow:
             yield name, None, "no time was left for it"
             continue
         budget: float | Auto = max(_LEAST_S, left) if left < float("inf") else "auto"
         config = replace(bench.config, planner=name, cache=False, budget_s=budget)
+        if narrow and last is not None:
+            config = replace(config, replicas=last.replicas, microbatches=last.microbatches)
         try:
-            yield name, get_planner(name).plan(bench.graph, bench.cluster, config), ""
+            last = get_planner(name).plan(bench.graph, bench.cluster, config)
         except RayparError as error:
             yield name, None, str(error)
+        else:
+            yield name, last, ""
