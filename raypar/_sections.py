@@ -154,8 +154,8 @@ class SearchSection(Section):
     )
     seeds: list[Text] | Auto = Field(
         default="auto",
-        description="planners whose plans the study starts from; auto: alpa, and for models that "
-        "are not too long piper and placement too; on 8 or more devices that are all alike also "
+        description="planners whose plans the study starts from; auto: alpa, piper, and for "
+        "models that are not too long placement; on 8 or more devices that are all alike also "
         "regular plans, every stage alike",
     )
     cost_model: Literal["auto", "analytic", "learned"] = Field(

@@ -38,10 +38,10 @@ class SearchConfig:
         budget_s: Seconds to search; measurements count. Planners ``alpa`` and ``piper`` stop trying
             once they are over and something was found.
         seed: Same seed and budget in trials → same plan.
-        seeds: Planners whose plans the study starts from; ``auto``: ``alpa``, and for models that
-            are not too long (`raypar.search.study.seeds`) ``piper`` and ``placement`` too; on 8
-            or more devices that are all alike also regular plans (`raypar.search.study.regular`),
-            every stage alike.
+        seeds: Planners whose plans the study starts from; ``auto``: ``alpa``, ``piper``, and for
+            models that are not too long (`raypar.search.study.seeds`) ``placement``; on 8 or more
+            devices that are all alike also regular plans (`raypar.search.study.regular`), every
+            stage alike.
         cost_model: ``analytic``, ``learned`` (corrects it by what was measured on such a cluster)
             or ``auto``: learned where there are measurements.
         measure: Plans that may really be run, where the search is given someone who runs them.
