@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from raypar.errors import CheckpointError
@@ -64,14 +64,17 @@ class Keeping:
             if place != len(found) - 1:
                 self._drop(checkpoint.name)
 
-    def sweep(self, own: Collection[str]) -> None:
+    def sweep(self, own: Callable[[], Collection[str]]) -> None:
         """Removes what does not count and nobody writes.
 
         Args:
-            own: Folders that are being written to.
+            own: Gives the folders that are being written to. Asked after looking what there is: a
+                folder that is begun in between was not seen, one that was seen is known.
         """
-        for name in self._storage.names():
-            if name in own:
+        there = self._storage.names()
+        written = own()
+        for name in there:
+            if name in written:
                 continue
             if name.startswith(".") and name.endswith((TEMPORARY, TRASH)):
                 self._remove(name)

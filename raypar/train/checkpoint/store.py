@@ -327,9 +327,12 @@ class CheckpointStore:
 
     def _sweep(self) -> None:
         """Removes what dead runs, or killed removals, left behind."""
+        self._keeping.sweep(self._own)
+
+    def _own(self) -> set[str]:
+        """Folders that are being written to."""
         with self._turn:
-            own = {p.folder for p in self._pending}
-        self._keeping.sweep(own | {self._opening or ""})
+            return {p.folder for p in self._pending} | {self._opening or ""}
 
     def _remove_quietly(self, folder: str) -> None:
         with contextlib.suppress(Exception):  # swept later

@@ -275,3 +275,20 @@ def test_an_index_that_anybody_wrote_is_read_or_refused(tmp_path: Path, running:
     with pytest.raises(CheckpointError, match=r"format 2.*upgrade raypar"):
         Index.from_bytes(newer, "x")
     shutil.rmtree(saved.path)
+
+
+def test_a_folder_opened_while_others_are_swept_away_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path)
+    (tmp_path / ".000007-step-9.abcd.tmp").mkdir()
+    real, opened = store._storage.names, ".000008-step-10.ef01.tmp"
+
+    def names(folder: str = "") -> list[str]:
+        store._opening = opened  # the thread that trains begins a checkpoint just now
+        store._storage.make_folder(opened)
+        return real(folder)
+
+    monkeypatch.setattr(store._storage, "names", names)
+    store._sweep()
+    assert [path.name for path in tmp_path.iterdir()] == [opened]
