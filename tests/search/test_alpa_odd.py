@@ -168,6 +168,10 @@ def test_meshes_with_two_axes_are_tried_last_from_the_best_microbatches_on(
     tried.clear()
     AlpaSearch(captured("mlp"), nodes((slow("one"), 2)), config).search()
     assert {axes for axes, _ in tried} == {1}
+    tried.clear()
+    one_size = dataclasses.replace(config, replicas=1, microbatches=2)
+    AlpaSearch(captured("mlp"), nodes((slow("one"), 4)), one_size).search()
+    assert tried == [(None, 4)]
 
 
 def test_a_mesh_whose_program_takes_too_long_does_not_end_the_search(

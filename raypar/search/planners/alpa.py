@@ -116,13 +116,15 @@ class AlpaSearch:
 
         Integer programs of meshes with one axis are solved far faster than with two. Therefore the
         former are tried with all sizes of microbatches before the latter, which begin with the
-        sizes that were best.
+        sizes that were best. A single size needs no such order.
         """
         by_size: dict[int, list[Split]] = {}
         for split in splits(self.graph, self.cluster, self.config):
             by_size.setdefault(split.local_batch, []).append(split)
-        reached = self._walk(sorted(by_size.items()), Wish(axes=1))
-        if self.bench.maker.most_axes > 1:
+        reached: dict[int, float] = {}
+        if len(by_size) > 1:
+            reached = self._walk(sorted(by_size.items()), Wish(axes=1))
+        if len(by_size) == 1 or self.bench.maker.most_axes > 1:
             order = sorted(by_size, key=lambda size: (reached.get(size, float("inf")), size))
             self._walk([(size, by_size[size]) for size in order], ANY)
         return self.kept
