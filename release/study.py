@@ -51,7 +51,7 @@ from raypar.plan import Plan
 from raypar.search.config import SearchConfig
 from raypar.search.interop.contest import in_words
 from raypar.search.interop.workbench import Workbench
-from raypar.search.measure import Measured, Measurer
+from raypar.search.measure import Measured, Measurer, StageSeconds
 from raypar.search.plan import search
 from raypar.search.study.draft import Drafter, InfeasibleError
 from raypar.search.study.samplers import quiet_optuna, sampler_of
@@ -261,7 +261,9 @@ def _none() -> Measured:
 def settle(name: str, book: Book, rounds: int) -> None:
     """Runs the table's fastest plans in turns, and forgets the searches made without knowing that.
 
-    A plan that failed now keeps its old figure: that it ran once shows that it can.
+    How fast the machine is just now is taken out, so that the other plans' figures stay comparable:
+    in the median, the new figures are the old ones. A plan that failed now keeps its old figure:
+    that it ran once shows that it can.
     """
     table = book.table(name)
     least = min(row.measured.step_s for row in table.rows.values())
@@ -271,13 +273,19 @@ def settle(name: str, book: Book, rounds: int) -> None:
         found = real.measure_together([row.plan for row in near], seconds=SECONDS)
     finally:
         real.close()
-    for row, measured in zip(near, found, strict=True):
-        if isinstance(measured, Measured):
-            table.put(replace(row, measured=measured, load=load()))
+    pairs = [(r, m) for r, m in zip(near, found, strict=True) if isinstance(m, Measured)]
+    drift = statistics.median([m.step_s / r.measured.step_s for r, m in pairs] or [1.0])
+    for row, measured in pairs:
+        stages = tuple(
+            StageSeconds(s.forward_s / drift, s.backward_s / drift, s.optimizer_s / drift)
+            for s in measured.stages
+        )
+        told = replace(measured, step_s=measured.step_s / drift, stages=stages)
+        table.put(replace(row, measured=told, load=load()))
     book.of(name)["searches"] = {}
     book.of(name)["settled"] = len(near)
     book.write(table)
-    print(f"  {len(near)} plans run in turns", flush=True)
+    print(f"  {len(near)} plans run in turns, at {drift:.2f} of the seconds before", flush=True)
 
 
 def run_final(name: str, book: Book, rounds: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 from raypar.mesh.calibration import table_calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
-from raypar.search.measure import Measured
+from raypar.search.measure import Measured, StageSeconds
 from release import study
 from release._own_cache import own_cache
 
@@ -59,19 +59,30 @@ def test_the_fastest_are_told_apart_in_turns(
     book.of("mlp")["searches"]["study 0"] = {"plan": study.identity(fast)}
     asked: list[Plan] = []
 
+    answers: list[Measured | Exception] = []
+
     class Later(Watch):
         def measure_together(
             self, plans: list[Plan], *, seconds: float
         ) -> list[Measured | Exception]:
             asked.extend(plans)
-            return [Measured(1.5, 0.0, 5, 0.1), RuntimeError("gone")]
+            return answers
 
     monkeypatch.setattr(study, "measurer", lambda name, rounds: Later())
+    # The machine is twice as slow, and what looked faster was not.
+    stage = StageSeconds(0.4, 0.8, 0.2)
+    answers += [Measured(2.4, 0.0, 5, 0.1, (stage,)), Measured(2.0, 0.0, 5, 0.1)]
     study.settle("mlp", book, 12)
     assert [study.identity(p) for p in asked] == [study.identity(p) for p in (fast, near)]
-    told = [row.measured.step_s for row in book.table("mlp").rows.values()]
-    assert told == [1.5, 1.2, 1.3]
+    drift = (2.4 / 1.0 + 2.0 / 1.2) / 2
+    rows = list(book.table("mlp").rows.values())
+    told = [row.measured.step_s for row in rows]
+    assert told == pytest.approx([2.4 / drift, 2.0 / drift, 1.3])
+    assert rows[0].measured.stages[0].backward_s == pytest.approx(0.8 / drift)
     assert book.of("mlp")["searches"] == {}
+    answers[:] = [Measured(1.0, 0.0, 5, 0.1), RuntimeError("gone")]
+    study.settle("mlp", book, 12)
+    assert book.table("mlp").rows[study.identity(near)].measured.step_s == pytest.approx(told[1])
 
 
 def test_medians_and_measurements_needed(tmp_path: Path) -> None:
