@@ -100,12 +100,16 @@ def test_the_first_error_is_raised_after_the_steps_before_it(
 
 
 def test_a_dead_stage_actor_is_named_with_the_others_positions() -> None:
-    with run_with(Fault("die", 0, 4)) as run, pytest.raises(StageDiedError) as found:
+    with (
+        run_with(Fault("die", 1, 4), world=3) as run,
+        pytest.raises(StageDiedError) as found,
+    ):
         run.train(0, 500)
     text = str(found.value)
-    assert "lost stage 0 (rank 0 on node" in text
-    assert "stage 1 (rank 1 on node" in text
-    assert "step 4: recv x from rank 0" in text
+    assert "lost stage 1 (rank 1 on node" in text
+    assert "stage 0 (rank 0 on node" in text
+    assert "stage 2 (rank 2 on node" in text
+    assert "step 4: recv x from rank 1" in text
 
 
 def test_a_rank_that_cannot_be_built_fails_the_start_and_frees_its_devices() -> None:
