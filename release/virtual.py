@@ -14,8 +14,8 @@ is given as a share of Σ speed / (n · slowest speed), speeds being the devices
 model's dtype.
 
 Cases that the JSON file has are not run again; with ``--only`` one planner is, and the other rows
-of these cases are kept. Exits with 1 where the default search's plan is
-slower than another one's, or took longer than 120 s of the processor.
+of these cases are kept. Exits with 1 where the default search's plan is slower than another one's,
+or took longer than 120 s of the processor.
 """
 
 from __future__ import annotations
