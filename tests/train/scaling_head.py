@@ -123,20 +123,6 @@ def write_config(path: Path, address: str, most: int) -> None:
     os.replace(part, path)
 
 
-def worker_raylets(folder: Path) -> list[int]:
-    """Pids of the raylets of nodes that the autoscaler started."""
-    found = []
-    for pid in _processes((f"{folder}/",)):
-        try:
-            environment = Path(f"/proc/{pid}/environ").read_bytes()
-            program = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
-        except OSError:
-            continue
-        if program.endswith(b"raylet/raylet") and b"RAY_NODE_TYPE_NAME=worker" in environment:
-            found.append(pid)
-    return found
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
