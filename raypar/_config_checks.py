@@ -89,11 +89,6 @@ def contradictions(config: Sections) -> Iterator[str]:
     workers = mesh.num_workers
     if isinstance(workers, list) and (len(workers) != 2 or workers[0] > workers[1]):
         yield f"mesh.num_workers is {workers}; a range is [least, most], for example [2, 8]"
-    if not isinstance(workers, list) and _given(config, "mesh", "scale_up_timeout_s"):
-        yield (
-            "mesh.scale_up_timeout_s is given, but mesh.num_workers is no range, and so nobody "
-            "waits for nodes: set mesh.num_workers: [2, 8], or remove it"
-        )
     if train.engine == "cuda_graph" and (mesh.device != "gpu" or workers == 0):
         cause = (
             "mesh.num_workers is 0, and one process without Ray runs on CPU tensors: set it to 1 "
@@ -114,6 +109,12 @@ def contradictions(config: Sections) -> Iterator[str]:
             "mesh.device: gpu, or remove it"
         )
     if workers == 0:
+        for key in ("placement_timeout_s", "scale_up_timeout_s"):
+            if _given(config, "mesh", key):
+                yield (
+                    f"mesh.{key} is given, but mesh.num_workers is 0: one process waits for no "
+                    "devices; remove it, or set mesh.num_workers: auto"
+                )
         for key in ("interface", "port_range"):
             if getattr(config.comm, key) is not None:
                 yield (

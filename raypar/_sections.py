@@ -98,8 +98,12 @@ class MeshConfig(Section):
         description="devices; auto: what the plan or cluster has; 0: one process, no Ray; "
         "[least, most]: asks the autoscaler",
     )
+    placement_timeout_s: Annotated[float, Gt(0)] = Field(
+        default=30.0, description="seconds to wait for devices that other jobs hold"
+    )
     scale_up_timeout_s: Annotated[float, Gt(0)] = Field(
-        default=180.0, description="seconds to wait for the autoscaler's nodes"
+        default=180.0,
+        description="seconds to wait for the autoscaler's nodes, and after a failure for devices",
     )
     device: Literal["cpu", "gpu"] = Field(default="cpu", description="what a device is")
     cpus_per_worker: Annotated[float, Gt(0)] = Field(

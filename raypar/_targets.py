@@ -200,6 +200,7 @@ def scaling_of(config: Config) -> ScalingConfig:
         num_workers=tuple(mesh.num_workers)  # type: ignore[arg-type]
         if isinstance(mesh.num_workers, list)
         else mesh.num_workers,
+        placement_timeout_s=mesh.placement_timeout_s,
         scale_up_timeout_s=mesh.scale_up_timeout_s,
         use_gpu=mesh.device == "gpu",
         cpus_per_worker=mesh.cpus_per_worker,

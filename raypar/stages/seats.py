@@ -14,6 +14,8 @@ from raypar.mesh.placement import acquire, check_nodes, release
 from raypar.plan import Plan
 from raypar.stages.faults import RankInfo
 
+_DEADLINE_KEY = "ScalingConfig.placement_timeout_s or mesh.placement_timeout_s"
+
 
 @dataclass(frozen=True)
 class SeatSettings:
@@ -119,8 +121,7 @@ class Seats:
         """
         if settings.lent:
             return cls(settings, settings.lent)
-        key = "ScalingConfig.placement_timeout_s"
-        groups = acquire(settings.requests, settings.deadline_s, deadline_key=key)
+        groups = acquire(settings.requests, settings.deadline_s, deadline_key=_DEADLINE_KEY)
         return cls(
             settings,
             [BundleRange.own(r.name, g) for r, g in zip(settings.requests, groups, strict=True)],

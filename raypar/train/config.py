@@ -50,7 +50,8 @@ class ScalingConfig:
         cpus_per_worker: CPUs that Ray reserves for each device.
         threads_per_worker: torch threads of each rank; None shares the machine's cores evenly.
         placement_timeout_s: How long to wait for devices that other jobs hold, in seconds.
-        scale_up_timeout_s: How long to wait for the autoscaler's nodes, in seconds.
+        scale_up_timeout_s: How long to wait for the autoscaler's nodes, and after a failure for
+            devices to start again on, in seconds.
 
     Raises:
         ConfigError: A value is out of range.
@@ -204,7 +205,8 @@ class RunConfig:
         log_every: Without a terminal, one line is printed every so many steps; 0 prints nothing.
         checkpoint_config: When checkpoints are written.
         failure_config: What happens when an actor or node is lost.
-        callbacks: Told of the run while it goes on (`raypar.Callback`).
+        callbacks: Told of the run while it goes on (`raypar.Callback`). A config has the loggers
+            among them, by name (``run.loggers``); others are objects of a program.
 
     Raises:
         ConfigError: A value is out of range.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+from raypar._plan_text import count_of
 from raypar.errors import ClusterError, PlanError
 from raypar.mesh.cluster import Cluster, Node
 from raypar.plan import Plan
@@ -132,16 +133,16 @@ class Devices:
 
     def _too_few(self, least: int, there: int) -> ClusterError:
         scaling = self._scaling
-        waited = (
-            f"Ray's autoscaler brought no more within scale_up_timeout_s="
-            f"{scaling.scale_up_timeout_s:g}"
-            if self._waited
-            else "no autoscaler runs that could bring more"
-        )
-        fewer = f"set num_workers={there} or less, or " if there else ""
+        waited, longer = "no autoscaler runs that could bring more", ""
+        if self._waited:
+            limit = scaling.scale_up_timeout_s
+            waited = f"Ray's autoscaler brought no more within scale_up_timeout_s={limit:g}"
+            longer = f"scale_up_timeout_s={4 * limit:g}, or "
+        fewer = f"num_workers={there} or less, or " if there else ""
+        change = f"set {fewer}{longer}add nodes" if fewer or longer else "add nodes"
         return ClusterError(
-            f"ScalingConfig(num_workers={scaling.num_workers}) needs {least} devices: the cluster "
-            f"has {there} devices ({self.device}), and {waited}; {fewer}add nodes"
+            f"ScalingConfig(num_workers={scaling.num_workers}) needs {count_of(least, 'device')}: "
+            f"the cluster has {count_of(there, 'device')} ({self.device}), and {waited}; {change}"
             + (f". Note that {self._shared}" if self._shared else "")
         )
 

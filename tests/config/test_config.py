@@ -1,10 +1,13 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import raypar as rp
 from raypar._sections import TrainSection
+from raypar._targets import run_of, scaling_of
 from raypar.config import (
     CONFIG_FORMAT,
     Config,
@@ -294,3 +297,55 @@ def test_the_same_key_is_overridden_once(config_file: Path) -> None:
     message = error_of(config_file, "train.steps=3", "train.seed=1", "train.steps = 4")
     assert "train.steps is overridden twice" in message
     assert "'train.steps=3'" in message
+
+
+SAID = {
+    rp.ScalingConfig: {
+        "num_workers": "mesh.num_workers=[2,4]",
+        "use_gpu": "mesh.device=gpu",
+        "cpus_per_worker": "mesh.cpus_per_worker=2.0",
+        "threads_per_worker": "mesh.threads_per_worker=3",
+        "placement_timeout_s": "mesh.placement_timeout_s=120.0",
+        "scale_up_timeout_s": "mesh.scale_up_timeout_s=600.0",
+    },
+    rp.CheckpointConfig: {
+        "storage": "checkpoint.storage=elsewhere",
+        "every_steps": "checkpoint.every_steps=7",
+        "every_s": "checkpoint.every_s=60.0",
+        "at_end": "checkpoint.at_end=false",
+        "num_to_keep": "checkpoint.keep=null",
+        "score_attribute": "checkpoint.best_of=loss",
+        "score_order": "checkpoint.best_order=max",
+    },
+    rp.FailureConfig: {"max_failures": "run.max_failures=2"},
+    rp.RunConfig: {
+        "name": "run.name=mine",
+        "storage_path": "run.storage_path=mine",
+        "log_every": "run.log_every=0",
+        "checkpoint_config": "checkpoint.every_steps=7",
+        "failure_config": "run.max_failures=2",
+        "callbacks": "run.loggers=[ray]",
+    },
+}
+"""Options of a program → how a config says them."""
+
+
+def test_what_a_program_can_ask_of_a_run_a_config_can(config_file: Path) -> None:
+    said = sorted({text for texts in SAID.values() for text in texts.values()})
+    config = load_config(config_file, said)
+    run = run_of(config)
+    for made in (scaling_of(config), run, run.checkpoint_config, run.failure_config):
+        default = type(made)()
+        fields = [field.name for field in dataclasses.fields(made)]
+        assert fields == list(SAID[type(made)])
+        for name in fields:
+            assert getattr(made, name) != getattr(default, name), f"{type(made).__name__}.{name}"
+
+
+@pytest.mark.parametrize("key", ["placement_timeout_s", "scale_up_timeout_s"])
+def test_devices_are_waited_for_wherever_there_are_some(config_file: Path, key: str) -> None:
+    for workers in ("auto", "8", "[2,8]"):
+        said = (f"mesh.num_workers={workers}", f"mesh.{key}=600")
+        assert getattr(scaling_of(load_config(config_file, said)), key) == 600
+    message = error_of(config_file, "mesh.num_workers=0", f"mesh.{key}=600")
+    assert f"mesh.{key} is given, but mesh.num_workers is 0" in message

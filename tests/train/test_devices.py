@@ -250,3 +250,21 @@ def test_too_few_devices_of_another_run_s_ray_are_told_with_whose_it_is(
         assert told[0].startswith("ray: this run shares the Ray with 2 CPUs")
         with pytest.raises(rp.ClusterError, match=r"needs 4 devices.* 2 devices.*shares the Ray"):
             devices.find(None)
+
+
+def test_an_autoscaler_that_brought_too_few_names_the_time_to_give_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World({0: 0, 90: 1})
+    monkeypatch.setattr("raypar.mesh.discover.devices_now", lambda _: world.count())
+    monkeypatch.setattr("raypar.mesh.autoscaler.has_autoscaler", lambda: True)
+    monkeypatch.setattr(
+        "raypar.mesh.autoscaler.await_devices", lambda _, *counts: world.wait(*counts)
+    )
+    scaling = rp.ScalingConfig(num_workers=(1, 2), scale_up_timeout_s=60)
+    devices = Devices(trainer(tmp_path, 0, scaling_config=scaling).settings, lambda *_: None)
+    devices._request = SimpleNamespace(ask=lambda *_: None)
+    with pytest.raises(rp.ClusterError) as caught:
+        devices.find(None)
+    assert "needs 1 device: the cluster has 0 devices (CPU)" in str(caught.value)
+    assert "set scale_up_timeout_s=240, or add nodes" in str(caught.value)
