@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from raypar.stages.local import LocalRun
 from raypar.stages.run import Run
 from raypar.train.data.form import plain
 from raypar.train.data.randomness import RandomState, reading_samples
+from raypar.train.data.stream import length_of
 from raypar.train.data.workers import advice
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -58,30 +60,70 @@ def read_batches(batches: Batches, seed: int) -> Generator[Any]:
         ) from error
 
 
-EMPTY = (
-    "the evaluation data are empty: they hold no batch; pass an iterable of batches that can be "
-    "gone through again at every evaluation (a list, a DataLoader, a callable that returns one)"
+AGAIN = (
+    "pass an iterable of batches that can be gone through again at every evaluation (a list, a "
+    "DataLoader, a callable that returns one)"
 )
+EMPTY = f"the evaluation data are empty: they hold no batch; {AGAIN}"
 
 
-def check_not_empty(batches: Batches, seed: int) -> None:
-    """Looks whether there is a first batch, where looking does not use it up.
+class EvaluationData:
+    """A second data source, looked at before training: what that has read is used.
 
-    What knows its length is not read.
-
-    Raises:
-        DataError: There is none, or reading it failed.
+    Args:
+        batches: It.
+        seed: As for `read_batches`.
     """
-    if isinstance(batches, Iterator):
-        return
-    try:
-        empty = not len(batches)  # type: ignore[arg-type]
-    except TypeError:  # of a callable, or of a stream
-        reading = read_batches(batches, seed)
+
+    def __init__(self, batches: Batches, seed: int) -> None:
+        self._batches = batches
+        self._seed = seed
+        self._ahead: tuple[Any, Generator[Any]] | None = None  # a first batch, and what follows
+        self._passes = 0
+
+    def look(self) -> None:
+        """Looks whether there is a first batch; what knows its length is not read.
+
+        Raises:
+            DataError: There is none, or reading it failed.
+        """
+        length = length_of(self._batches)
+        if length is None:  # of a callable, or of a stream
+            # Read again, a stream might lack this batch: it is kept for the first evaluation.
+            reading = read_batches(self._batches, self._seed)
+            first = next(reading, _END)
+            length = int(first is not _END)
+            self._ahead = (first, reading)
+        if not length:
+            self.close()
+            raise DataError(EMPTY)
+
+    def __call__(self) -> Iterator[Any]:
+        """One time through them.
+
+        Raises:
+            DataError: Reading failed, or nothing is left after an earlier time.
+        """
+        self._passes += 1
+        count = 0
+        ahead, self._ahead = self._ahead, None
+        reading = read_batches(self._batches, self._seed) if ahead is None else ahead[1]
         with closing(reading):
-            empty = next(reading, _END) is _END
-    if empty:
-        raise DataError(EMPTY)
+            for batch in reading if ahead is None else chain(ahead[:1], reading):
+                count += 1
+                yield batch
+        if not count and self._passes > 1:
+            raise DataError(
+                f"the evaluation data hold no batch at evaluation {self._passes}, after some at "
+                f"the first: they can be gone through only once; {AGAIN}, or leave out eval_every "
+                "(evaluation.every_steps) for one evaluation at the end"
+            )
+
+    def close(self) -> None:
+        """Ends a reading that was begun and not used; safe to call twice."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead[1].close()
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from raypar.stages.compile import compile_plan
 from raypar.stages.initial import InitialWeights
 from raypar.stages.run import Run
 from raypar.stages.spec import RankSpec
+from raypar.train._evaluation_io import EvaluationData
 from raypar.train.beside import Beside
 from raypar.train.callbacks import Callbacks, RunFacts
 from raypar.train.checkpoint import Checkpoint, CheckpointStore
@@ -77,6 +78,7 @@ class Prepared:
         resume: What the next attempt goes on from, or None.
         state: Where training stands.
         initial: What the model begins with in place of what the seed makes, or None.
+        evaluation: What is evaluated on, looked at already, or None.
         notes: What users should know before the first step.
         display: What is told of the run before and between attempts.
     """
@@ -93,6 +95,7 @@ class Prepared:
     resume: Checkpoint | None = None
     state: TrainState = field(default_factory=TrainState)
     initial: InitialWeights | None = None
+    evaluation: EvaluationData | None = None
     notes: tuple[str, ...] = ()
     display: Display = field(default_factory=lambda: Display(None, 0))
 
@@ -234,6 +237,7 @@ class Attempt:
             callbacks=made.callbacks,
             store=made.store,
             evaluator=self._evaluator(specs),
+            evaluation=made.evaluation,
             settings=settings,
         )
         loop = TrainLoop(
@@ -303,7 +307,7 @@ class Attempt:
         )
 
     def _evaluator(self, specs: list[RankSpec]) -> Evaluator | None:
-        if self._settings.eval_data is None:
+        if self._prepared.evaluation is None:
             return None
         return Evaluator(
             self._prepared.graph, self._plan, specs, metrics=self._settings.eval_metrics

@@ -8,6 +8,7 @@ from typing import Any
 from raypar.errors import CheckpointError, CommError, StageDiedError
 from raypar.plan import Plan
 from raypar.stages.run import Run, StepResult
+from raypar.train._evaluation_io import EvaluationData
 from raypar.train.callbacks import Callback
 from raypar.train.checkpoint import CheckpointStore
 from raypar.train.display import Display
@@ -29,6 +30,7 @@ class Beside:
         callbacks: Told of everything.
         store: Where checkpoints go, or None.
         evaluator: Evaluates, or None.
+        evaluation: On what, or None.
         settings: What the trainer was asked for.
     """
 
@@ -39,6 +41,7 @@ class Beside:
     callbacks: Callback
     store: CheckpointStore | None
     evaluator: Evaluator | None
+    evaluation: EvaluationData | None
     settings: Settings
 
     def __post_init__(self) -> None:
@@ -60,9 +63,9 @@ class Beside:
 
     def evaluate(self, step: int) -> dict[str, Any]:
         """See `raypar.train.loop.Hooks`."""
-        assert self.evaluator is not None and self.settings.eval_data is not None
+        assert self.evaluator is not None and self.evaluation is not None
         found = self.evaluator.evaluate(
-            self.run, self.settings.eval_data, weights=self.settings.eval_weights
+            self.run, self.evaluation, weights=self.settings.eval_weights
         )
         metrics = {f"eval_{name}": value for name, value in found.items()}
         line = {"step": step, **metrics}

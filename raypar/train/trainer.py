@@ -21,7 +21,7 @@ from raypar.plan import Plan
 from raypar.report.run.writer import PredictionWriter
 from raypar.stages.recipe import LossScale, SchedulerFn
 from raypar.stages.spec import Engine, OptimizerFn
-from raypar.train._evaluation_io import check_not_empty
+from raypar.train._evaluation_io import EvaluationData
 from raypar.train._run_lock import locked
 from raypar.train.attempt import Clock, Prepared
 from raypar.train.attempts import Attempts, Teller, check_restartable
@@ -235,10 +235,13 @@ class Trainer:
             batch_dims=settings.batch_dims,
         )
         form = BatchForm(opened.example, settings.batch_dims)
-        if settings.eval_data is not None:
-            check_not_empty(settings.eval_data, settings.seed)
-        clock.mark("data")
         with ExitStack() as stack:
+            evaluation = None
+            if settings.eval_data is not None:
+                evaluation = EvaluationData(settings.eval_data, settings.seed)
+                stack.callback(evaluation.close)
+                evaluation.look()
+            clock.mark("data")
             signals = stack.enter_context(terminating())
             if settings.scaling.in_process:
                 stack.enter_context(random_state_kept())
@@ -262,6 +265,7 @@ class Trainer:
                 clock=clock,
                 store=store_of(settings, path, stack),
                 initial=initial,
+                evaluation=evaluation,
                 notes=notes,
             )
             if resume is not None:

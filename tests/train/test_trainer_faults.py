@@ -51,8 +51,9 @@ def fit(tmp_path: Path) -> Callable[..., rp.Result]:
         torch.utils.data.DataLoader(torch.empty(0, 6), batch_size=8),
         list,
         lambda: (batch for batch in ()),
+        iter(()),
     ],
-    ids=["list", "loader", "returns a list", "returns a generator"],
+    ids=["list", "loader", "returns a list", "returns a generator", "iterator"],
 )
 def test_empty_evaluation_data_are_told_before_a_step(
     fit: Callable[..., rp.Result], tmp_path: Path, nothing: Any
@@ -68,6 +69,69 @@ def test_a_stream_to_evaluate_on_loses_nothing_to_the_look_at_it(
     found = fit(eval_data=lambda: iter(batches(2)), eval_every=3)
     assert found.metrics["eval_batches"] == 2
     assert fit(eval_data=iter(batches(2))).metrics["eval_batches"] == 2
+
+
+class Tap:
+    """Batches from a stream that has one position, whoever reads it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Any:
+        yield from self._stream
+
+
+@pytest.mark.parametrize("form", ["iterable", "callable", "returns the same"])
+def test_what_is_read_ahead_of_a_stream_is_evaluated_on(
+    fit: Callable[..., rp.Result], form: str
+) -> None:
+    def source() -> Any:
+        stream = iter(batches(3))
+        return {"iterable": Tap(stream), "callable": lambda: Tap(stream)}.get(form, lambda: stream)
+
+    assert fit(eval_data=source()).metrics["eval_samples"] == 24
+    with pytest.raises(rp.DataError, match=r"no batch at evaluation 2.*gone through only once"):
+        fit(eval_data=source(), eval_every=2)
+
+
+def test_a_stream_begun_for_a_look_is_ended_with_a_run_that_never_evaluates(
+    fit: Callable[..., rp.Result],
+) -> None:
+    ended: list[bool] = []
+
+    def stream() -> Any:
+        try:
+            yield from batches(3)
+        finally:
+            ended.append(True)
+
+    with pytest.raises(rp.DataError, match="ended after"):
+        fit(data=iter(batches(2)), eval_data=stream)
+    assert ended == [True]
+
+
+def test_every_evaluation_reads_the_same_also_where_the_first_batch_was_read_ahead(
+    fit: Callable[..., rp.Result], tmp_path: Path
+) -> None:
+    """Draws are those of the seed: the look neither takes some nor leaves any."""
+    told: list[float] = []
+
+    class Told(rp.Callback):
+        def on_evaluation(self, line: dict[str, Any]) -> None:
+            told.append(sum(drawn))
+            drawn.clear()
+
+    drawn: list[float] = []
+
+    def stream() -> Any:
+        for x, y in batches(3):
+            noise = torch.randn(())
+            drawn.append(noise.item())
+            yield x + noise, y
+
+    config = rp.RunConfig(name="run", storage_path=tmp_path, log_every=0, callbacks=[Told()])
+    fit(eval_data=stream, eval_every=2, steps=4, run_config=config)
+    assert told[0] == told[1] != 0
 
 
 @pytest.mark.parametrize(
