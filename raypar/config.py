@@ -139,8 +139,9 @@ def resolve_target(target: str, key: str) -> Callable[..., Any]:
     module_name, _, name = target.partition(":")
     if not module_name or not name:
         raise ConfigError(f"{key}: {target!r} is not of the form 'module:name'")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    here = _working_directory()
+    if here is not None and here not in sys.path:
+        sys.path.insert(0, here)
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -148,8 +149,9 @@ def resolve_target(target: str, key: str) -> Callable[..., Any]:
         if module_name == missing or module_name.startswith(missing + "."):
             raise ConfigError(
                 f"{key}: there is no module {missing!r} (asked for {target!r}); looked in the "
-                f"working directory {os.getcwd()} and in the installed packages. Start raypar "
-                "where the module's folder is, or put that folder on PYTHONPATH"
+                f"working directory {here or 'of this process, which was deleted,'} and in the "
+                "installed packages. Start raypar where the module's folder is, or put that folder "
+                "on PYTHONPATH"
             ) from None
         raise ConfigError(
             f"{key}: importing {module_name!r} failed: it needs {missing!r}, which is not installed"
@@ -170,6 +172,13 @@ def resolve_target(target: str, key: str) -> Callable[..., Any]:
             f"{key}: {target!r} is {show(found)}, which cannot be called; name a function or class"
         )
     return typing.cast(Callable[..., Any], found)
+
+
+def _working_directory() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # it was deleted, as Ray may do with that of a job
+        return None
 
 
 def default_yaml() -> str:

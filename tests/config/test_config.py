@@ -270,6 +270,19 @@ def test_resolve_target_tells_an_import_that_fails_inside(
         resolve_target("raises_inside:x", "k")
 
 
+def test_resolve_target_where_the_working_directory_was_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray does with that of a job whose nodes share a disk."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert resolve_target("math:sqrt", "k")(4) == 2
+    with pytest.raises(ConfigError, match=r"no module 'not_there_xyz'.*was deleted"):
+        resolve_target("not_there_xyz:x", "k")
+
+
 @pytest.mark.parametrize("number", range(1, CONFIG_FORMAT + 1))
 def test_configs_of_every_format_load(number: int) -> None:
     """Written once by the raypar of that time."""
