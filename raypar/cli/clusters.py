@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +18,15 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--address", metavar="HOST:PORT", help="Measure this Ray cluster.")
+@click.option(
+    "--address", metavar="HOST:PORT", help="Measure this Ray cluster; default: RAY_ADDRESS."
+)
 @click.option(
     "--local",
     "processes",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Measure this machine with N processes; default: one per core.",
+    help="Measure this machine with N processes; without a cluster: one per core.",
 )
 @written_option("--out", "Also write the constants here (JSON).")
 def probe(address: str | None, processes: int | None, out: str | None) -> None:
@@ -38,8 +41,11 @@ def probe(address: str | None, processes: int | None, out: str | None) -> None:
     from raypar.mesh.probe import save_calibration
     from raypar.report.calibration import calibration_text
 
-    cluster = Cluster.local(processes) if address is None else Cluster.from_ray(address)
-    found = measure(cluster, address=address, keep=_learner(cluster))
+    if processes is None and address is None:  # as runs do, which go by what is found here
+        address = os.environ.get("RAY_ADDRESS") or None
+    local = address in (None, "local")
+    cluster = Cluster.local(processes) if local else Cluster.from_ray(address)
+    found = measure(cluster, address=None if local else address, keep=_learner(cluster))
     click.echo(calibration_text(found, cluster))
     click.echo(f"kept in {save_calibration(found)}")
     if out is not None:

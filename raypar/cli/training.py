@@ -105,10 +105,14 @@ def submit(
     It is `ray job submit -- raypar train CONFIG` with the settings that make it smooth. Ctrl-C
     stops the job; the exit code is that of the training.
     """
-    load_config(config_file, overrides)  # what is wrong with it is told before anything is sent
+    config = load_config(config_file, overrides)  # what is wrong is told before anything is sent
     from raypar.errors import ConfigError
-    from raypar.jobs.submit import Submission
+    from raypar.jobs.submit import Submission, check_kept
     from raypar.jobs.submit import submit as submit_job
+
+    note = check_kept(config, resume=go_on)
+    if note is not None:
+        click.echo(note, err=True)
 
     pairs = [item.partition("=") for item in env]
     if any(not equals for _, equals, _ in pairs):

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from raypar.cli import main
+from raypar.errors import ClusterError
 from raypar.mesh import probe as probing
 from raypar.mesh._probe_device import DeviceSamples, Sample
 from raypar.mesh._probe_fit import LinkSample
@@ -55,3 +56,39 @@ def test_collectives_are_learned_from(tmp_path: Path, monkeypatch: pytest.Monkey
         off = math.log(row.seconds / analytic)
         alone, learned = alone + abs(off), learned + abs(off - factor)
     assert learned < 0.7 * alone
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "expected"),
+    [
+        ([], "head:6379", "head:6379"),
+        (["--address", "other:6379"], "head:6379", "other:6379"),
+        (["--local", "2"], "head:6379", None),
+        ([], "local", None),
+        ([], None, None),
+    ],
+)
+def test_what_is_measured_is_what_runs_would_use(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    args: list[str],
+    env: str | None,
+    expected: str | None,
+) -> None:
+    monkeypatch.setenv("RAYPAR_CACHE_DIR", str(tmp_path))
+    if env is not None:
+        monkeypatch.setenv("RAY_ADDRESS", env)
+    seen: list[str | None] = []
+
+    def measured(cluster: Cluster, *, address: str | None, keep: object) -> None:
+        seen.append(address)
+        raise ClusterError("that is all")
+
+    def from_ray(address: str) -> Cluster:
+        assert address == expected
+        return Cluster.local(2)
+
+    monkeypatch.setattr(probing, "probe", measured)
+    monkeypatch.setattr(Cluster, "from_ray", from_ray)
+    assert CliRunner().invoke(main, ["probe", *args]).exit_code == 1
+    assert seen == [expected]
