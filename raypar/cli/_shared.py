@@ -41,7 +41,19 @@ def _print_error(error: RayparError) -> None:
     console.print(block, soft_wrap=True)
 
 
-PATH = click.Path(readable=False)
+class _Path(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":  # it would be taken for none that was given
+            option = isinstance(param, click.Option)
+            name = param.opts[0] if option and param else param and param.human_readable_name
+            raise ConfigError(
+                f"{name}: the path is empty, as of a shell variable that is not set; name a file "
+                "or folder" + ", or leave the option out" * option
+            )
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path(readable=False)
 """A path or URL; shells complete it. What is wrong with it the command itself tells."""
 
 
@@ -70,6 +82,10 @@ cluster_option = click.option(
 )
 
 
+_LONGEST = 255 - len(".01234567")
+"""Of a file's name, where it is written under a longer one first."""
+
+
 def check_writable(path: str, option: str) -> None:
     """Tells that a file cannot be written before the work is done, not after.
 
@@ -77,12 +93,16 @@ def check_writable(path: str, option: str) -> None:
         ConfigError: It cannot; names the option.
     """
     file = Path(path)
-    if file.is_dir():
+    if "://" in path:
+        known = "is a URL"
+    elif os.path.isdir(file):
         known = "is a folder"
-    elif not file.parent.is_dir():
+    elif not os.path.isdir(file.parent):
         known = f"is in {str(file.parent)!r}, which is no folder"
-    elif not os.access(file if file.exists() else file.parent, os.W_OK):
+    elif not os.access(file if os.path.exists(file) else file.parent, os.W_OK):
         known = "cannot be written"
+    elif len(os.fsencode(file.name)) > _LONGEST:
+        known = f"has a name of more than {_LONGEST} bytes"
     else:
         return
     raise ConfigError(f"{option}: {path!r} {known}; name a file, such as out.json")
@@ -94,7 +114,9 @@ def check_folder(path: str, option: str) -> None:
     Raises:
         ConfigError: It cannot; names the option.
     """
-    there = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
+    if "://" in path:
+        raise ConfigError(f"{option}: {path!r} is a URL; name a folder of this machine")
+    there = next(p for p in (Path(path), *Path(path).absolute().parents) if os.path.exists(p))
     if not there.is_dir() or not os.access(there, os.W_OK):
         known = "cannot be written" if there.is_dir() else "is a file"
         raise ConfigError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from raypar.cli._shared import PATH
+from raypar.cli._shared import PATH, check_folder, check_writable
 from raypar.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -102,6 +102,10 @@ def checkpoint_export(
             f"--hf and --hf-config make a folder of transformers, and --format is {form}: leave "
             "one of them out"
         )
+    if form == "safetensors":
+        check_writable(output, "OUT")
+    else:
+        check_folder(output, "OUT")
     found = _checkpoint_at(where)
     if form != "hf":
         if shard_size is not None:

@@ -144,8 +144,16 @@ PLANS: dict[str, tuple[Callable[[dict[str, Any]], None], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("command", ["simulate", "explain"])
-@pytest.mark.parametrize("case", PLANS)
+@pytest.mark.parametrize(
+    ("command", "case"),
+    [
+        *(("simulate", case) for case in PLANS),
+        *(  # the file is read by the same function
+            pytest.param("explain", case, marks=[pytest.mark.thorough] * (i > 0))
+            for i, case in enumerate(PLANS)
+        ),
+    ],
+)
 def test_a_wrong_plan_of_a_config(folder: Path, tmp_path: Path, command: str, case: str) -> None:
     change, told = PLANS[case]
     raw = json.loads((folder / "plan.json").read_text())
@@ -218,3 +226,34 @@ def test_what_is_told_cannot_be_written_is_said_before_the_work(
 def test_a_check_looks_at_the_name_of_the_run_too(folder: Path) -> None:
     done = run("config", "check", folder / "run.yaml", "--set", "run.name=../x")
     refused(done, 2, "RunConfig.name is '../x'; it names a folder")
+
+
+@pytest.mark.parametrize("out", ["", "no/x.safetensors", "run.yaml/x", "s3://b/x", "x" * 300])
+@pytest.mark.parametrize("form", ["safetensors", "dcp"])
+def test_a_model_is_exported_to_what_can_be_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, form: str
+) -> None:
+    """Told before the checkpoint is looked for."""
+    (tmp_path / "run.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    done = run("checkpoint", "export", folder, out, "--format", form)
+    if form == "dcp" and out in ("no/x.safetensors", "x" * 300):  # folders are made; a long one not
+        refused(done, 1, "has no checkpoints in")
+    else:
+        refused(done, 2, "ConfigError: OUT: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("train", ""),
+        ("bench", "run.yaml", "--plan", ""),
+        ("plan", "run.yaml", "-o", ""),
+        ("resume", "run", "--checkpoint", ""),
+        ("report", ""),
+    ],
+)
+def test_an_empty_path_is_none_that_was_left_out(args: tuple[str, ...]) -> None:
+    """As of a shell variable that is not set."""
+    refused(run(*args), 2, "ConfigError", "the path is empty", "name a file or folder")

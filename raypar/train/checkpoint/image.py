@@ -6,6 +6,7 @@ the header, then the tensors' bytes without holes; little-endian, row-major.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -195,7 +196,8 @@ def write_tensors(path: Path, forms: Forms, tensor_of: Callable[[str, torch.Tens
     except OSError as error:
         raise CheckpointError(f"cannot write {str(path)!r}: {error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that is none was told above
+            part.unlink(missing_ok=True)
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

@@ -10,17 +10,30 @@ import os
 import secrets
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from raypar.errors import CheckpointError
+from raypar.errors import CheckpointError, RayparError
 
 Bytes = bytes | bytearray | memoryview
 TEMPORARY, TRASH = ".tmp", ".trash"
 """How hidden folders end: those that do not count yet, and those that do not any more."""
+
+
+class UnreachableError(CheckpointError):
+    """A storage does not tell what it holds: it is out of reach, or refuses this process."""
+
+    @classmethod
+    def of(cls, place: str, error: Exception) -> UnreachableError:
+        """What to tell of an error in looking into a place."""
+        return cls(
+            f"checkpoint storage {place!r} cannot be looked into: {type(error).__name__}: {error}; "
+            "check its address, the network and the rights of this process, or give another one, "
+            "for example a local folder such as 'runs'"
+        )
 
 
 class Storage(ABC):
@@ -37,7 +50,11 @@ class Storage(ABC):
 
     @abstractmethod
     def names(self, folder: str = "") -> list[str]:
-        """Names in a folder; none where it is missing."""
+        """Names in a folder; none where it is missing.
+
+        Raises:
+            UnreachableError: The storage does not tell.
+        """
 
     @abstractmethod
     def write(self, name: str, chunks: Iterable[Bytes]) -> None:
@@ -111,6 +128,8 @@ class LocalStorage(Storage):
             return sorted(os.listdir(self.path(folder)))
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise UnreachableError.of(self.path(folder), error) from error
 
     def write(self, name: str, chunks: Iterable[Bytes]) -> None:
         """See `Storage.write`: under another name first, which is changed once all is on disk."""
@@ -220,33 +239,39 @@ class UrlStorage(Storage):
             found = self._system.ls(self._at(folder), detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except Exception as error:  # every kind of storage has its own
+            raise UnreachableError.of(self.path(folder), error) from error
         return sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
 
     def write(self, name: str, chunks: Iterable[Bytes]) -> None:
         """See `Storage.write`."""
-        file = self._system.open(self._at(name), "wb")
-        try:
-            for chunk in chunks:
-                file.write(chunk)
-        except BaseException:
-            with contextlib.suppress(Exception):
-                file.discard()  # leaving it would make half a file of it
-            raise
-        file.close()
+        with _as_os_errors():
+            file = self._system.open(self._at(name), "wb")
+            try:
+                for chunk in chunks:
+                    file.write(chunk)
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    file.discard()  # leaving it would make half a file of it
+                raise
+            file.close()
 
     def size(self, name: str) -> int:
         """See `Storage.size`."""
-        return int(self._system.size(self._at(name)))
+        with _as_os_errors():
+            return int(self._system.size(self._at(name)))
 
     def read_into(self, name: str, at: int, room: memoryview) -> int:
         """See `Storage.read_into`."""
-        data = self._system.cat_file(self._at(name), start=at, end=at + len(room))
+        with _as_os_errors():
+            data = self._system.cat_file(self._at(name), start=at, end=at + len(room))
         room[: len(data)] = data
         return len(data)
 
     def make_folder(self, name: str) -> None:
         """See `Storage.make_folder`."""
-        self._system.makedirs(self._at(name), exist_ok=True)
+        with _as_os_errors():
+            self._system.makedirs(self._at(name), exist_ok=True)
 
     def begin(self, name: str, token: str) -> str:
         """See `Storage.begin`."""
@@ -264,6 +289,17 @@ class UrlStorage(Storage):
         """See `Storage.remove`."""
         with contextlib.suppress(FileNotFoundError):
             self._system.rm(self._at(name), recursive=True)
+
+
+@contextlib.contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """Errors that a kind of storage has of its own are told as those of files are."""
+    try:
+        yield
+    except (OSError, RayparError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def storage_at(root: str | Path) -> Storage:

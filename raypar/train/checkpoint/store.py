@@ -25,7 +25,12 @@ from raypar.train.checkpoint.checkpoint import Checkpoint, folder_name, serial_o
 from raypar.train.checkpoint.keeping import Keeping
 from raypar.train.checkpoint.pending import Pending
 from raypar.train.checkpoint.sealed import plain
-from raypar.train.checkpoint.storage import TEMPORARY, Storage, storage_at
+from raypar.train.checkpoint.storage import (
+    TEMPORARY,
+    Storage,
+    UnreachableError,
+    storage_at,
+)
 from raypar.train.checkpoint.writing import MARK, FailureJob, ReadyJob, SaveJob
 from raypar.train.config import CheckpointConfig
 from raypar.train.state import TrainState
@@ -290,12 +295,14 @@ class CheckpointStore:
                 outcome: Checkpoint | CheckpointError | None = None
                 try:
                     outcome = pending.finish(self._storage)
-                except CheckpointError as error:
-                    outcome = error
-                except Exception as error:  # the storage may be out of reach for a moment
+                except Exception as error:
                     tries += 1
                     where = self._storage.path(pending.name)
-                    if tries == _TRIES:
+                    if isinstance(error, CheckpointError) and not isinstance(
+                        error, UnreachableError
+                    ):
+                        outcome = error
+                    elif tries == _TRIES:  # else the storage may be out of reach for a moment
                         text = f"cannot finish {where!r}: {type(error).__name__}: {error}"
                         outcome = CheckpointError(text)
                 if outcome is not None:
