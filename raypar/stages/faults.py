@@ -30,6 +30,9 @@ _LONGEST = 400
 KILLED = " It crashed, or was killed: by someone, or by the system for want of memory (see dmesg)."
 """What may have ended a process that Ray knows no more of."""
 
+_LOW_MEMORY = "due to the node running low on memory"
+_MEMORY_USED = re.compile(r"\(IP: ([^,\s]+).*?was ([\d.]+ ?\w+) used / ([\d.]+ ?\w+)", re.DOTALL)
+_MEMORY_LIMIT = re.compile(r"threshold of .*?\(?([\d.]+ ?%)", re.DOTALL)
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _RAISED = re.compile(r"^([\w.]*(?:Error|Exception|Exit|Interrupt))(?::\s*(.*))?$")
 
@@ -130,6 +133,8 @@ def cause_of(text: str) -> tuple[str | None, str]:
     Returns:
         The class name of the exception behind it, if the text holds one, and a short message.
     """
+    if _LOW_MEMORY in text:
+        return None, _low_memory(text)
     lines = [line.strip() for line in _COLOUR.sub("", text).splitlines() if line.strip()]
     found = next((m for line in reversed(lines) if (m := _RAISED.match(line))), None)
     if found is not None:
@@ -141,6 +146,20 @@ def cause_of(text: str) -> tuple[str | None, str]:
             whole = whole[whole.index(mark) :].removeprefix("Worker exit detail:").strip()
             break
     return None, _shortened(whole)
+
+
+def _low_memory(text: str) -> str:
+    """Why Ray's memory monitor killed a process, and what keeps it from doing so."""
+    used, limit = _MEMORY_USED.search(text), _MEMORY_LIMIT.search(text)
+    node = f"node {used[1]}" if used else "its node"
+    numbers = f": {used[2]} of {used[3]} in use" if used else ""
+    numbers += f", its limit is {limit[1]}" if used and limit else ""
+    return (
+        f"Ray killed it, since {node} ran low on memory{numbers}. Have the plan take less, with "
+        "search.memory_fraction=0.5, search.recompute=full or a higher train.microbatches, or use "
+        "fewer devices of a node; or let Ray use more of it: RAY_memory_usage_threshold=0.98 in the "
+        "environment of `ray start`"
+    )
 
 
 def _mend(name: str, message: str) -> str:

@@ -15,7 +15,6 @@ from ray.exceptions import (
     GetTimeoutError,
     ObjectLostError,
     OwnerDiedError,
-    RayActorError,
     RayError,
 )
 
@@ -29,6 +28,7 @@ from raypar.plan import Plan
 from raypar.stages.actor import actor_class
 from raypar.stages.driver import Driver, DriverSettings, Ended, Rows, RunFailure
 from raypar.stages.faults import KILLED, Failure, cause_of, to_exception
+from raypar.stages.rescue import ACTOR_LOST
 from raypar.stages.run import (
     OnReport,
     Run,
@@ -224,7 +224,7 @@ class RayRun(Run):
                 raise StageDiedError(
                     f"lost the driver actor of run {self.name}.{KILLED}"
                 ) from error
-            if isinstance(error, (RayActorError, ObjectLostError)):
+            if isinstance(error, (*ACTOR_LOST, ObjectLostError)):
                 who = self._whose(ref) or "the driver actor"
                 raise StageDiedError(f"lost {who} of run {self.name}: {text}") from error
             raise TrainingError(f"run {self.name}: an actor raised {text}") from error

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError
 
 from raypar.stages.actor import Reply
 from raypar.stages.faults import Failure, Positions, cause_of, root_failure
@@ -22,6 +22,9 @@ _ANSWER_S = 2.0
 _IDLE_S = 10.0  # between looks at whether the run was closed
 _GRACE_S = 1.0
 _ABORT_S = 5.0
+
+ACTOR_LOST = (RayActorError, OutOfMemoryError, NodeDiedError)
+"""What Ray raises for a call to an actor that is gone."""
 
 Replies = dict[int | None, dict[int, Reply]]
 """First step of a call → rank → its answer."""
@@ -137,7 +140,7 @@ def _ask_positions(actors: Sequence[Any], lost: set[int | None]) -> tuple[Positi
     for ref in done:
         try:
             found.at[refs[ref]] = ray.get(ref)
-        except RayActorError as error:
+        except ACTOR_LOST as error:
             dead.append(lost_call(error, refs[ref], None))
         except RayError as error:
             found.at[refs[ref]] = f"cannot tell: {cause_of(str(error))[1]}"
@@ -146,7 +149,7 @@ def _ask_positions(actors: Sequence[Any], lost: set[int | None]) -> tuple[Positi
 
 def lost_call(error: RayError, rank: int | None, step: int | None) -> Failure:
     """Describes what Ray raised for a call to `rank` instead of an answer."""
-    died = isinstance(error, RayActorError)
+    died = isinstance(error, ACTOR_LOST)
     name, message = cause_of(str(error))
     if died:
         text = f"{name}: {message}" if name else message

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 
 from raypar.errors import ClusterError, RayparError
 from raypar.mesh.bundles import BundleRange
@@ -28,7 +28,7 @@ from raypar.search.cost.stage_job import StageJob
 from raypar.search.measure import ProfiledStage
 from raypar.stages.actor import ActorInfo, Joining, actor_class
 from raypar.stages.faults import Failure, Positions, RankInfo, failure_of, to_exception
-from raypar.stages.rescue import await_exit, lost_call
+from raypar.stages.rescue import ACTOR_LOST, await_exit, lost_call
 from raypar.stages.run import merge_reports
 from raypar.stages.spec import RankSpec
 from raypar.stages.worker import RunnerFactory, info_of
@@ -363,7 +363,7 @@ class WarmPool:
 def _value(ref: Any, rank: int) -> Any:
     try:
         return ray.get(ref)
-    except RayActorError as error:
+    except ACTOR_LOST as error:
         return lost_call(error, rank, None)
     except RayError as error:
         return failure_of(error, rank)

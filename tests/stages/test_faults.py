@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayError
 
 from raypar.errors import (
     CommAbortedError,
@@ -22,6 +23,7 @@ from raypar.stages.faults import (
     root_failure,
     to_exception,
 )
+from raypar.stages.rescue import lost_call
 
 INFOS = [RankInfo(r, stages=(r,), device=r) for r in range(4)]
 
@@ -115,3 +117,40 @@ def test_a_dead_worker_is_told_by_its_exit_detail() -> None:
     )
     killed = "The actor died unexpectedly.\nThe actor is dead because it was killed by `ray.kill`."
     assert cause_of(killed) == (None, "The actor is dead because it was killed by `ray.kill`.")
+
+
+LOW_MEMORY = """1 worker(s) were killed due to the node running low on memory.
+Memory on the node (IP: 10.0.0.7, ID: 84495e6c) was 9.50GB used / 23.54GB limit (0.403543)
+OOM kill reason: Memory usage 10126692352B exceeded threshold of 10110604288B (40.0% of \
+25276510208B limit)
+Object store memory usage: [- objects spillable: 1 - bytes spillable: 7260 - objects u...]"""
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            LOW_MEMORY,
+            "node 10.0.0.7 ran low on memory: 9.50GB of 23.54GB in use, its limit",
+        ),
+        ("Task was killed due to the node running low on memory.", "its node ran low on memory"),
+    ],
+)
+def test_a_rank_that_ray_killed_for_memory_is_lost_and_says_what_to_change(
+    text: str, told: str
+) -> None:
+    """So that `max_failures` counts it, as it does the system's own kills."""
+    failure = lost_call(OutOfMemoryError(text), 1, 6)
+    found = to_exception([failure], INFOS, Positions())
+    assert isinstance(found, StageDiedError)
+    message = str(found)
+    assert message.startswith("lost stage 1 (rank 1) in or near step 6: Ray killed it, since ")
+    assert told in message
+    for key in ("search.memory_fraction", "search.recompute=full", "RAY_memory_usage_threshold"):
+        assert key in message
+    assert "spillable" not in message
+
+
+@pytest.mark.parametrize("error", [NodeDiedError("the node is gone"), ActorDiedError()])
+def test_a_node_that_died_took_its_rank_along(error: RayError) -> None:
+    assert lost_call(error, 0, 3).died
