@@ -16,8 +16,11 @@ from raypar.testing.plans import random_plan
 from tests._tiers import examples
 
 CASES = models.cases(hf=False)
-# As "lstm", but for the order of two dims; it is the slowest of all.
-REPEATED = {"lstm_time_first"}
+# Models of the ops of others, which are tried.
+REPEATED = {
+    "gpt_dropout", "gpt_shared_mask", "lstm_time_first", "gru_time_major", "torch_encoder",
+    "bert_own", "albert", "vit_drop_path", "two_losses", "autoencoder", "partly_frozen",
+}  # fmt: skip
 every_case = pytest.mark.parametrize(
     "case",
     [

@@ -139,7 +139,7 @@ def test_the_stand_in_agrees_with_the_simulator(row: Row, size: int, chunks: int
 
 
 def test_more_layers_take_more_memory_and_more_stages_less() -> None:
-    one = _case(_small(6, 1, 1, 1, 12), 2).ways[0][1]
+    one = _case(_small(3, 1, 1, 1, 12), 2).ways[0][1]
     deeper = dataclasses.replace(one, depth=12)
     split = dataclasses.replace(one, shape=dataclasses.replace(one.shape, pipeline=3))
     assert memory_bytes(split) < memory_bytes(one) < memory_bytes(deeper)

@@ -53,7 +53,7 @@ def test_a_doubled_instruction_is_found(
         check_lists(lists, *plan[1:])
 
 
-@settings(max_examples=examples(150, 600), deadline=None)
+@settings(max_examples=examples(75, 600), deadline=None)
 @given(plan=SMALL, data=st.data(), near=st.booleans())
 def test_swapped_instructions_are_found_or_harmless(
     plan: tuple[str, StageIO, int], data: st.DataObject, near: bool
@@ -68,7 +68,7 @@ def test_swapped_instructions_are_found_or_harmless(
     found_or_harmless(lists, *plan[1:])
 
 
-@settings(max_examples=examples(150, 600), deadline=None)
+@settings(max_examples=examples(75, 600), deadline=None)
 @given(plan=SMALL, data=st.data(), name=st.sampled_from(["stage", "microbatch", "peer", "value"]))
 def test_an_edited_instruction_is_found_or_harmless(
     plan: tuple[str, StageIO, int], data: st.DataObject, name: str

@@ -16,7 +16,7 @@ from tests._tiers import examples
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", schedule_names())
 def test_conformance(name: str, check: Callable[[Schedule, int], None]) -> None:
-    check(get_schedule(name), examples(30, 100))
+    check(get_schedule(name), examples(12, 100))
 
 
 @pytest.mark.parametrize("name", schedule_names())

@@ -46,7 +46,8 @@ def _mlp(width: int = 64, samples: int = 8) -> OpGraph:
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt", "lstm", pytest.param("moe_sparse", marks=pytest.mark.thorough)]
+    "name",
+    ["gpt", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("lstm", "moe_sparse"))],
 )
 def test_no_random_plan_is_faster(name):
     case = next(c for c in cases(hf=False) if c.name == name)

@@ -228,7 +228,7 @@ def test_models_are_found_by_name() -> None:
         "gpt",
         "cnn",
         "mlp",
-        "lstm",
+        pytest.param("lstm", marks=pytest.mark.thorough),
         pytest.param("t5", marks=pytest.mark.thorough),
         pytest.param("moe_sparse", marks=pytest.mark.thorough),
     ],
@@ -401,7 +401,9 @@ def _calls(stage: StageCode) -> list[fx.Node]:
     return [n for n in stage.graph.nodes if n.op == "call_function"]
 
 
-@pytest.mark.parametrize("name", ["gpt", "cnn", "t5", "mlp"])
+@pytest.mark.parametrize(
+    "name", ["gpt", "cnn", "mlp", pytest.param("t5", marks=pytest.mark.thorough)]
+)
 def test_quick_costs_agree_with_the_programs(name: str) -> None:
     plan, stages = _planned(name, stages=1)
     # On a device without overheads: what counts is the work.

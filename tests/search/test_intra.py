@@ -106,8 +106,14 @@ def test_optimum_equals_brute_force(width: int, hidden: int, batch: int) -> None
     assert sum(plan.parts.values()) == pytest.approx(plan.objective_s, rel=1e-12)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
-@pytest.mark.parametrize(("width", "hidden", "batch"), [SIZES[0], SIZES[3]])
+@pytest.mark.parametrize(
+    ("width", "hidden", "batch", "share"),
+    [
+        *((*SIZES[0], share) for share in (0.1, 0.5, 0.8)),
+        (*SIZES[3], 0.5),
+        *(pytest.param(*SIZES[3], share, marks=pytest.mark.thorough) for share in (0.1, 0.8)),
+    ],
+)
 def test_optimum_under_a_memory_limit(width: int, hidden: int, batch: int, share: float) -> None:
     graph, on = mlp(width, hidden, batch), machine((2,), link=SLOW)
     tried = brute(graph, on, IntraSettings(in_flight=2))
@@ -258,7 +264,7 @@ def test_sharding_texts_are_what_was_chosen() -> None:
 
 
 def test_ties_are_split_until_near_the_bound() -> None:
-    graph = small_gpt(8, batch=16, width=512, seq_len=128)
+    graph = small_gpt(4, batch=16, width=512, seq_len=128)
     on = machine((2, 2))
     free = plan_intra(graph, on)
     limit = 0.9 * sum(free.bytes.values())
