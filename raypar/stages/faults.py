@@ -157,8 +157,8 @@ def _low_memory(text: str) -> str:
     return (
         f"Ray killed it, since {node} ran low on memory{numbers}. Have the plan take less, with "
         "search.memory_fraction=0.5, search.recompute=full or a higher train.microbatches, or use "
-        "fewer devices of a node; or let Ray use more of it: RAY_memory_usage_threshold=0.98 in the "
-        "environment of `ray start`"
+        "fewer devices of a node; or let Ray use more of it: RAY_memory_usage_threshold=0.98 in "
+        "the environment of `ray start`"
     )
 
 
