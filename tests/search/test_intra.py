@@ -264,7 +264,7 @@ def test_sharding_texts_are_what_was_chosen() -> None:
 
 
 def test_ties_are_split_until_near_the_bound() -> None:
-    graph = small_gpt(4, batch=16, width=512, seq_len=128)
+    graph = small_gpt(8, batch=16, width=512, seq_len=128)
     on = machine((2, 2))
     free = plan_intra(graph, on)
     limit = 0.9 * sum(free.bytes.values())
