@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,7 +30,11 @@ _TURN = threading.Lock()
 
 
 @contextmanager
-def locked(folder: Path, patience_s: float = _PATIENCE_S) -> Iterator[None]:
+def locked(
+    folder: Path,
+    patience_s: float | None = None,
+    tell: Callable[[Path, str], str] | None = None,
+) -> Iterator[None]:
     """Inside, no other run trains in `folder`.
 
     The system lets go of the lock when its holder ends, also by SIGKILL; processes that the holder
@@ -38,16 +42,24 @@ def locked(folder: Path, patience_s: float = _PATIENCE_S) -> Iterator[None]:
 
     Args:
         folder: The run's folder.
-        patience_s: How long to wait for a run that is just ending, in seconds.
+        patience_s: How long to wait for a run that is just ending, in seconds; default: 5.
+        tell: Words the error, of the folder and of who holds it; default: as of a run's folder.
 
     Raises:
         ConfigError: Another run trains there; tells whose it is.
     """
+    patience_s = _PATIENCE_S if patience_s is None else patience_s
     place, end = folder.resolve(), time.monotonic() + patience_s
+
+    def wait(holder: str) -> None:
+        if time.monotonic() >= end:
+            raise ConfigError((tell or _under_way)(folder, holder))
+        time.sleep(_PAUSE_S)
+
     while not _reserved(place):
-        _wait(folder, f"this process ({os.getpid()})", end)
+        wait(f"this process ({os.getpid()})")
     try:
-        with _locked_file(folder, end):
+        with _locked_file(folder, wait):
             yield
     finally:
         with _TURN:
@@ -64,7 +76,7 @@ def _reserved(place: Path) -> bool:
 
 
 @contextmanager
-def _locked_file(folder: Path, end: float) -> Iterator[None]:
+def _locked_file(folder: Path, wait: Callable[[str], None]) -> Iterator[None]:
     if fcntl is None:
         yield
         return
@@ -72,7 +84,7 @@ def _locked_file(folder: Path, end: float) -> Iterator[None]:
     try:
         while not _taken(file):
             holder = os.pread(file, 300, 0).decode(errors="replace")
-            _wait(folder, holder or "another process", end)
+            wait(holder or "another process")
         yield
     finally:
         os.close(file)
@@ -89,11 +101,8 @@ def _taken(file: int) -> bool:
     return True
 
 
-def _wait(folder: Path, holder: str, end: float) -> None:
-    if time.monotonic() < end:
-        time.sleep(_PAUSE_S)
-        return
-    raise ConfigError(
+def _under_way(folder: Path, holder: str) -> str:
+    return (
         f"run {folder.name!r} in {str(folder.parent)!r} is under way: {holder} trains there. Wait "
         f"for its end or stop it, or set another run name, for example {folder.name + '-2'!r}"
     )

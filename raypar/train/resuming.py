@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from raypar.errors import CheckpointError, ConfigError
+from raypar.train._run_lock import locked
 from raypar.train.checkpoint import Checkpoint, CheckpointStore
 from raypar.train.settings import Settings
 
@@ -82,10 +83,12 @@ def beginning(
 def store_of(settings: Settings, path: Path, stack: ExitStack) -> CheckpointStore | None:
     """Where the run's checkpoints go; None where it is to write none.
 
-    Those of an earlier run of the same name are set aside: they would count as this run's.
+    Those of an earlier run of the same name are set aside: they would count as this run's. In a
+    storage of its own they stay, and do not count, unless this run goes on from one.
 
     Raises:
         CheckpointError: They cannot be written there.
+        ConfigError: Another run writes there.
     """
     wanted = settings.run.checkpoint_config
     earlier = path / CHECKPOINTS
@@ -95,9 +98,23 @@ def store_of(settings: Settings, path: Path, stack: ExitStack) -> CheckpointStor
         return None
     store = CheckpointStore(wanted.storage or path / CHECKPOINTS, wanted)
     stack.callback(store.close)
-    if wanted.storage is not None:  # the run's own folder was tried already
+    if wanted.storage is not None:  # the run's own folder was tried, and locked, already
         store.check()
+        storage = Path(wanted.storage).expanduser()
+        if "://" not in str(wanted.storage) and storage.resolve() != path.resolve():
+            # Two writers would drop, and sweep away, what the other one has.
+            stack.enter_context(locked(storage, tell=_in_use))
+    if settings.resume_from is None:
+        store.ignore_present()
     return store
+
+
+def _in_use(storage: Path, holder: str) -> str:
+    return (
+        f"checkpoint storage {str(storage)!r} is in use: {holder} writes there. Wait for its end "
+        "or stop it, or set another checkpoint.storage (CheckpointConfig.storage), for example "
+        f"{str(storage) + '-2'!r}"
+    )
 
 
 def _free(folder: Path, name: str) -> Path:

@@ -31,11 +31,20 @@ class Keeping:
         self._storage = storage
         self._config = config
         self._known: dict[str, Checkpoint] = {}
+        self._after = -1  # the last number that is not this run's
         self._lock = threading.RLock()
+
+    def ignore_present(self) -> None:
+        """Those that are there now are another run's: they do not count, and nothing drops them."""
+        self._after = max(map(_age, self._names()), default=-1)
+
+    def _names(self) -> list[str]:
+        found = ((name, serial_of(name)) for name in self._storage.names())
+        return [name for name, serial in found if serial is not None and serial > self._after]
 
     def all(self) -> list[Checkpoint]:
         """Every checkpoint whose index is good, by when it was begun."""
-        names = [n for n in self._storage.names() if serial_of(n) is not None]
+        names = self._names()
         with self._lock:
             found = [self._open(n) for n in sorted(names, key=_age)]
             self._known = {n: c for n, c in self._known.items() if n in names}
@@ -43,7 +52,7 @@ class Keeping:
 
     def latest(self) -> Checkpoint | None:
         """The last one begun."""
-        names = [n for n in self._storage.names() if serial_of(n) is not None]
+        names = self._names()
         with self._lock:
             found = (self._open(n) for n in sorted(names, key=_age, reverse=True))
             return next((c for c in found if c is not None), None)

@@ -99,6 +99,14 @@ class CheckpointStore:
         self._open(folder, token)
         self._remove_quietly(folder)
 
+    def ignore_present(self) -> None:
+        """For a run that begins anew: the checkpoints that are there now are none of its own.
+
+        Raises:
+            CheckpointError: The storage does not tell what there is.
+        """
+        self._keeping.ignore_present()
+
     def make_ready(self, run: Run) -> None:
         """Has the ranks get ready, so that the first checkpoint stalls no longer than later ones.
 
