@@ -109,7 +109,7 @@ import torch
 import raypar as rp
 batch = torch.randn(4, 8)
 graph = rp.capture(lambda: torch.nn.Linear(8, 8), batch, lambda out, batch: out.square().mean())
-plan = rp.plan(graph, rp.Cluster.local(1))
+plan = rp.plan(graph, rp.Cluster.local(1), rp.SearchConfig(trials=2))
 print(rp.explain(plan, graph))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

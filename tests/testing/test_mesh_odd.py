@@ -129,7 +129,7 @@ class Odd(nn.Module):
 
 
 @settings(
-    max_examples=examples(4, 12),
+    max_examples=examples(2, 12),
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
@@ -175,8 +175,14 @@ class Tied(nn.Module):
         return functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(
+    ("zero", "replicas"),
+    [
+        pytest.param(zero, replicas, marks=[pytest.mark.thorough] * (zero % 2 != replicas - 1))
+        for zero in range(4)
+        for replicas in (1, 2)
+    ],
+)
 def test_ties_and_frozen_parameters_over_unequal_meshes(zero: int, replicas: int) -> None:
     ids = tokens(4, 6, high=12)
     graph = rp.capture(partial(double, Tied), ids)
@@ -218,7 +224,7 @@ class Kinds(nn.Module):
 def test_integers_bools_and_buffers_cross() -> None:
     ids = tokens(8, 6, high=16)
     graph = rp.capture(partial(double, Kinds), ids)
-    for seed in range(examples(2, 4)):
+    for seed in range(examples(1, 4)):
         plan = sharded(graph, seed, [(2,), (2, 2)])
         assert worst(graph, ids, plan) <= EXACT
 
@@ -244,7 +250,7 @@ class Vision(nn.Module):
 def test_grouped_convolutions_and_batch_norm() -> None:
     batch = (rows(8, 4, 8, 8), tokens(8, high=3))
     graph = rp.capture(partial(double, Vision), batch)
-    for seed in range(examples(2, 4)):
+    for seed in range(examples(1, 4)):
         plan = sharded(graph, seed, [(2,), (4,), (2, 2)])
         assert worst(graph, batch, plan) <= EXACT
 
@@ -302,7 +308,7 @@ class Masks(nn.Module):
 def test_masks_under_every_cut() -> None:
     batch = rows(8, 4, 6)
     graph = rp.capture(partial(double, Masks), batch)
-    for seed in range(examples(2, 4)):
+    for seed in range(examples(1, 4)):
         plan = sharded(graph, seed, [(2,), (4,), (2, 2)])
         assert worst(graph, batch, plan) <= EXACT
 

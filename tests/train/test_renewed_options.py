@@ -54,7 +54,13 @@ SCHEDULERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.thorough] * (name in ("cosine", "step")))
+        for name in SCHEDULERS
+    ],
+)
 def test_learning_rates_keep_their_course_from_the_new_first_rate(
     tmp_path: Path, name: str
 ) -> None:

@@ -137,7 +137,7 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in (2, 3))]
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in (1, 2, 3))]
 )
 def test_a_resume_under_another_plan_trains_on_the_same(
     trainer: Callable[..., rp.Trainer], tmp_path: Path, seed: int

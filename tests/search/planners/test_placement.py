@@ -70,6 +70,7 @@ def test_noncontiguous_plans_train_exactly(name, devices, microbatches):
     )
 
 
+@pytest.mark.thorough  # on threads it is not
 def test_a_noncontiguous_plan_trains_on_ray(ray_session):
     case = _case("gpt")
     plan = _noncontiguous(case, 2, 1)

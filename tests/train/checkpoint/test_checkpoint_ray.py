@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from raypar.stages.compile import compile_plan
 from raypar.testing import models
 from raypar.testing.backends import start_run
@@ -11,6 +13,7 @@ from raypar.train.checkpoint import CheckpointStore
 from tests.train.checkpoint.runs import adamw, differences, graph_of, losses, plan_of, save, start
 
 
+@pytest.mark.thorough  # a run whose actor is killed saves and restores on actors too
 def test_between_actors_and_threads(ray_session: str, tmp_path: Path) -> None:
     plan, other = plan_of("mlp", 1, sharded=False), plan_of("mlp", 5, sharded=False)
     store, second = CheckpointStore(tmp_path / "a"), CheckpointStore(tmp_path / "b")

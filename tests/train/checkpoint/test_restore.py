@@ -30,7 +30,7 @@ from tests.train.checkpoint.runs import (
 SMALL = ("mlp", "sum_loss", "partly_frozen")
 
 
-@settings(max_examples=examples(4, 7))
+@settings(max_examples=examples(2, 7))
 @given(
     name=st.sampled_from(SMALL),
     optimizer=st.sampled_from(OPTIMIZERS),
