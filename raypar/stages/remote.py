@@ -25,6 +25,7 @@ from raypar.mesh.bundles import BundleRange
 from raypar.mesh.cluster import Cluster
 from raypar.mesh.discover import lost_head
 from raypar.plan import Plan
+from raypar.stages._orphans import driver_name, remove_groups_of
 from raypar.stages.actor import actor_class
 from raypar.stages.driver import Driver, DriverSettings, Ended, Rows, RunFailure
 from raypar.stages.faults import KILLED, Failure, cause_of, to_exception
@@ -43,6 +44,7 @@ from raypar.stages.worker import FeedFactory, RunnerFactory, info_of
 
 _POLL_S = 10.0
 _CLOSE_S = 15.0
+_LOOKS = 4  # after a driver that did not answer
 
 
 class RayRun(Run):
@@ -123,7 +125,7 @@ class RayRun(Run):
         began = time.perf_counter()
         make = actor_class(Driver, {"poll": 1, "control": 2})
         self._driver = make.options(
-            num_cpus=0, max_restarts=0, max_task_retries=0, name=f"{self.name}/driver"
+            num_cpus=0, max_restarts=0, max_task_retries=0, name=driver_name(self.name)
         ).remote(self.infos, self._settings)
         specs = [ray.put(spec) for spec in self._specs]
         feeds = self._feed_refs()
@@ -202,12 +204,14 @@ class RayRun(Run):
                 stacklevel=2,
             )
             return
+        looks = _LOOKS
         try:
             with contextlib.suppress(RayError, GetTimeoutError):
                 ray.get(driver.close.remote(), timeout=_CLOSE_S)
+                looks = 1
         finally:
             ray.kill(driver, no_restart=True)
-            _remove_groups(self.name)
+            remove_groups_of(self.name, looks)
 
     def _open(self) -> Any:
         if self._driver is None:
@@ -250,11 +254,3 @@ def _results(rows: Rows, world: int) -> list[StepResult]:
     by_rank: list[list[StepReport]] = [pickle.loads(data) for data in rows.by_rank]
     assert len(by_rank) == world
     return [merge_reports(row) for row in zip(*by_rank, strict=False)]
-
-
-def _remove_groups(name: str) -> None:
-    """Removes what a driver that died in the middle left behind."""
-    with contextlib.suppress(Exception):
-        for row in ray.util.placement_group_table().values():
-            if name in row["name"] and row["state"] != "REMOVED":
-                ray.util.remove_placement_group(ray.util.get_placement_group(row["name"]))

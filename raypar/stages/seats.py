@@ -12,6 +12,7 @@ from raypar.mesh.cluster import Cluster
 from raypar.mesh.device_mesh import PlacementRequest, device_meshes
 from raypar.mesh.placement import acquire, check_nodes, release
 from raypar.plan import Plan
+from raypar.stages._orphans import remove_orphans
 from raypar.stages.faults import RankInfo
 
 _DEADLINE_KEY = "ScalingConfig.placement_timeout_s or mesh.placement_timeout_s"
@@ -121,6 +122,7 @@ class Seats:
         """
         if settings.lent:
             return cls(settings, settings.lent)
+        remove_orphans()
         groups = acquire(settings.requests, settings.deadline_s, deadline_key=_DEADLINE_KEY)
         return cls(
             settings,
