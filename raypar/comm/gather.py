@@ -6,6 +6,7 @@ Toward Training Trillion Parameter Models", section 5.1; `raypar.comm.scatter` i
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from raypar.comm._rows import Rows, Split, check_splits
 from raypar.comm.buckets import bucket_members
 from raypar.comm.group import Group, TensorSpec, Work
+from raypar.errors import CommError
 from raypar.sharding.pieces import Piece
 
 
@@ -33,13 +35,12 @@ class Copy:
 
 
 class GatherBuckets:
-    """Brings every rank's copies up to date from all ranks' own pieces.
+    """Brings every rank's copies up to date from all ranks' own pieces, in the background.
 
     Args:
         copies: The tensors, in the same order on all ranks.
         group: Who has the pieces.
-        bucket_bytes: A bucket is closed when it holds this much of whole tensors, in bytes; no
-            more than two of them exist at once.
+        bucket_bytes: A bucket is closed when it holds this much of whole tensors, in bytes.
         name: Name in errors.
 
     Raises:
@@ -56,23 +57,36 @@ class GatherBuckets:
         self._group = group
         members = bucket_members([s.spec for s in splits], bucket_bytes)
         self._buckets = [Rows(m, splits) for m in members]
+        self._under_way: deque[tuple[Rows, Work]] = deque()
 
-    def run(self) -> None:
-        """Gathers all buckets; one travels while the one before it is copied to its places.
+    def start(self) -> None:
+        """Sends all own pieces, as they are now, on their way.
+
+        Until `finish`, what arrives is held beside the copies: up to their size once more.
+
+        Raises:
+            CommError: What was started before is not finished.
+        """
+        if self._under_way:
+            raise CommError(f"{self.name}: a gather was started before the last one was finished")
+        for at, rows in enumerate(self._buckets):
+            row = torch.cat([self._copies[i].own.detach().reshape(-1) for i in rows.members])
+            name = f"{self.name} bucket {at} of {len(self._buckets)}"
+            self._under_way.append((rows, self._group.iall_gather(row, name=name)))
+
+    def finish(self) -> bool:
+        """Copies everything to its place as it arrives.
+
+        Returns:
+            Whether anything was under way.
 
         Raises:
             CommTimeoutError: A gather missed its deadline.
         """
-        before: tuple[Rows, Work] | None = None
-        for at, rows in enumerate(self._buckets):
-            row = torch.cat([self._copies[i].own.detach().reshape(-1) for i in rows.members])
-            name = f"{self.name} bucket {at} of {len(self._buckets)}"
-            work = self._group.iall_gather(row, name=name)
-            if before is not None:
-                self._place(*before)
-            before = (rows, work)
-        if before is not None:
-            self._place(*before)
+        any_ = bool(self._under_way)
+        while self._under_way:
+            self._place(*self._under_way.popleft())
+        return any_
 
     def _place(self, rows: Rows, work: Work) -> None:
         gathered = work.wait()

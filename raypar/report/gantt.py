@@ -13,7 +13,7 @@ from raypar.search.simulation import Span
 LETTERS = {"wait": ".", "comm": "~", "data": "d", "other": "-"}
 """What stands for a span whose kind is no letter."""
 LEGEND = (
-    "F forward  B backward  I, W its input and weight halves  O optimizer  G gather and counts  "
+    "F forward  B backward  I, W its input and weight halves  O optimizer  G counts  "
     "~ communication  . idle"
 )
 _SMALLEST = 10

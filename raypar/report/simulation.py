@@ -11,9 +11,9 @@ _KINDS = {
     "I": "backward (input half)",
     "W": "backward (weight half)",
     "O": "optimizer",
-    "G": "gathering parameters",
+    "G": "counting the batch",
     "transfer": "transfers",
-    "sync": "gradient sums",
+    "sync": "gradient sums and updated parameters",
     "norm": "the norm over all ranks",
 }
 _SHOWN_LINKS = 4

@@ -23,7 +23,7 @@ _NAMES = {
     "I": "backward, input half",
     "W": "backward, weight half",
     "O": "optimizer",
-    "G": "gather",
+    "G": "counts",
     "wait": "idle",
     "comm": "communication",
 }

@@ -82,6 +82,7 @@ class _Builder:
         """The program."""
         computes = self._computes()
         steps = [self._once(lane, group, rep) for lane, (group, rep) in enumerate(self.lanes)]
+        gathers = [self._gathers(group) for group, _ in self.lanes]
         buckets = [self._buckets(group, "sync") for group, _ in self.lanes]
         rounds = [self._buckets(group, "rounds") for group, _ in self.lanes]
         way_keys, ways = self._ways()
@@ -93,8 +94,8 @@ class _Builder:
                 replica=replica or 0,
                 compute={key: timed[at] for key, at in computes[lane].items()},
                 optimizer=timed[steps[lane][0]],
-                gather=timed[steps[lane][1]],
-                globals=timed[steps[lane][2]],
+                gather={stage: timed[at] for stage, at in gathers[lane].items()},
+                globals=timed[steps[lane][1]],
                 buckets={s: tuple(timed[at] for at in found) for s, found in buckets[lane].items()},
                 rounds={s: tuple(timed[at] for at in found) for s, found in rounds[lane].items()},
                 overhead=self.setting.overhead_s,
@@ -188,20 +189,28 @@ class _Builder:
 
     # -- once a step ------------------------------------------------------------------------
 
-    def _once(self, lane: int, group: int, replica: int | None) -> tuple[int, int, int]:
-        """Indices of the needs of optimizer, gather and globals."""
+    def _once(self, lane: int, group: int, replica: int | None) -> tuple[int, int]:
+        """Indices of the needs of optimizer and globals."""
         setting = self.setting
         mesh, devices = setting.meshes[group], setting.devices(group, replica)
         costs = [setting.cost(s, replica) for s in setting.stages_of(group)]
         actor = ("lane", lane, 0)
         optimizer = sum(c.optimizer_s for c in costs)
-        gather = tuple(one for c in costs for one in c.gather)
         counting = sum(setting.globals_s.get(s, 0.0) for s in setting.stages_of(group))
         return (
             self._need(self.fabric.compute(actor, mesh, devices, optimizer)),
-            self._need(self.fabric.compute(actor, mesh, devices, 0.0, gather)),
             self._need(self.fabric.compute(actor, mesh, devices, counting)),
         )
+
+    def _gathers(self, group: int) -> dict[int, int]:
+        """Stage → need of gathering its parameters, all replicas together."""
+        mesh = self.setting.meshes[group]
+        actor = ("sync", group, 0)
+        return {
+            stage: self._need(self.fabric.compute(actor, mesh, mesh.devices, 0.0, cost.gather))
+            for stage in self.setting.stages_of(group)
+            if (cost := self.setting.costs[stage]).gather
+        }
 
     def _buckets(self, group: int, which: Literal["sync", "rounds"]) -> dict[int, list[int]]:
         """Stage → needs of its gradient buckets, all replicas together.

@@ -34,7 +34,8 @@ class MemoryTimeline:
             or for another stage as well: one tensor counts once), ``edges`` (values that cross
             stages and their gradients), ``gradients`` of parameters (from the first backward of
             their stage to the optimizer, which begins the next step), ``transit`` (what has
-            arrived and was not yet asked for, or is done with and not yet gone) and ``transient``
+            arrived and was not yet asked for, updated parameters included, or is done with and
+            not yet gone) and ``transient``
             (within one program): bytes from each time on.
     """
 
@@ -101,6 +102,9 @@ class _Walk:
         self.changes: list[tuple[float, int, int]] = []  # (time, which of MOVING, bytes)
         total = sum(c.gradient_bytes for c in self.costs.values())
         self.changes += [(0.0, _GRADIENTS, total), (self.ends[0], _GRADIENTS, -total)]
+        self.arriving = {s: sum(g.nbytes for g in c.gather) for s, c in self.costs.items()}
+        """Stage → bytes of updated parameters that wait beside the old ones."""
+        self.changes.append((0.0, _TRANSIT, sum(self.arriving.values())))
 
     def step(self, position: int, now: Instruction) -> None:
         """What one instruction changes."""
@@ -111,6 +115,8 @@ class _Walk:
         end = self.ends[op]
         if kind in COMPUTE:
             before = self.last[position - 1] if position else 0
+            if kind is Kind.FORWARD and (size := self.arriving.pop(stage, 0)):
+                self.changes.append((self.ends[before], _TRANSIT, -size))
             self._compute(kind, stage, mb, self.ends[before], end)
             self._gradients(kind, stage, self.ends[before], end)
         elif kind in RECV:

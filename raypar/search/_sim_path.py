@@ -15,10 +15,10 @@ class Link:
 
     Attributes:
         lane: The lane that works, or that a message goes to.
-        position: The instruction, as an index of the lane's list; negative for the optimizer and
-            the gathering of parameters at the beginning of a step.
+        position: The instruction, as an index of the lane's list; negative for the optimizer, which
+            begins a step.
         seconds: Its share of the step.
-        what: ``work``, ``transfer``, ``sync`` (gradients) or ``norm``.
+        what: ``work``, ``transfer``, ``sync`` (gradients, updated parameters) or ``norm``.
     """
 
     lane: int

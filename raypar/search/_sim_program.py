@@ -4,6 +4,8 @@ A *lane* is a rank group, or one replica of it: ranks that go in step. Conventio
 those of `raypar.schedules.compile`; what travels beside compute is that of the interpreter:
 
 * a message leaves when its SEND is reached, behind earlier messages of the same pair of lanes;
+* parameters that are stored in parts leave for all ranks when the optimizer is through, stage by
+  stage in the background, and the first forward of a stage waits for its own;
 * gradient buckets leave one by one while the last backward of their stage goes on, one after the
   other in the background, and NORM waits for them;
 * gradients of which no rank keeps the whole (ZeRO-2) leave after every microbatch: those of a stage
@@ -28,8 +30,8 @@ WORK, POST, TAKE, JOIN, MEET, DRAIN, AWAIT = range(7)
 """Operations: compute; send; receive; join a meeting in the background; wait in one; wait for
 those joined in the background; wait for one of them."""
 
-OPTIMIZE, GATHER = -2, -1
-"""Labels of the operations that belong to no instruction of the list."""
+OPTIMIZE = -1
+"""Label of the operations that belong to no instruction of the list."""
 
 Op = tuple[Any, ...]
 """(WORK, seconds, uses), (POST, message), (TAKE, message), (DRAIN,); JOIN, MEET and AWAIT with
@@ -91,7 +93,7 @@ class LaneTimes:
         replica: Its replica, or 0 where one lane stands for all.
         compute: (stage, kind) → one microbatch, collectives inside included.
         optimizer: The optimizer step.
-        gather: What it does with its parameters before the first forward.
+        gather: Stage → the time in which its parameters are gathered, once a step.
         globals: The counts of the whole batch.
         buckets: Stage → its gradient buckets' times, once a step.
         rounds: Stage → the same of what leaves after every microbatch.
@@ -102,7 +104,7 @@ class LaneTimes:
     replica: int
     compute: Mapping[tuple[int, Kind], Timed]
     optimizer: Timed = Timed(0.0)
-    gather: Timed = Timed(0.0)
+    gather: Mapping[int, Timed] = field(default_factory=dict)
     globals: Timed = Timed(0.0)
     buckets: Mapping[int, tuple[Timed, ...]] = field(default_factory=dict)
     rounds: Mapping[int, tuple[Timed, ...]] = field(default_factory=dict)
@@ -193,6 +195,8 @@ class _Compiler:
         self.way_of: list[int] = []
         self.meetings: list[Meeting] = []
         self.resources = resources
+        # First of all in their groups' queues: they are complete before anything else is.
+        self.gathers = {group: self._gathers(group) for group in self.lanes_of}
         self.bucket_meetings = {group: self._buckets(group) for group in self.lanes_of}
         self.tied = [self._tied(one) for one in tied]
         self.norm = self._meeting(Meeting(tuple(range(len(lanes))), norm, -1))
@@ -200,6 +204,17 @@ class _Compiler:
     def _meeting(self, meeting: Meeting) -> int:
         self.meetings.append(meeting)
         return len(self.meetings) - 1
+
+    def _gathers(self, group: int) -> dict[int, int]:
+        """Stage → meeting in which its parameters are gathered, in the order of first forwards."""
+        own = tuple(self.lanes_of[group])
+        times = self.lanes[own[0]].gather
+        stages = dict.fromkeys(now.stage for now in self.lists[group] if now.kind is Kind.FORWARD)
+        return {
+            stage: self._meeting(Meeting(own, times[stage], group))
+            for stage in stages
+            if stage is not None and stage in times and times[stage].seconds > 0.0
+        }
 
     def _buckets(self, group: int) -> dict[int, list[int]]:
         """Position of a backward → meetings of its gradient buckets: of all replicas of the group.
@@ -250,16 +265,17 @@ class _Compiler:
         final = {stage: position for position, stage in _delivering(program, lane).items()}
         under_way: dict[int, int] = {}  # stage → the last meeting of its gradients' last round
         waiting = [(meeting, set(p.get(lane.group, ()))) for meeting, p in self.tied]
-        ops: list[Op] = [
-            (WORK, lane.optimizer.seconds, lane.optimizer.uses),
-            (WORK, lane.gather.seconds, lane.gather.uses),
-        ]
-        labels, last = [OPTIMIZE, GATHER], []
+        awaited = dict(self.gathers[lane.group])
+        ops: list[Op] = [(WORK, lane.optimizer.seconds, lane.optimizer.uses)]
+        ops += [(JOIN, meeting) for meeting in awaited.values()]
+        labels, last = [OPTIMIZE] * len(ops), []
         for position, now in enumerate(program):
             kind = now.kind
             if kind in COMPUTE:
                 assert now.stage is not None
                 op = work[now.stage, kind]
+                if kind is Kind.FORWARD and now.stage in awaited:
+                    ops.append((AWAIT, awaited.pop(now.stage)))
                 leaving = self.bucket_meetings[lane.group].get(position, [])
                 ops += self._leaving(op, leaving, under_way.get(now.stage))
                 if leaving and now.stage in lane.rounds:

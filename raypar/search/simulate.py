@@ -18,7 +18,7 @@ from raypar.plan import Plan
 from raypar.schedules.instructions import COMPUTE, Instruction
 from raypar.search._sim_build import Built, build
 from raypar.search._sim_input import Moved, Setting
-from raypar.search._sim_program import AWAIT, DRAIN, GATHER, MEET, TAKE
+from raypar.search._sim_program import AWAIT, DRAIN, MEET, TAKE
 from raypar.search._sim_run import Played, play
 from raypar.search._sim_setting import setting_of
 from raypar.search.cost.base import CostModel
@@ -127,8 +127,6 @@ def _lane_report(
                 comm += end - played.met[op[1]][0]
             elif op[0] == DRAIN:
                 comm += end - min(max(played.complete[lane], start), end)
-            elif labels[at] == GATHER:
-                comm += took
             else:
                 share = _comm_share(lane, labels[at], program, built)
                 comm += took * share

@@ -11,7 +11,7 @@ from raypar.search._sim_build import Built
 from raypar.search._sim_input import Setting
 from raypar.search._sim_memory import MOVING, MemoryTimeline, memory_of
 from raypar.search._sim_path import Link, critical_path
-from raypar.search._sim_program import AWAIT, DRAIN, GATHER, MEET, OPTIMIZE, TAKE
+from raypar.search._sim_program import AWAIT, DRAIN, MEET, OPTIMIZE, TAKE
 from raypar.search._sim_run import Played
 
 __all__ = [
@@ -31,9 +31,9 @@ class Span:
     """Something that a lane does for a while.
 
     Attributes:
-        name: The instruction as text; ``OPTIMIZER`` and ``GATHER`` begin the step.
-        kind: ``F``, ``B``, ``I``, ``W``, ``O`` (optimizer), ``G`` (parameters are gathered, counts
-            of the batch), ``wait`` (nothing to do yet), ``comm`` (what it waits for is under way).
+        name: The instruction as text; ``OPTIMIZER`` begins the step.
+        kind: ``F``, ``B``, ``I``, ``W``, ``O`` (optimizer), ``G`` (counts of the batch),
+            ``wait`` (nothing to do yet), ``comm`` (what it waits for is under way).
         start: Seconds from the beginning of the step.
         end: The same.
     """
@@ -240,14 +240,13 @@ class Simulation:
         return self._lists[self.lanes[lane].group]
 
     def _name(self, lane: int, position: int) -> str:
-        names = {OPTIMIZE: "OPTIMIZER", GATHER: "GATHER"}
-        return names.get(position) or str(self._list(lane)[position])
+        return "OPTIMIZER" if position == OPTIMIZE else str(self._list(lane)[position])
 
     def _kind(self, lane: int, position: int) -> str:
         if position == OPTIMIZE:
             return "O"
-        now = None if position == GATHER else self._list(lane)[position]
-        return now.kind.value if now is not None and now.kind in COMPUTE else "G"
+        now = self._list(lane)[position]
+        return now.kind.value if now.kind in COMPUTE else "G"
 
     def _op_spans(
         self, lane: int, at: int, start: float, end: float

@@ -194,19 +194,28 @@ class GradientStore:
             place = _Place(buckets, index, None, of_stage=rounds)
             self._place.update({(stage, name): place for stage in stages})
 
-    def _make_gathers(self) -> list[GatherBuckets]:
-        """What brings updated parts back to where programs take them from."""
+    def _make_gathers(self) -> dict[int, list[GatherBuckets]]:
+        """Stage → what brings updated parts back to where its programs take them from.
+
+        Stages are in the order in which they first go forward; what several take comes with the
+        first of them, and what none takes with the last.
+        """
         held = self._holdings
-        copies: dict[tuple[str, ...], list[Copy]] = {}
+        forwards = (i.stage for i in self._spec.instructions if i.kind is Kind.FORWARD)
+        order = list(dict.fromkeys(stage for stage in forwards if stage is not None))
+        takes = {s: {k for k in held.stages[s].program.inputs if k[:6] == "param:"} for s in order}
+        copies: dict[tuple[int, tuple[str, ...]], list[Copy]] = {}
         for name, way in held.ways.items():
             if held.params[name].requires_grad and self._sharers.along(way.gather) is not None:
+                first = next((s for s in order if f"param:{name}" in takes[s]), order[-1])
                 whole, own = held.params[name].detach(), held.stored[name].detach()
-                copies.setdefault(way.gather, []).append(Copy(whole, own, way.parts))
-        found = []
-        for axes, members in copies.items():
+                copies.setdefault((first, way.gather), []).append(Copy(whole, own, way.parts))
+        found: dict[int, list[GatherBuckets]] = {stage: [] for stage in order}
+        for (stage, axes), members in copies.items():
             group = self._sharers.along(axes)
             assert group is not None
-            found.append(GatherBuckets(members, group, _BUCKET, f"parameters over {axes}"))
+            name = f"parameters of stage {stage} over {axes}"
+            found[stage].append(GatherBuckets(members, group, _BUCKET, name))
         return found
 
     # -- a step -----------------------------------------------------------------------------
@@ -313,13 +322,38 @@ class GradientStore:
             param.grad = self._grads.get(name)
 
     def spread(self) -> None:
-        """After the optimizer: brings its parts to every rank whose programs take them.
+        """After the optimizer: sends its parts to every rank whose programs take them.
+
+        They travel in the background; `arrived` or `all_arrived` has to come before a program
+        takes them.
 
         Raises:
-            CommTimeoutError: A gather missed its deadline.
+            CommTimeoutError: What was sent before did not arrive in time.
         """
-        for gather in self._gathers:
-            gather.run()
+        self.all_arrived()
+        for gathers in self._gathers.values():
+            for gather in gathers:
+                gather.start()
+
+    def arrived(self, stage: int) -> bool:
+        """Waits for the parameters of a stage; returns whether any were on their way.
+
+        Raises:
+            CommTimeoutError: They missed their deadline.
+        """
+        found = [
+            gather.finish() for gather in self._gathers[stage]
+        ]  # all of them, whatever they say
+        return any(found)
+
+    def all_arrived(self) -> None:
+        """Waits for the parameters of all stages.
+
+        Raises:
+            CommTimeoutError: They missed their deadline.
+        """
+        for stage in self._gathers:
+            self.arrived(stage)
 
     def tensors(self) -> list[torch.Tensor]:
         """All memory that gradients hold now, for accounts of it."""

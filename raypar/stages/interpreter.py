@@ -145,6 +145,7 @@ class RankRunner(Rank):
 
     def _forward(self, now: Instruction) -> None:
         stage, microbatch = self._stage(now)
+        self._await_parameters(stage.spec.index)
         began = time.perf_counter()
         program = stage.program
         arguments = [self._argument(key, microbatch) for key in program.inputs]
@@ -167,6 +168,14 @@ class RankRunner(Rank):
         for name, value in zip(stage.spec.updates, outputs[place:], strict=True):
             self._holdings.buffers[name] = value
         self._computed(index, FORWARD, began)
+
+    def _await_parameters(self, stage: int) -> None:
+        """What the optimizers of other ranks changed arrives while earlier stages go forward."""
+        began = time.perf_counter()
+        if self._gradients.arrived(stage):
+            waited = time.perf_counter() - began
+            self._seconds["sync"] += waited
+            self._report.awaited += waited
 
     def _computed(self, stage: int, which: int, began: float) -> None:
         took = time.perf_counter() - began

@@ -37,7 +37,7 @@ class Rank:
         self._mesh = MeshGroups(world, spec.meshes, spec.bases, spec.group)
         self._gradients = GradientStore(spec, self._holdings, world, self._mesh)
         self._update = Update(spec, self._holdings)
-        self._kept = RankState(spec, self._holdings, self._update)
+        self._kept = RankState(spec, self._holdings, self._update, self._gradients.all_arrived)
         self._forwards = ForwardRunner(spec, world, self._mesh, self._holdings)
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -100,8 +100,14 @@ class Rank:
             OptimizerError: The recipe has no ``ema_decay``, or `weights` is something else.
         """
         average = self._update.average
-        with weights_in_use(weights, self._holdings, average, self._gradients.spread) as held:
+        self._gradients.all_arrived()
+        with weights_in_use(weights, self._holdings, average, self._spread) as held:
             return self._forwards.run(key, first, batches[self.spec.rank], *held)
+
+    def _spread(self) -> None:
+        """Brings stored parts to every rank whose programs take them, at once."""
+        self._gradients.spread()
+        self._gradients.all_arrived()
 
     def visit(self, visitor: Callable[[RankState], Any]) -> Any:
         """Shows a visitor the training state, between steps, and returns what it answers."""

@@ -7,7 +7,7 @@ that `raypar.stages.layouts.reports` gives it, and takes whatever parts its own 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,17 +39,21 @@ class RankState:
         spec: What the rank is.
         holdings: What it holds.
         update: Its optimizer, and what else the recipe keeps.
+        all_arrived: Waits for parameters that are still on their way from the last step.
 
     Attributes:
         scratch: Room for what visitors keep from one visit to the next.
     """
 
-    def __init__(self, spec: RankSpec, holdings: Holdings, update: Update) -> None:
+    def __init__(
+        self, spec: RankSpec, holdings: Holdings, update: Update, all_arrived: Callable[[], None]
+    ) -> None:
         self.spec = spec
         self.scratch: dict[str, Any] = {}
         self._generators: dict[str, torch.Tensor] = {}
         self._holdings = holdings
         self._update = update
+        self._all_arrived = all_arrived
 
     @property
     def names(self) -> dict[str, str]:
@@ -141,6 +145,7 @@ class RankState:
         """
         if not weights_only:
             self._update.check(dict(saved.values["update"]))
+        self._all_arrived()
         held = self._holdings
         wants: list[Want] = []
         for name, param in held.params.items():

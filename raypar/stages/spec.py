@@ -200,8 +200,11 @@ class StepReport:
         non_finite: Where this rank first saw a NaN or infinity ("stage 1 loss", "stage 0
             gradients", ...), or None.
         seconds: Wall time of the step here, and of parts of it: ``total``, ``compute``, ``recv``
-            (waiting for activations and gradients), ``sync`` (waiting for gradient buckets),
+            (waiting for activations and gradients), ``sync`` (waiting for gradient buckets and
+            updated parameters),
             ``optimizer``, ``data`` (waiting for input).
+        awaited: Seconds of ``sync`` in which forwards waited for updated parameters (ZeRO); the
+            stamps count them with the forwards.
         passes: Stage → seconds in its forward and in its backward programs, over all microbatches:
             collectives inside them count, waiting for values of other stages does not. Where a
             device works behind the program's back (a GPU), it is the time to tell it what to do.
@@ -224,6 +227,7 @@ class StepReport:
     loss_scale: float | None = None
     non_finite: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    awaited: float = 0.0
     passes: dict[int, tuple[float, float]] = field(default_factory=dict)
     peak_saved: dict[int, int] = field(default_factory=dict)
     most_saved: int = 0

@@ -5,11 +5,12 @@ parts, which exclude each other and add up to ``step_s``:
 
 * ``compute``: forward and backward programs, with the collectives inside them;
 * ``communication``: handing over what is sent; waiting for a message from when its sender had
-  handed it over; in the norm over all ranks (where gradient sums end as well) from when the last
-  rank had come to it; waiting until all sends are through;
+  handed it over, or for parameters that other ranks' optimizers changed (ZeRO); in the norm over
+  all ranks (where gradient sums end as well) from when the last rank had come to it; waiting until
+  all sends are through;
 * ``bubble``: waiting for somebody who has not sent yet, or not come to the norm yet;
 * ``data``: waiting for the step's inputs;
-* ``optimizer``: the update, and sending updated parameters where it is cut (ZeRO);
+* ``optimizer``: the update;
 * ``other``: the rest: counting the batch, freeing, the interpreter itself, and by how much the
   rank's step was shorter than the slowest one's.
 
@@ -197,6 +198,10 @@ class Breakdown:
         """
         stamps = self.stamps(reports)
         found = _without_stamps(reports) if stamps is None else self.of_stamps(stamps)
+        if stamps is not None:
+            awaited = [report.awaited for report in reports]
+            found[:, _COMPUTE] -= awaited
+            found[:, _COMM] += awaited
         found[:, _DATA] = [report.seconds.get("data", 0.0) for report in reports]
         found[:, _OTHER] = 0.0
         found[:, _OTHER] = np.maximum(step_s - found.sum(axis=1), 0.0)

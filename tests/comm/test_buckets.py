@@ -311,7 +311,12 @@ def test_gathered_copies_are_what_the_ranks_hold(
             own = own if view and len(piece.boxes) == 1 else own.clone()
             own.copy_(piece.read(new))
             copies.append(Copy(whole, own, split.pieces))
-        GatherBuckets(copies, group, bucket_bytes).run()
+        buckets = GatherBuckets(copies, group, bucket_bytes)
+        buckets.start()
+        with pytest.raises(CommError, match="before the last one was finished"):
+            buckets.start()
+        assert buckets.finish()
+        assert not buckets.finish()
         for copy, new in zip(copies, fresh, strict=True):
             assert torch.equal(copy.whole, new)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -26,7 +27,7 @@ from raypar.schedules.saved import peak_saved_per_stage
 from raypar.schedules.timing import Durations, ideal_timeline
 from raypar.search._sim_build import build
 from raypar.search._sim_fluid import FULL, FluidClock
-from raypar.search._sim_program import JOIN, MEET, POST, TAKE, Op, Program
+from raypar.search._sim_program import AWAIT, JOIN, MEET, POST, TAKE, Op, Program
 from raypar.search._sim_run import play
 from raypar.search.cost.base import Collective, StageCost
 from raypar.search.simulate import Moved, Setting, Simulation, simulate, simulate_lists
@@ -171,7 +172,7 @@ def _repeated(program: Program, steps: int) -> Program:
     def shifted(op: Op, step: int) -> Op:
         if op[0] in (POST, TAKE):
             return (op[0], op[1] + step * messages)
-        return (op[0], op[1] + step * meetings) if op[0] in (JOIN, MEET) else op
+        return (op[0], op[1] + step * meetings) if op[0] in (JOIN, MEET, AWAIT) else op
 
     return replace(
         program,
@@ -184,7 +185,15 @@ def _repeated(program: Program, steps: int) -> Program:
 @pytest.mark.parametrize("schedule", sorted(schedule_names()))
 def test_the_period_of_a_run_of_steps_is_that_of_one(schedule: str) -> None:
     io = chain(3, 3, 500)
-    costs = [replace(UNIT, optimizer_s=s, backward_s=2 + s) for s in (0.3, 0.1, 0.7)]
+    costs = [
+        replace(
+            UNIT,
+            optimizer_s=s,
+            backward_s=2 + s,
+            gather=(Collective("data", "all_gather", 8, 3 * s),),
+        )
+        for s in (0.3, 0.1, 0.7)
+    ]
     setting = setting_for(io, 5, one_device_nodes(3, Link(1e4, 0.01)), costs)
     built = build(compile_schedule(schedule, io, 5), replace(setting, tied=(((0, 2), 900),)))
     step = play(built.program).step
@@ -231,6 +240,29 @@ def test_gradients_of_the_stage_that_is_through_first_travel_first() -> None:
     found = simulate_lists(compile_schedule("1f1b", io, 1), setting)
     # Only the last bucket of the first stage is left when its backward is over.
     assert 2 + 4 * alone < found.step_s < 2 + 4.2 * alone
+
+
+def _gathered(gather_s: float) -> Simulation:
+    """Two stages of one rank group whose parameters are gathered before they go forward."""
+    io = StageIO(2, (0, 0), (Edge("x", 0, (1,), True, 1),), (False, True))
+    gather = (Collective("data", "all_gather", 1000, gather_s),) if gather_s else ()
+    costs = (StageCost(10.0, 1.0, 0.0, 0.0, gather=gather, optimizer_s=1.0),) * 2
+    setting = setting_for(io, 1, one_device_nodes(2), costs)
+    setting = replace(setting, meshes=(MeshSlice((0, 1), (2,)),))
+    return simulate_lists(compile_schedule("1f1b", io, 1), setting)
+
+
+def test_parameters_arrive_while_earlier_stages_go_forward() -> None:
+    without = _gathered(0.0).step_s
+    assert _gathered(4.0).step_s == pytest.approx(without + 4.0)  # the second stage's are hidden
+    long = _gathered(25.0)  # the second stage waits as well, until both are through
+    assert long.step_s == pytest.approx(without + 2 * 25.0 - 10.0)
+    assert long.lanes[0].communication * long.step_s == pytest.approx(25.0 + 15.0)
+    waits = [span.name for span in long.spans(0) if span.kind == "comm"]
+    assert waits == ["0F0", "1F0"]
+    # What arrives lies beside what is there until its stage takes it.
+    transit = long.memory[0].moving[MOVING.index("transit")]
+    assert [n for n, m in itertools.groupby(transit) if n] == [2000, 1000]
 
 
 def test_a_parameter_of_two_rank_groups_is_summed_once_both_have_it() -> None:

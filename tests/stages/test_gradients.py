@@ -122,13 +122,20 @@ def make_plan(
 DATA2: Mesh = ((2,), ("data",))
 X2: Mesh = ((2,), ("x",))
 GRID: Mesh = ((2, 2), ("data", "x"))
+FLAT: Mesh = ((1, 2), ("data", "x"))
 
 
 # ---- a plan trains like the unsplit model ---------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", [DATA2, X2, GRID, ((1, 2), ("data", "x"))])
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("mesh", "zero"),
+    [
+        pytest.param(mesh, zero, marks=[pytest.mark.thorough] * (zero not in first))
+        for mesh, first in ((DATA2, (0, 1, 2, 3)), (X2, (1,)), (GRID, (0, 3)), (FLAT, (2,)))
+        for zero in range(4)
+    ],
+)
 def test_one_mesh(graph: OpGraph, mesh: Mesh, zero: int) -> None:
     assert_plan_equivalent(
         net, BATCH, make_plan(graph, [mesh], [zero]), recipe=Recipe(clip_norm=0.05)
@@ -147,7 +154,9 @@ def test_one_mesh(graph: OpGraph, mesh: Mesh, zero: int) -> None:
         ([((1,), ("data",)), X2], [0, 2]),
     ],
 )
-@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble_h1"])
+@pytest.mark.parametrize(
+    "schedule", ["1f1b", pytest.param("zero_bubble_h1", marks=pytest.mark.thorough)]
+)
 def test_a_tied_parameter_on_two_meshes(
     graph: OpGraph, meshes: list[Mesh], zero: list[int], schedule: str
 ) -> None:
@@ -184,17 +193,43 @@ def test_a_tied_parameter_without_a_gradient_on_one_mesh(
     assert_plan_equivalent(detached, BATCH, plan, steps=2)
 
 
-@pytest.mark.parametrize("zero", [(1, 1), (2, 2), (2, 3)])
-def test_a_parameter_that_two_stages_of_a_rank_share(graph: OpGraph, zero: tuple[int, int]) -> None:
+def _two_chunks(graph: OpGraph, zero: Sequence[int]) -> Plan:
+    """Both stages on the same ranks."""
     plan = make_plan(graph, [GRID, GRID], zero, schedule="interleaved_1f1b")
     mesh = plan.stages[0].mesh
-    plan = dataclasses.replace(
+    return dataclasses.replace(
         plan,
         cluster=(4,),
         stages=tuple(dataclasses.replace(stage, mesh=mesh) for stage in plan.stages),
         schedule=ScheduleSpec("interleaved_1f1b", ((0, 0), (0, 1))),
     )
+
+
+@pytest.mark.parametrize("zero", [(1, 1), (2, 2), (2, 3)])
+def test_a_parameter_that_two_stages_of_a_rank_share(graph: OpGraph, zero: tuple[int, int]) -> None:
+    plan = _two_chunks(graph, zero)
     assert_plan_equivalent(net, BATCH, plan, recipe=Recipe(clip_norm=0.05), steps=2)
+
+
+def test_updated_parameters_arrive_stage_by_stage(graph: OpGraph) -> None:
+    runners = _train(graph, _two_chunks(graph, (1, 1)), steps=1)
+    stored = [{n: p.detach() for n, p in r._holdings.stored.items()} for r in runners]
+    whole = assemble([r.spec for r in runners], stored)
+    outdated = []
+    for runner in runners:
+        held = runner._holdings
+        for stage in (0, 1):
+            names = {k[6:] for k in held.stages[stage].program.inputs if k.startswith("param:")}
+
+            def current(name: str, runner: RankRunner = runner) -> bool:
+                piece = runner._kept._taken_piece(name)
+                return torch.equal(runner._holdings.params[name].detach(), piece.read(whole[name]))
+
+            outdated.append(not all(map(current, names)))
+            assert runner._gradients.arrived(stage)
+            assert all(map(current, names))
+            assert not runner._gradients.arrived(stage)
+    assert all(outdated)
 
 
 def test_both_copies_of_a_tied_parameter_keep_the_same_bits(graph: OpGraph) -> None:
@@ -209,6 +244,7 @@ def test_both_copies_of_a_tied_parameter_keep_the_same_bits(graph: OpGraph) -> N
         whole.append(assemble([r.spec for r in runners], chosen)["tied.weight"])
     assert torch.equal(whole[0], whole[1])
     for runner in runners:  # and what programs take is up to date everywhere
+        runner._gradients.all_arrived()
         taken = runner._holdings.params["tied.weight"].detach()
         assert torch.equal(taken, whole[0])
 
@@ -277,13 +313,20 @@ class _Ops(TorchDispatchMode):  # type: ignore[misc]
         return made
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble_h1"])
 @pytest.mark.parametrize(
-    ("meshes", "zero", "first"),
+    ("meshes", "zero", "first", "schedule"),
     [
-        ([((1,), ("data",))] * 2, 0, "mm.default"),
-        ([DATA2, DATA2], 0, "mm.out"),
-        ([DATA2, DATA2], 1, "mm.out"),
+        ([((1,), ("data",))] * 2, 0, "mm.default", "1f1b"),
+        ([DATA2, DATA2], 0, "mm.out", "zero_bubble_h1"),
+        ([DATA2, DATA2], 1, "mm.out", "1f1b"),
+        *(
+            pytest.param(*case, marks=pytest.mark.thorough)
+            for case in (
+                ([((1,), ("data",))] * 2, 0, "mm.default", "zero_bubble_h1"),
+                ([DATA2, DATA2], 0, "mm.out", "1f1b"),
+                ([DATA2, DATA2], 1, "mm.out", "zero_bubble_h1"),
+            )
+        ),
     ],
 )
 def test_products_are_added_to_their_sums_as_they_are_made(

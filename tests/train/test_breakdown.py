@@ -75,6 +75,18 @@ def test_waiting_for_somebody_is_bubble_and_for_what_is_under_way_communication(
     assert busiest(parts) == 1
 
 
+def test_waiting_for_updated_parameters_is_communication() -> None:
+    """Stamps count it with the forward that waits."""
+    lists, reports = lists_of(FIRST, LAST), two_ranks()
+    parts = Breakdown(lists).parts(reports, 17.0)
+    reports[0].awaited = 1.5
+    waited = Breakdown(lists).parts(reports, 17.0)
+    moved = dict(zip(PARTS, waited[0] - parts[0], strict=True))
+    nothing = dict.fromkeys(PARTS, 0.0)
+    assert moved == pytest.approx({**nothing, "compute": -1.5, "communication": 1.5})
+    assert (waited[1] == parts[1]).all()
+
+
 @given(st.floats(-1e4, 1e4), st.integers(1, 5))
 @settings(max_examples=examples(7, 20))
 def test_clocks_of_other_nodes_are_set_by_the_norm(ahead: float, steps: int) -> None:

@@ -19,9 +19,9 @@ _PATH = {
     "I": ("k-I", "backward, input half"),
     "W": ("k-W", "backward, weight half"),
     "O": ("k-O", "optimizer"),
-    "G": ("k-G", "gathering parameters"),
+    "G": ("k-G", "counting the batch"),
     "transfer": ("k-comm", "transfers between stages"),
-    "sync": ("k-sync", "sums of gradients"),
+    "sync": ("k-sync", "sums of gradients, updated parameters"),
     "norm": ("k-norm", "the norm over all ranks"),
 }
 

@@ -27,7 +27,7 @@ _SHADES = 3
 _LABELLED = 0.022, 0.06
 """Share of the width from which on a span carries its microbatch's number: of one drawing, and of
 three side by side."""
-_NO_INSTRUCTION = frozenset({"OPTIMIZER", "GATHER", "DATA", "END"})
+_NO_INSTRUCTION = frozenset({"OPTIMIZER", "DATA", "END"})
 """Names of spans that are no part of an instruction list."""
 _KIND = {letter: kind for kind, letter in LETTERS.items()}
 

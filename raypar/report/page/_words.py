@@ -10,7 +10,7 @@ KINDS = {
     "I": ("backward, input half", "gradients of what the stage was sent"),
     "W": ("backward, weight half", "gradients of the stage's parameters"),
     "O": ("optimizer", "updates parameters and begins the step"),
-    "G": ("gather", "parameters are gathered, the batch is counted"),
+    "G": ("counts", "the batch is counted"),
     "data": ("input", "waits for the inputs of the step"),
     "other": ("interpreter", "what the interpreter does itself"),
     "comm": ("communication", "waits for a transfer or collective that is under way"),
