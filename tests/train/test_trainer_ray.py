@@ -60,10 +60,13 @@ def held_groups() -> list[str]:
     return [g["name"] for g in placement_group_table().values() if g["state"] != "REMOVED"]
 
 
-def test_two_stages_of_two_replicas_on_actors_equal_one_process(
-    ray_session: str, tmp_path: Path
+@pytest.mark.parametrize("stages", [1, pytest.param(2, marks=pytest.mark.thorough)])
+def test_stages_of_two_replicas_on_actors_equal_one_process(
+    ray_session: str, tmp_path: Path, stages: int
 ) -> None:
-    there = trainer(tmp_path / "ray").fit()
+    small = {"search_config": rp.SearchConfig(stages=stages, replicas=2, microbatches=2)}
+    workers = rp.ScalingConfig(num_workers=2 * stages)
+    there = trainer(tmp_path / "ray", scaling_config=workers, **small).fit()
     here = trainer(
         tmp_path / "local", plan=there.plan, scaling_config=rp.ScalingConfig(num_workers=0)
     ).fit()
