@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from raypar.errors import DataError
 from raypar.stages.remote import RayRun
 from raypar.stages.spec import RankSpec, StepReport
 from raypar.train.data import BatchForm, DataPosition, batches, peek
+from raypar.train.data.stream import Mark
 from raypar.train.feed import DataFeed
 from raypar.train.relay import shipped
 from release._idle import IdleRunner
@@ -71,12 +73,35 @@ def losses(
     return found, state
 
 
-@pytest.mark.parametrize("kind", [pytest.param("map", marks=pytest.mark.thorough), "relayed"])
-def test_a_run_goes_on_on_other_ranks_where_it_was_stopped(ray_session: str, kind: str) -> None:
+def alone(data: Any, steps: int) -> tuple[list[float], Any]:
+    """`losses` of the first steps as this process reads them."""
+    read = peek(data, 3).read(4)
+    got = [next(read) for _ in range(steps)]
+    return [float(b["x"].sum() + b["y"].sum()) for b, _ in got], stands(got[-1][1])
+
+
+def stands(at: Mark | DataPosition) -> dict[str, Any]:
+    """A position as a checkpoint holds it."""
+    return (at.position() if isinstance(at, Mark) else at).to_json()
+
+
+@pytest.mark.parametrize(
+    ("kind", "before"),
+    [
+        ("relayed", 0),
+        pytest.param("relayed", 1, marks=pytest.mark.thorough),
+        pytest.param("map", 2, marks=pytest.mark.thorough),
+    ],
+)
+def test_a_run_goes_on_on_other_ranks_where_it_was_stopped(
+    ray_session: str, kind: str, before: int
+) -> None:
+    """The first steps are those of `before` ranks, or of this process."""
+
     def made() -> Any:
         return OnOnePlace() if kind == "relayed" else KINDS[kind](40, 4)
 
-    part, at = losses(made(), {}, 0, 3, 1 if kind == "relayed" else 2)
+    part, at = losses(made(), {}, 0, 3, before) if before else alone(made(), 3)
     assert at["samples"] == 12
     rest, end = losses(made(), at, 3, 50, 1, epochs=1)
     assert end["samples"] == 40
@@ -108,11 +133,11 @@ def test_ray_data_are_read_by_rows_or_streamed(ray_session: str) -> None:
 
     streamed = peek(batches(rows(), 4), 3)
     assert not streamed.by_rows
-    part, at = losses(batches(rows(), 4), {}, 0, 3, 2)
-    rest, _ = losses(batches(rows(), 4), at, 3, 6, 1)
     stream = streamed.read(4)
-    each = [next(stream)[0]["y"].tolist() for _ in range(9)]
-    np.testing.assert_allclose(part + rest, [3 * sum(ids) for ids in each])
+    sums, ats = zip(*[(3 * float(b["y"].sum()), at) for b, at in islice(stream, 9)], strict=True)
+    rest, end = losses(batches(rows(), 4), stands(ats[2]), 3, 6, 2)  # on ranks from there on
+    np.testing.assert_allclose(rest, sums[3:])
+    assert end == stands(ats[8])
     with pytest.raises(DataError, match="column 'name' of the Ray Dataset holds"):
         peek(batches(ray_data.from_items([{"name": "a"}] * 8), 4), 0)
     with pytest.raises(DataError, match=r"Dataset, which holds single samples: pass raypar.batch"):
