@@ -148,6 +148,12 @@ def capture_outputs(
             leaves, structure = pytree.tree_flatten(output if select is None else select(output))
             plain = {i: x for i, x in enumerate(leaves) if not isinstance(x, torch.Tensor)}
             _check_leaves(plain)
+            if len(plain) == len(leaves):
+                raise CaptureError(
+                    f"{'the module' if select is None else 'select'} returned no tensor; predict "
+                    "tells tensors of the module's output, for example select=lambda output: "
+                    "output.logits"
+                )
             forms[:] = [(structure, plain)]
             return [x for x in leaves if isinstance(x, torch.Tensor)]
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from raypar.compat import pytree
 from raypar.errors import DataError
+from raypar.graph.batchspec import BatchSpec
 from raypar.graph.states import Batch, Const, State
 from raypar.stages.evaluation import Parcel
 from raypar.stages.local import LocalRun
@@ -124,6 +126,35 @@ class EvaluationData:
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             ahead[1].close()
+
+
+def check_dtypes(batch: Any, trained: BatchSpec) -> None:
+    """Compares what a model is to predict from with what it trains on, as far as that is told.
+
+    A model whose parameters are float32 fails on float64, which is what NumPy makes, and does so
+    on a rank that others wait for.
+
+    Raises:
+        DataError: A tensor has another kind of numbers.
+    """
+    dtypes: list[Any] = [None] * trained.structure.num_leaves
+    for leaf, dtype in zip(trained.tensor_leaves, trained.dtypes, strict=True):
+        dtypes[leaf] = dtype
+    known = pytree.tree_unflatten(dtypes, trained.structure)
+    if isinstance(batch, dict) and isinstance(known, dict):
+        pairs = [(repr(name), batch[name], known[name]) for name in batch if name in known]
+    else:
+        rows = [x if isinstance(x, (tuple, list)) else [x] for x in (batch, known)]
+        pairs = [(str(i), *pair) for i, pair in enumerate(zip(*rows, strict=False))]
+    for name, tensor, dtype in pairs:
+        if not isinstance(tensor, torch.Tensor) or not isinstance(dtype, torch.dtype):
+            continue
+        both_whole = not (tensor.is_floating_point() or dtype.is_floating_point)
+        if tensor.dtype != dtype and not both_whole:
+            raise DataError(
+                f"tensor {name} of a batch to predict from is {tensor.dtype}; the model trains on "
+                f"{dtype}: convert it, for example tensor.to({dtype})"
+            )
 
 
 @dataclass(frozen=True)

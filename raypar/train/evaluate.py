@@ -23,7 +23,14 @@ from raypar.stages.evaluation import Outcome, Parcel
 from raypar.stages.forward_spec import ForwardSpec
 from raypar.stages.run import Run
 from raypar.stages.spec import RankSpec
-from raypar.train._evaluation_io import EMPTY, Batches, parcel, read_batches, whole_of
+from raypar.train._evaluation_io import (
+    EMPTY,
+    Batches,
+    check_dtypes,
+    parcel,
+    read_batches,
+    whole_of,
+)
 from raypar.train.data.form import leaves_as
 
 Select = Callable[[Any], Any]
@@ -168,7 +175,8 @@ class Evaluator:
             The output of each batch, in their order.
 
         Raises:
-            DataError: Reading the batches failed.
+            DataError: Reading the batches failed, or they hold another kind of numbers than those
+                that the model trains on.
             CaptureError: The model cannot be captured in eval mode, or returns something other
                 than tensors.
             TrainingError: A rank raised.
@@ -239,6 +247,7 @@ class Evaluator:
     def _outputs(
         self, batch: Any, select: Select | None, batch_dims: Any
     ) -> tuple[_Form, list[torch.Tensor]]:
+        check_dtypes(batch, self._graph.spec)
         leaves, structure = pytree.tree_flatten(batch)
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         shapes = [(tuple(t.shape), t.dtype) for t in tensors]
