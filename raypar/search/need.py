@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
+
 from raypar._plan_text import count_of, size
 from raypar.errors import ConfigError, PlanError
 from raypar.graph.costs import is_view, size_of
@@ -15,6 +17,7 @@ from raypar.lowered import LoweredPlan, lower_plan
 from raypar.mesh.calibration import Calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
+from raypar.search.bounds.memory import usable_bytes
 from raypar.search.config import SearchConfig
 from raypar.search.simulate import Simulation, simulate
 from raypar.search.simulation import LaneReport, MemoryTimeline
@@ -94,22 +97,13 @@ def _tensors(
 def leanest(
     graph: OpGraph, cluster: Cluster, config: SearchConfig, calibration: Calibration
 ) -> Need | None:
-    """The least memory that any of a few frugal plans needs on its fullest device.
-
-    All devices are used, parameters are cut over replicas (ZeRO-3), forward passes are computed
-    again, and microbatches are as small as they get: as one stage, as a pipeline of one device a
-    stage, and half-way.
+    """The least memory that any of `frugal_plans` needs on its fullest device.
 
     Returns:
         None where none of these can be made of the model.
     """
     found = []
-    count = cluster.n_devices
-    for stages in sorted({1, 2 ** (int(math.log2(count)) // 2), count}):
-        try:
-            plan = _frugal(graph, cluster, config, stages)
-        except PlanError:
-            continue
+    for plan in frugal_plans(graph, cluster, config):
         lowered = lower_plan(graph, plan)
         played = simulate(
             graph,
@@ -121,6 +115,21 @@ def leanest(
         )
         found.append(need_of(plan, lowered, played))
     return min(found, key=lambda need: need.nbytes / need.limit, default=None)
+
+
+def frugal_plans(graph: OpGraph, cluster: Cluster, config: SearchConfig) -> Iterator[Plan]:
+    """A few plans that hold little, whatever they take; they keep to no options.
+
+    All devices are used, parameters are cut over replicas (ZeRO-3), forward passes are computed
+    again, and microbatches are as small as they get: as one stage, as a pipeline of one device a
+    stage, and half-way. What cannot be made of the model is left out.
+    """
+    count = cluster.n_devices
+    for stages in sorted({1, 2 ** (int(math.log2(count)) // 2), count}):
+        try:
+            yield _frugal(graph, cluster, config, stages)
+        except PlanError:
+            continue
 
 
 def _frugal(graph: OpGraph, cluster: Cluster, config: SearchConfig, stages: int) -> Plan:
@@ -189,6 +198,45 @@ def does_not_fit(
         f"search.memory_fraction {fraction} leaves {size(allowed)} of their {size(need.limit)}. "
         f"What binds is {need.binding}. {change}{raised}"
         f"{_smaller(plan, graph)}"
+    )
+
+
+def check_state(
+    graph: OpGraph, cluster: Cluster, config: SearchConfig, calibration: Calibration
+) -> None:
+    """Refuses a model of which not even what every plan keeps has room on all devices together.
+
+    When the optimizer begins, every part of a parameter, of its gradient and of the optimizer's
+    states is held at least once, however the plan cuts and replicates.
+
+    Raises:
+        PlanError: It has none; no search is needed to know.
+    """
+    params = trained = 0
+    largest: tuple[int, str, tuple[int, ...]] = (0, "", ())
+    for name, (shape, dtype, learns) in graph.params.items():
+        nbytes = math.prod(shape) * getattr(torch, dtype.removeprefix("torch.")).itemsize
+        params += nbytes
+        trained += nbytes * learns
+        largest = max(largest, (nbytes, name, tuple(shape)))
+    state = params + trained * (1 + config.optimizer_states)
+    room = sum(usable_bytes(cluster, calibration, config))
+    if state <= room:
+        return
+    count = cluster.n_devices
+    change = "larger devices"
+    if room > 0:
+        change = f"more devices (at least {math.ceil(count * state / room)} of this kind) or larger"
+    nbytes, name, shape = largest
+    states = lighter = ""
+    if config.optimizer_states:
+        states = f" and {count_of(config.optimizer_states, 'optimizer state')} of each"
+        lighter = ", or an optimizer that keeps less"
+    raise PlanError(
+        f"the model does not fit: parameters ({size(params)}), their gradients{states} are "
+        f"{size(state)}, cut as finely as may be; search.memory_fraction {config.memory_fraction} "
+        f"leaves {size(room)} on {count_of(count, 'device')} together. The largest parameter is "
+        f"{name} {list(shape)} ({size(nbytes)}). Use {change}{lighter}"
     )
 
 

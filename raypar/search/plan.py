@@ -9,11 +9,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from raypar.graph.opgraph import OpGraph
+from raypar.mesh.calibration_files import load_calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.search.cache import PlanCache, Question, question_of
 from raypar.search.config import SearchConfig
 from raypar.search.measure import Measurer, StageProfiler
+from raypar.search.need import check_state
 from raypar.search.planners.base import get_planner
 from raypar.search.record import INTERRUPTED, SearchRecord, TrialRecord
 
@@ -86,6 +88,8 @@ def search(
     config = config or SearchConfig()
 
     def run() -> Found:
+        if config.chosen_planner not in _DIRECT:
+            check_state(graph, cluster, config, load_calibration(cluster))
         if config.chosen_planner == "optuna":
             from raypar.search.study.study import StudySearch
 

@@ -14,6 +14,7 @@ import raypar as rp
 from raypar.errors import PlanError
 from raypar.lowered import lower_plan
 from raypar.mesh.calibration import table_calibration
+from raypar.search.interop.workbench import Workbench
 from raypar.search.need import does_not_fit, leanest, need_of
 from raypar.search.simulate import simulate
 
@@ -43,18 +44,54 @@ def _cluster(devices: int, bytes_each: int) -> rp.Cluster:
     return rp.Cluster((dataclasses.replace(node, host_memory=devices * bytes_each),), "small")
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_the_search_says_what_it_needs_what_binds_and_what_would_do(devices: int) -> None:
+@pytest.mark.parametrize(
+    ("devices", "memory", "leaves"),
+    [
+        (1, 5_420_000, "leaves 4.88 MB of their 5.42 MB"),
+        (2, 2_750_000, "leaves 2.48 MB of their 2.75 MB"),
+    ],
+)
+def test_the_search_says_what_it_needs_what_binds_and_what_would_do(
+    devices: int, memory: int, leaves: str
+) -> None:
     with pytest.raises(PlanError) as caught:
-        rp.plan(_graph(), _cluster(devices, 200_000), rp.SearchConfig())
+        rp.plan(_graph(), _cluster(devices, memory), rp.SearchConfig())
     message = str(caught.value)
     assert "the smallest memory that was found for it is" in message
-    assert "leaves 180 kB of their 200 kB" in message
+    assert leaves in message
     assert re.search(r"What binds is stage \d .*the largest [a-z]+ there is wide.weight", message)
     match = re.search(r"about (\d+) of this kind", message)
     assert match is not None
     assert int(match[1]) > devices
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("planner", ["optuna", "alpa", "placement"])
+def test_what_no_plan_has_room_for_is_told_without_a_search(
+    planner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Workbench, "__init__", None)  # no search begins
+    options = rp.SearchConfig(planner=planner)
+    with pytest.raises(PlanError) as caught:
+        rp.plan(_graph(), _cluster(2, 200_000), options)
+    message = str(caught.value)
+    # 303,176 elements of 4 bytes, four times over: with gradients and two states.
+    assert "parameters (1.21 MB)" in message
+    assert "are 4.85 MB, cut as finely as may be" in message
+    assert "leaves 360 kB on 2 devices together" in message
+    assert "The largest parameter is wide.weight [4096, 64] (1.05 MB)" in message
+    assert "at least 27 of this kind" in message
+    leaner = dataclasses.replace(options, optimizer_states=0)
+    with pytest.raises(
+        PlanError, match=r"gradients are 2\.43 MB.*at least 14 of this kind\) or larger$"
+    ):
+        rp.plan(_graph(), _cluster(2, 200_000), leaner)
+
+
+def test_where_little_fits_the_most_frugal_plan_is_found() -> None:
+    plan = rp.plan(_graph(), _cluster(1, 5_500_000), rp.SearchConfig(trials=3, seeds=[]))
+    assert plan.predicted["peak_bytes"] <= 0.9 * 5_500_000
+    assert {stage.memory.recompute for stage in plan.stages} == {"full"}
 
 
 def test_the_leanest_plan_is_leaner_than_what_uniform_makes() -> None:

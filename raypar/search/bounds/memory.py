@@ -66,16 +66,21 @@ def room_of(
         replicas: D.
         devices: Devices that a plan uses at the most.
     """
+    sizes = sorted(usable_bytes(cluster, calibration, config), reverse=True)
+    resident = (1 + config.optimizer_states) * sum(n * count for n, count in trained.items())
+    held = max(0.0, sum(sizes[:devices]) - resident) / replicas
+    return Room(sum(k.kept for k in kernels), held)
+
+
+def usable_bytes(cluster: Cluster, calibration: Calibration, config: SearchConfig) -> list[float]:
+    """Bytes that a plan may fill on each device, beside what libraries take."""
     sizes: list[float] = []
     for index, node in enumerate(cluster.nodes):
         first = cluster.devices_of(index)[0]
         machine = machine_of(cluster, MeshSlice((first,), (1,), (DATA,)), calibration)
         usable = config.memory_fraction * machine.memory_bytes - machine.reserved_bytes(0)
         sizes += [max(0.0, usable)] * node.devices
-    sizes.sort(reverse=True)
-    resident = (1 + config.optimizer_states) * sum(n * count for n, count in trained.items())
-    held = max(0.0, sum(sizes[:devices]) - resident) / replicas
-    return Room(sum(k.kept for k in kernels), held)
+    return sizes
 
 
 def again_s(kernels: Sequence[Kernel], priced: Floats, room: Room) -> float:

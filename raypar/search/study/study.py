@@ -24,7 +24,7 @@ from raypar.search.bounds import certificate, lower_bound
 from raypar.search.config import SearchConfig
 from raypar.search.interop.workbench import Workbench
 from raypar.search.measure import Measurer, StageProfiler
-from raypar.search.need import does_not_fit
+from raypar.search.need import does_not_fit, frugal_plans
 from raypar.search.plan import Found, Progress
 from raypar.search.record import SearchRecord
 from raypar.search.study.elsewhere import Elsewhere, Question, answer_of
@@ -48,6 +48,8 @@ _REPEATED = 100
 """Known proposals in a row after which nothing new is expected."""
 _GAIN = 0.002
 """Relative: what counts as gain, and a gap to the bound at which nothing is left to find."""
+FRUGAL = "frugal"
+"""Who proposes what is tried where nothing else fits."""
 _SEED_SHARE = 0.5
 """Of the budget, that the planners of seeds may take together."""
 _REGULAR_SHARE = 0.8
@@ -164,6 +166,8 @@ class StudySearch:
                     self._propose(self._trials(), self._left() / 2)
                     self._measure()
                     self.finals.decide(self._left())
+                if self.ledger.best is None:
+                    self._seed_frugal()
             except KeyboardInterrupt:
                 if self.ledger.best is None:
                     raise
@@ -224,6 +228,18 @@ class StudySearch:
             asked = self.proposals.near_plan(outcome.plan, REGULAR)
             self._known[decisions] = outcome
             record = self.ledger.add(REGULAR, decisions, outcome)
+            self._asked[record.number] = asked.trial.number
+            self._tell(asked, outcome)
+
+    def _seed_frugal(self) -> None:
+        """Where nothing fits: plans that hold as little as plans can."""
+        bench = self.bench
+        for plan in frugal_plans(bench.graph, bench.cluster, self.config):
+            outcome = self.judge.play(plan)
+            if outcome.state != "kept":
+                continue
+            asked = self.proposals.near_plan(plan, FRUGAL)
+            record = self.ledger.add(FRUGAL, asked.decisions, outcome)
             self._asked[record.number] = asked.trial.number
             self._tell(asked, outcome)
 
