@@ -179,6 +179,8 @@ def write_tensors(path: Path, forms: Forms, tensor_of: Callable[[str, torch.Tens
     Raises:
         CheckpointError: A tensor has a dtype that cannot be saved, or the file cannot be written.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CheckpointError(f"{str(path)!r} is no file; give another name")
     header, offsets, _ = lay_out(forms)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

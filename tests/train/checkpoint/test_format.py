@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from raypar.stages.generators import random_states, set_random_states
 from raypar.stages.saved import Key
 from raypar.train.checkpoint import Checkpoint
 from raypar.train.checkpoint.format import BLOCK, Index, SavedFile, SavedPiece, SavedTensor
-from raypar.train.checkpoint.image import lay_out
+from raypar.train.checkpoint.image import lay_out, write_tensors
 from raypar.train.checkpoint.sealed import FORMAT, seal
 from tests._tiers import examples
 from tests.train.checkpoint.runs import losses, plan_of, start
@@ -155,3 +156,12 @@ def make_golden() -> None:
         Path(saved.path).rename(GOLDEN / f"format-{FORMAT}")
         found = {"losses": losses(run, 2, 2)}
     (GOLDEN / f"format-{FORMAT}.json").write_text(json.dumps(found) + "\n")
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    """As a device, which a rename would take away from the whole machine."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="is no file; give another name"):
+        write_tensors(tmp_path / "pipe", {}, lambda *_: None)
+    assert os.listdir(tmp_path) == ["pipe"]
+    assert (tmp_path / "pipe").is_fifo()
