@@ -147,7 +147,7 @@ def test_a_refusal_names_the_source_line(model):
 
 
 def test_a_refusal_leaves_torch_and_the_module_as_they_were():
-    # A test of compiled programs in this process before: torch.compile turns the checks off for all.
+    # torch.compile, in a test of this process before, turns the checks off for all.
     torch.distributions.Distribution.set_default_validate_args(True)
     module = HiddenState()
     apply, enter = torch.autograd.Function.__dict__["apply"], torch.inference_mode.__enter__
