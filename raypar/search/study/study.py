@@ -166,7 +166,7 @@ class StudySearch:
                     self._propose(self._trials(), self._left() / 2)
                     self._measure()
                     self.finals.decide(self._left())
-                if self.ledger.best is None:
+                if self.ledger.best is None and self._overfull():
                     self._seed_frugal()
             except KeyboardInterrupt:
                 if self.ledger.best is None:
@@ -230,6 +230,10 @@ class StudySearch:
             record = self.ledger.add(REGULAR, decisions, outcome)
             self._asked[record.number] = asked.trial.number
             self._tell(asked, outcome)
+
+    def _overfull(self) -> bool:
+        """Whether it is memory that some of what was looked at wants."""
+        return any(trial.state == "infeasible" for trial in self.ledger.trials)
 
     def _seed_frugal(self) -> None:
         """Where nothing fits: plans that hold as little as plans can."""

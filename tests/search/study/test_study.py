@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +16,9 @@ import torch
 import raypar as rp
 from raypar.errors import ConfigError, PlanError, TrainingError
 from raypar.graph.opgraph import OpGraph
+from raypar.mesh.calibration_files import load_calibration
 from raypar.plan import Plan
+from raypar.search.bounds.memory import usable_bytes
 from raypar.search.config import SAMPLERS, SearchConfig
 from raypar.search.interop.contest import in_words
 from raypar.search.measure import Measured
@@ -138,14 +141,22 @@ def test_an_interruption_before_there_is_a_plan_is_raised() -> None:
     def stop(trial: TrialRecord, best: TrialRecord | None) -> None:
         raise KeyboardInterrupt
 
-    config = SearchConfig(**SOME | {"seeds": (), "memory_fraction": 1e-9})
+    config = SearchConfig(**SOME | {"seeds": (), "memory_fraction": _tight()})
     with pytest.raises(KeyboardInterrupt):
         search(graph(), rp.Cluster.local(2), config, progress=stop)
 
 
+def _tight() -> float:
+    """A share of the memory that has room for parameters and what goes with them, and no more."""
+    cluster = rp.Cluster.local(2)
+    held = 4 * sum(8 * math.prod(shape) for shape, _, _ in graph().params.values())
+    room = usable_bytes(cluster, load_calibration(cluster), SearchConfig(memory_fraction=1.0))
+    return 1.01 * held / sum(room)
+
+
 def test_what_cannot_fit_says_what_binds() -> None:
-    config = SearchConfig(**SOME | {"memory_fraction": 1e-7, "trials": 5})
-    with pytest.raises(PlanError, match="memory"):
+    config = SearchConfig(**SOME | {"memory_fraction": _tight(), "trials": 5})
+    with pytest.raises(PlanError, match="What binds is stage"):
         search(graph(), rp.Cluster.local(2), config)
 
 
