@@ -322,6 +322,7 @@ def test_a_run_is_resumed_inspected_and_reported(config_file: Path, tmp_path: Pa
     assert "holds no run that was started from a config" in nothing.stderr
 
 
+@pytest.mark.thorough  # tests/train/test_storages and the resume above
 def test_a_run_that_keeps_its_checkpoints_elsewhere_is_resumed_from_there(
     config_file: Path, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ def _cpu_ticks(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
+@pytest.mark.thorough  # the peers of one benchmark
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "names", [("ddp",), pytest.param(("ddp", "ZBV"), marks=pytest.mark.thorough)], ids="+".join

@@ -115,6 +115,7 @@ def test_tensor_parallelism_goes_by_columns_then_rows() -> None:
         tensor_sharding(graph.local(2).graph, 3)
 
 
+@pytest.mark.thorough  # of one benchmark; its parts are above
 @pytest.mark.parametrize(
     ("row", "size", "chunks"),
     [
@@ -138,6 +139,7 @@ def test_the_stand_in_agrees_with_the_simulator(row: Row, size: int, chunks: int
     assert step_seconds(job, case.cluster, calibration) == pytest.approx(simulated, rel=0.06)
 
 
+@pytest.mark.thorough  # of one benchmark
 def test_more_layers_take_more_memory_and_more_stages_less() -> None:
     one = _case(_small(3, 1, 1, 1, 12), 2).ways[0][1]
     deeper = dataclasses.replace(one, depth=12)
@@ -145,6 +147,7 @@ def test_more_layers_take_more_memory_and_more_stages_less() -> None:
     assert memory_bytes(split) < memory_bytes(one) < memory_bytes(deeper)
 
 
+@pytest.mark.thorough  # the fit of one benchmark
 def test_the_fit_finds_what_the_rows_were_made_with() -> None:
     true = {**EXPECTED, "matmul_top": 0.6, "memory": 0.65, "across_efficiency": 0.3}
     cases = []

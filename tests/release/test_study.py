@@ -38,6 +38,7 @@ def test_proposals_without_a_model_are_run_one_by_one(sampler: str) -> None:
     assert again.path == found.path
 
 
+@pytest.mark.thorough  # 64 trials of one benchmark
 def test_the_study_keeps_to_its_budget() -> None:
     with own_cache(table_calibration(Cluster.local(2))):
         found = study.by_study("mlp", Watch(), 3, 0, seeded=False)

@@ -110,6 +110,7 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], words: str)
         rp.plan(captured("mlp"), nodes((slow("one"), 6)), config)
 
 
+@pytest.mark.thorough  # sizes that depend on data are in tests/graph and tests/programs
 def test_a_model_whose_sizes_depend_on_its_data_is_sharded() -> None:
     graph = captured("moe_sparse")
     config = rp.SearchConfig(planner="alpa", zero=0, recompute="none", stages=1, microbatches=1)

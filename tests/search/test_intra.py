@@ -263,6 +263,7 @@ def test_sharding_texts_are_what_was_chosen() -> None:
         }
 
 
+@pytest.mark.thorough  # the largest program of all; smaller ones are below
 def test_ties_are_split_until_near_the_bound() -> None:
     graph = small_gpt(8, batch=16, width=512, seq_len=128)
     on = machine((2, 2))

@@ -168,6 +168,7 @@ def test_traced_programs_train_the_same(
     assert traced
 
 
+@pytest.mark.thorough  # the compiler itself takes 25 s; what it is given is shown above
 @pytest.mark.slow
 def test_compiled_programs_train_the_same() -> None:
     # One stage: others would wait while it is compiled, and miss deadlines on a busy machine.

@@ -83,6 +83,7 @@ def test_stages_run_alone_in_warm_processes(measurer: RayMeasurer) -> None:
     assert pids(measurer) == before
 
 
+@pytest.mark.thorough  # test_measure_ray shows it of plans, in the same pool
 def test_warm_processes_outlive_a_stage_that_fails(measurer: RayMeasurer) -> None:
     before = pids(measurer)
     broken = replace(job(1), wire={"nodes": [("call", "x", "os.system", [], {}, None)]})
@@ -95,6 +96,7 @@ def test_warm_processes_outlive_a_stage_that_fails(measurer: RayMeasurer) -> Non
     assert pids(measurer)[0] == before[0] != pids(measurer)[1]
 
 
+@pytest.mark.thorough  # side by side is test_study, Ray tasks are test_executor_ray
 def test_proposals_looked_at_in_ray_tasks_are_what_this_process_makes_of_them() -> None:
     config = SearchConfig(planner="optuna", trials=8, seeds=())
     alone = search(graph(), CLUSTER, config)

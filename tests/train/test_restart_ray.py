@@ -10,12 +10,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import ray
 import torch
 from ray.util.placement_group import placement_group_table
 from torch import nn
 
 import raypar as rp
+from raypar.stages.compile import compile_plan
+from raypar.testing import models
+from raypar.testing.backends import start_run
+from raypar.train.checkpoint import CheckpointStore
+from tests.train.checkpoint.runs import adamw, differences, graph_of, losses, plan_of, save, start
 
 STEPS = 40
 
@@ -111,3 +117,22 @@ def test_a_run_whose_actor_was_killed_goes_on_bit_for_bit(ray_session: str, tmp_
     ]
     assert steps == list(range(STEPS))
     assert not [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
+
+
+@pytest.mark.thorough  # a run whose actor is killed saves and restores on actors too
+def test_between_actors_and_threads(ray_session: str, tmp_path: Path) -> None:
+    plan, other = plan_of("mlp", 1, sharded=False), plan_of("mlp", 5, sharded=False)
+    store, second = CheckpointStore(tmp_path / "a"), CheckpointStore(tmp_path / "b")
+    specs = compile_plan(graph_of("mlp"), plan, optimizer=adamw)
+    batch = models.tensors(models.case("mlp").batch())
+    with start_run("ray", specs, batch) as run:
+        losses(run, 0, 2)
+        saved = save(store, run, plan, 2)
+        wanted = losses(run, 2, 2)
+        assert saved.restore(run).step == 2
+        assert losses(run, 2, 2) == wanted
+    with start("mlp", other, seed=1) as run:
+        saved.restore(run)
+        assert differences(saved, save(second, run, other, 2)) == []
+    store.close()
+    second.close()

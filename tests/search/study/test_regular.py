@@ -96,6 +96,7 @@ def test_a_small_cluster_has_none() -> None:
     assert regular_plans(_judge(4).drafter) == []
 
 
+@pytest.mark.thorough  # a share of a budget
 def test_seeds_that_take_all_their_time_leave_some_for_regular_plans(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
