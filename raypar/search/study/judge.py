@@ -149,16 +149,23 @@ class Judge:
                 self.learned = self._learned_cost()
         self._lowered: OrderedDict[str, LoweredPlan] = OrderedDict()
 
-    def look(self, decisions: Decisions, limits: Mapping[str, float] | None = None) -> Outcome:
+    def look(
+        self,
+        decisions: Decisions,
+        limits: Mapping[str, float] | None = None,
+        *,
+        axes: int | None = None,
+    ) -> Outcome:
         """Carries decisions out and judges the plan.
 
         Args:
             decisions: What was proposed.
             limits: Fidelity → seconds of a step beyond which a plan cannot win.
+            axes: As in `Drafter.draft`.
         """
         began = time.perf_counter()
         try:
-            draft = self.drafter.draft(decisions)
+            draft = self.drafter.draft(decisions, axes=axes)
         except InfeasibleError as error:
             took = time.perf_counter() - began
             return Outcome("infeasible", reason=str(error), overfull=error.overfull, seconds=took)
@@ -183,7 +190,7 @@ class Judge:
             # The solvers' figures of memory are rough: they may count on as much less.
             share *= _MARGIN / found.overfull
             try:
-                draft = self.drafter.draft(decisions, share)
+                draft = self.drafter.draft(decisions, share, axes=axes)
             except InfeasibleError:
                 break
             found = self.play(draft.plan(self.bench), quick=draft.step_s)

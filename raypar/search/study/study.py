@@ -24,7 +24,7 @@ from raypar.search.bounds import certificate, lower_bound
 from raypar.search.config import SearchConfig
 from raypar.search.interop.workbench import Workbench
 from raypar.search.measure import Measurer, StageProfiler
-from raypar.search.need import does_not_fit, frugal_plans
+from raypar.search.need import does_not_fit
 from raypar.search.plan import Found, Progress
 from raypar.search.record import SearchRecord
 from raypar.search.study.elsewhere import Elsewhere, Question, answer_of
@@ -33,9 +33,8 @@ from raypar.search.study.judge import Judge, Outcome
 from raypar.search.study.ledger import Ledger
 from raypar.search.study.profiles import Profiles
 from raypar.search.study.proposals import Asked, Proposals
-from raypar.search.study.regular import REGULAR, regular_plans
 from raypar.search.study.samplers import quiet_optuna
-from raypar.search.study.seeds import seeds
+from raypar.search.study.seeding import Seeding, best_of
 from raypar.search.study.space import Decisions
 
 _TRIALS, _BUDGET_S = 96, 90.0
@@ -48,12 +47,6 @@ _REPEATED = 100
 """Known proposals in a row after which nothing new is expected."""
 _GAIN = 0.002
 """Relative: what counts as gain, and a gap to the bound at which nothing is left to find."""
-FRUGAL = "frugal"
-"""Who proposes what is tried where nothing else fits."""
-_SEED_SHARE = 0.5
-"""Of the budget, that the planners of seeds may take together."""
-_REGULAR_SHARE = 0.8
-"""Of the budget, at which no further regular plan is drafted."""
 
 
 class StudySearch:
@@ -103,7 +96,6 @@ class StudySearch:
         self.finals = Finals(self.judge, self.ledger, measurer, config, self.profiles)
         self.notes: list[str] = []
         self.stopped = ""
-        self._refused: list[str] = []  # why planners of seeds had no plan
         self.bound = lower_bound(graph, cluster, self.bench.calibration, config)
         self._known: dict[Decisions, Outcome] = {}
         self._repeated = 0
@@ -111,10 +103,6 @@ class StudySearch:
         self._limited = config.budget_s != "auto" or config.trials == "auto"
         budget = _BUDGET_S if config.budget_s == "auto" else config.budget_s
         self._deadline = self.began + budget
-        share = budget * _SEED_SHARE if self._limited else float("inf")
-        self._seed_deadline = self.began + share
-        share = budget * _REGULAR_SHARE if self._limited else float("inf")
-        self._regular_deadline = self.began + share
         name = self._name()
         self.lookout: Elsewhere | None = None
         if executor is not None:
@@ -127,6 +115,15 @@ class StudySearch:
             self.lookout = Elsewhere(executor, question)
         self.proposals = Proposals(config, name, self.judge.space, parallel=executor is not None)
         self.notes += [self.proposals.note] if self.proposals.note else []
+        self.seeding = Seeding(
+            self.judge,
+            self.proposals,
+            self._known,
+            self._write,
+            room=lambda: self._trials() - len(self.ledger.trials),
+            began=self.began,
+            budget_s=budget if self._limited else float("inf"),
+        )
 
     def _name(self) -> str:
         """Equal for equal questions: such a study is resumed.
@@ -155,8 +152,8 @@ class StudySearch:
         with quiet_optuna():
             try:
                 self._resume()
-                self._seed()
-                self._seed_regular()
+                self.seeding.exact()
+                self.seeding.regular()
                 if not self.finals.on and not self.profiles.on:
                     self._propose(self._trials())
                 else:
@@ -167,7 +164,7 @@ class StudySearch:
                     self._measure()
                     self.finals.decide(self._left())
                 if self.ledger.best is None and self._overfull():
-                    self._seed_frugal()
+                    self.seeding.frugal()
             except KeyboardInterrupt:
                 if self.ledger.best is None:
                     raise
@@ -194,58 +191,9 @@ class StudySearch:
         outcome = self._known[decisions] = self.judge.look(decisions)
         self._asked[self.ledger.add(proposer, decisions, outcome).number] = done[0].number
 
-    def _seed(self) -> None:
-        """Asks the exact planners, and looks at what can be proposed near their plans."""
-        for name, plan, reason in seeds(self.bench, self._seed_deadline):
-            if plan is None:
-                self.notes.append(f"no plan of planner {name}: {reason}")
-                self._refused.append(reason)
-                continue
-            asked = self.proposals.near_plan(plan, name)
-            # Its own cuts and shardings are no decisions: what is told for these is the better.
-            looked = {name: self.judge.play(plan)}
-            if len(self.ledger.trials) + 1 < self._trials() and asked.decisions not in self._known:
-                near = self._known[asked.decisions] = self.judge.look(asked.decisions)
-                looked[f"near {name}"] = near
-            for proposer, outcome in looked.items():
-                record = self.ledger.add(proposer, asked.decisions, outcome)
-                self._asked[record.number] = asked.trial.number
-            kept = [o for o in looked.values() if o.state == "kept"] or list(looked.values())
-            self._tell(asked, min(kept, key=lambda o: o.predicted_s))
-            if len(self.ledger.trials) >= self._trials():
-                return
-
-    def _seed_regular(self) -> None:
-        """Looks at regular plans, which no exact planner makes."""
-        if self.config.seeds != "auto":
-            return
-        for decisions in regular_plans(self.judge.drafter, self._regular_deadline):
-            if len(self.ledger.trials) >= self._trials():
-                return
-            outcome = self.judge.look(decisions)
-            if outcome.plan is None:
-                continue
-            asked = self.proposals.near_plan(outcome.plan, REGULAR)
-            self._known[decisions] = outcome
-            record = self.ledger.add(REGULAR, decisions, outcome)
-            self._asked[record.number] = asked.trial.number
-            self._tell(asked, outcome)
-
     def _overfull(self) -> bool:
         """Whether it is memory that some of what was looked at wants."""
         return any(trial.state == "infeasible" for trial in self.ledger.trials)
-
-    def _seed_frugal(self) -> None:
-        """Where nothing fits: plans that hold as little as plans can."""
-        bench = self.bench
-        for plan in frugal_plans(bench.graph, bench.cluster, self.config):
-            outcome = self.judge.play(plan)
-            if outcome.state != "kept":
-                continue
-            asked = self.proposals.near_plan(plan, FRUGAL)
-            record = self.ledger.add(FRUGAL, asked.decisions, outcome)
-            self._asked[record.number] = asked.trial.number
-            self._tell(asked, outcome)
 
     def _propose(self, trials: int, kept_s: float = 0.0) -> None:
         """Proposals until the budget is spent, or nothing is left to gain.
@@ -284,9 +232,14 @@ class StudySearch:
         """Writes down what became of a proposal."""
         self._known[asked.decisions] = outcome
         self._repeated = 0
-        record = self.ledger.add(asked.proposer, asked.decisions, outcome)
-        self._asked[record.number] = asked.trial.number
-        self._tell(asked, outcome)
+        self._write(asked, [(asked.proposer, outcome)])
+
+    def _write(self, asked: Asked, looked: list[tuple[str, Outcome]]) -> None:
+        """Adds what was looked at for a proposal to the ledger; Optuna is told the best of it."""
+        for proposer, outcome in looked:
+            record = self.ledger.add(proposer, asked.decisions, outcome)
+            self._asked[record.number] = asked.trial.number
+        self._tell(asked, best_of(looked))
 
     def _tell(self, asked: Asked, outcome: Outcome) -> None:
         skipped = self.profiles.absent(outcome.plan) if outcome.state == "kept" else ""
@@ -338,8 +291,8 @@ class StudySearch:
         """The winner, with its certificate and what else was looked at."""
         number = self.finals.winner
         if not self.ledger.trials:
-            if self._refused:
-                raise PlanError(self._refused[0])
+            if self.seeding.refused:
+                raise PlanError(next(iter(self.seeding.refused.values())))
             budget = self._deadline - self.began
             raise PlanError(
                 f"search.budget_s {budget:g} was used up before a single plan was looked at; give "
@@ -356,6 +309,8 @@ class StudySearch:
             alternatives=self.ledger.alternatives(outcome),
             certificate=certificate(outcome.step_s["simulated"], self.bound),
         )
+        refused = self.seeding.refused.items()
+        without = [f"no plan of planner {name}: {reason}" for name, reason in refused]
         record = SearchRecord(
             planner="optuna",
             sampler=self.config.sampler,
@@ -368,7 +323,7 @@ class StudySearch:
             bound_parts=dict(self.bound.parts),
             importance=self.proposals.importance(),
             stopped=self.stopped,
-            notes=(*self.notes, *self.profiles.notes, *self.finals.notes),
+            notes=(*without, *self.notes, *self.profiles.notes, *self.finals.notes),
         )
         return Found(plan, record)
 

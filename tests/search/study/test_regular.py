@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -16,11 +18,13 @@ from raypar.schedules.compile import compile_schedule
 from raypar.search.config import SearchConfig
 from raypar.search.interop.workbench import Workbench
 from raypar.search.plan import search
-from raypar.search.study import study
+from raypar.search.study import seeding
 from raypar.search.study.draft import Draft, Drafter, held_per_chunk
-from raypar.search.study.judge import Judge
+from raypar.search.study.judge import Judge, Outcome
 from raypar.search.study.obey import INTERLEAVED
+from raypar.search.study.proposals import Proposals
 from raypar.search.study.regular import regular_plans
+from raypar.search.study.seeding import Seeding
 from raypar.search.study.space import Decisions
 from raypar.testing import models
 from raypar.testing.schedules import chain_io
@@ -100,10 +104,72 @@ def test_a_small_cluster_has_none() -> None:
 def test_seeds_that_take_all_their_time_leave_some_for_regular_plans(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(study, "_SEED_SHARE", 0.0)
+    monkeypatch.setattr(seeding, "_SEED_SHARE", 0.0)
     config = SearchConfig(trials=8, budget_s=60)
     _, record = search(_graph(), Cluster.local(8), config)
     assert "regular" in {trial.proposer for trial in record.trials}
+
+
+def _seeding(judge: Judge, written: list[tuple[str, Outcome]], ago_s: float = 0.0) -> Seeding:
+    config = judge.bench.config
+    proposals = Proposals(config, "seeding", judge.space, parallel=False)
+    return Seeding(
+        judge,
+        proposals,
+        {},
+        lambda asked, looked: written.extend(looked),
+        room=lambda: 8 - len(written),
+        began=time.perf_counter() - ago_s,
+        budget_s=60.0,
+    )
+
+
+def test_regular_plans_come_before_planners_that_are_asked_although_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judge = _judge(seeds="auto")
+    (first, *_) = regular_plans(judge.drafter)
+    plan = judge.look(first).plan
+    assert plan is not None
+    found = [("alpa", plan, ""), ("piper", None, "it is odd"), ("placement", plan, "")]
+    monkeypatch.setattr(seeding, "seeds", lambda *_: iter(found))
+    orders = []
+    for ago_s in (60.0, 0.0):
+        written: list[tuple[str, Outcome]] = []
+        its = _seeding(judge, written, ago_s)
+        its.exact()
+        its.regular()
+        orders.append([name for name, _ in written])
+        assert its.refused == {"piper": "it is odd"}
+    over, plenty = orders
+    assert over[0] == plenty[0] == "alpa"
+    assert "regular" in over
+    assert over[-1] == "placement"
+    assert plenty[-1] == "regular"
+
+
+@pytest.mark.parametrize("faster", [1, None])
+def test_of_two_axes_and_one_the_faster_is_kept(
+    monkeypatch: pytest.MonkeyPatch, faster: int | None
+) -> None:
+    real = Judge.look
+
+    def look(judge: Judge, decisions: Decisions, *, axes: int | None = None) -> Outcome:
+        outcome = real(judge, decisions, axes=axes)
+        if axes == faster:
+            outcome = replace(outcome, step_s={"simulated": outcome.predicted_s / 2})
+        looked.append((decisions, axes, outcome))
+        return outcome
+
+    looked: list[tuple[Decisions, int | None, Outcome]] = []
+    judge = _judge()
+    monkeypatch.setattr(Judge, "look", look)
+    monkeypatch.setattr(seeding, "_two_axes", lambda plan: True)
+    its = _seeding(judge, [])
+    its.regular()
+    assert {axes for _, axes, _ in looked} == {1, None}
+    for decisions, axes, outcome in looked:
+        assert (its.known[decisions] is outcome) == (axes == faster)
 
 
 def test_no_plan_is_drafted_when_time_is_over() -> None:

@@ -1,0 +1,120 @@
+"""What a study looks at before the sampler proposes: plans that others know to be good."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from raypar.plan import DATA, Plan
+from raypar.search.need import frugal_plans
+from raypar.search.study.judge import Judge, Outcome
+from raypar.search.study.proposals import Asked, Proposals
+from raypar.search.study.regular import REGULAR, regular_plans
+from raypar.search.study.seeds import seeds
+from raypar.search.study.space import Decisions
+
+FRUGAL = "frugal"
+"""Who proposes what is tried where nothing else fits."""
+_SEED_SHARE = 0.5
+"""Of the budget, that the planners of seeds may take together."""
+_REGULAR_SHARE = 0.8
+"""Of the budget, at which no further regular plan is drafted."""
+_REGULAR_LEAST_SHARE = 0.12
+"""Of the budget, that drafting them may take in any case."""
+
+Write = Callable[[Asked, list[tuple[str, Outcome]]], None]
+
+
+@dataclass
+class Seeding:
+    """Looks at plans of the exact planners, at regular plans, and at frugal ones in need.
+
+    Args:
+        judge: Says what a plan takes.
+        proposals: Finds the decisions near a plan.
+        known: What became of decisions that were looked at; more are added here.
+        write: Takes what was looked at for one proposal, with who proposed each.
+        room: How many more trials may be made.
+        began: `time.perf_counter()` when the search began.
+        budget_s: Seconds it may take; infinity if time does not matter.
+    """
+
+    judge: Judge
+    proposals: Proposals
+    known: dict[Decisions, Outcome]
+    write: Write
+    room: Callable[[], int]
+    began: float
+    budget_s: float
+
+    def __post_init__(self) -> None:
+        self.refused: dict[str, str] = {}  # planner → why it had no plan
+        self._regular = False  # whether regular plans were looked at
+
+    def exact(self) -> None:
+        """Asks the exact planners, and looks at what can be proposed near their plans.
+
+        Regular plans are looked at on the way, before planners that are asked although their time
+        is over.
+        """
+        deadline = self.began + _SEED_SHARE * self.budget_s
+        for name, plan, reason in seeds(self.judge.bench, deadline):
+            if plan is None:
+                self.refused[name] = reason
+                continue
+            asked = self.proposals.near_plan(plan, name)
+            # Its own cuts and shardings are no decisions: what is told for these is the better.
+            looked = [(name, self.judge.play(plan))]
+            if self.room() > 1 and asked.decisions not in self.known:
+                near = self.known[asked.decisions] = self.judge.look(asked.decisions)
+                looked.append((f"near {name}", near))
+            self.write(asked, looked)
+            if self.room() <= 0:
+                return
+            if time.perf_counter() > deadline:
+                self.regular()
+
+    def regular(self) -> None:
+        """Looks at regular plans, which no exact planner makes, once."""
+        if self.judge.bench.config.seeds != "auto" or self._regular:
+            return
+        self._regular = True
+        least = time.perf_counter() + _REGULAR_LEAST_SHARE * self.budget_s
+        deadline = max(least, self.began + _REGULAR_SHARE * self.budget_s)
+        for decisions in regular_plans(self.judge.drafter, deadline):
+            if self.room() <= 0:
+                return
+            outcome = self.judge.look(decisions)
+            if outcome.plan is None:
+                continue
+            looked = [(REGULAR, outcome)]
+            # The solver takes two axes also for a gain that a simulated step does not show.
+            if self.room() > 1 and _two_axes(outcome.plan):
+                looked.append((REGULAR, self.judge.look(decisions, axes=1)))
+            self.known[decisions] = best_of(looked)
+            self.write(self.proposals.near_plan(outcome.plan, REGULAR), looked)
+
+    def frugal(self) -> None:
+        """Where nothing fits: plans that hold as little as plans can."""
+        bench = self.judge.bench
+        for plan in frugal_plans(bench.graph, bench.cluster, bench.config):
+            outcome = self.judge.play(plan)
+            if outcome.state == "kept":
+                self.write(self.proposals.near_plan(plan, FRUGAL), [(FRUGAL, outcome)])
+
+
+def best_of(looked: list[tuple[str, Outcome]]) -> Outcome:
+    """The fastest that can run; of those that cannot, the first."""
+    outcomes = [outcome for _, outcome in looked]
+    kept = [outcome for outcome in outcomes if outcome.state == "kept"]
+    return min(kept, key=lambda outcome: outcome.predicted_s) if kept else outcomes[0]
+
+
+def _two_axes(plan: Plan) -> bool:
+    """Whether the ops of a stage are sharded over more than one axis."""
+
+    def inner(sizes: Mapping[str, int]) -> int:
+        return sum(size > 1 for name, size in sizes.items() if name != DATA)
+
+    return any(inner(dict(stage.mesh.named)) > 1 for stage in plan.stages)
