@@ -13,7 +13,11 @@ from raypar.mesh.calibration import table_calibration
 from raypar.mesh.cluster import Cluster, Node
 from raypar.mesh.devices import DEVICES
 from raypar.search.config import SearchConfig
-from raypar.search.interop.space import line_of_devices
+from raypar.search.interop.pipeline import best_pipeline
+from raypar.search.interop.space import Split, line_of_devices
+from raypar.search.interop.ways import Wish
+from raypar.search.interop.workbench import Workbench
+from raypar.search.planners import alpa
 from raypar.search.planners.alpa import AlpaSearch
 
 A100, L4 = DEVICES["A100-80"], DEVICES["L4"]
@@ -49,8 +53,54 @@ def test_no_pipeline_goes_below_the_bound(cluster: Cluster) -> None:
     assert search.kept
     for candidate in search.kept:
         sizes = {stage.devices for stage in candidate.pipeline.stages}
-        least = min(search._least(candidate.split, size) for size in sizes)
+        least = min(search.bench.least_step_s(candidate.split, size) for size in sizes)
         assert 0 < least <= candidate.step_s * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("slots", [2, 4, 8])
+def test_stages_of_several_sizes_are_timed_on_their_own_devices(
+    monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    monkeypatch.setattr(alpa, "_MIXED_SLOTS", slots)
+    cluster = _cluster(("A100-80", 1), ("A100-80", 0.25), devices=4)
+    search = AlpaSearch(_graph(), cluster, SearchConfig(zero=0), table_calibration(cluster))
+    split = Split(1, 16, 4096, 8)
+    wish = Wish(recompute="none", axes=1)
+    tables = {n: search.bench.tables(split, n, 1, wish) for n in (1, 2, 4)}
+    families = search._families(tables, split, 1)
+    assert {frozenset(family) for family in families} == {
+        2: {frozenset({1}), frozenset({2}), frozenset({4})},  # one size mixes with none
+        4: {frozenset({1}), frozenset({2}), frozenset({4}), frozenset({2, 4})},
+        8: {frozenset({1, 2, 4})},
+    }[slots]
+    for family in families:
+        found = best_pipeline(family, 8, 16, most_stages=8).stages
+        assert found
+        for index, stage in enumerate(found):
+            places = search.bench.tables(split, stage.devices, 1, wish)
+            seconds, _ = places[stage.place].at(len(found) - index)
+            assert stage.seconds == seconds[stage.first, stage.last - 1]
+
+
+def test_where_devices_differ_the_most_promising_microbatches_come_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    promised = {1: 9.0, 2: 5.0, 4: 2.02, 8: 2.0, 16: 2.3}
+    monkeypatch.setattr(
+        Workbench, "least_step_s", lambda self, split, *_: promised[split.local_batch]
+    )
+    cluster = _cluster(("A100-80", 1), ("A100-80", 0.25))
+    bench = Workbench(_graph(), cluster, SearchConfig(), table_calibration(cluster))
+    by_size = {n: [Split(1, 65536 // n, n, 4)] for n in promised}
+    assert bench.by_promise(by_size) == [4, 8, 16, 2, 1]
+    promised = dict.fromkeys(promised, 0.0)
+    assert bench.by_promise(by_size) == sorted(promised)
+    tried: list[int] = []
+    monkeypatch.setattr(AlpaSearch, "_try", lambda self, split, *_: tried.append(split.local_batch))
+    promised = {2**k: float(abs(k - 13)) + 1 for k in range(17)}
+    config = SearchConfig(replicas=1)
+    AlpaSearch(_graph(), cluster, config, table_calibration(cluster)).search()
+    assert tried[0] == 1 << 13
 
 
 def test_a_slow_node_is_not_the_pace_of_all() -> None:

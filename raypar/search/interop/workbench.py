@@ -6,7 +6,8 @@ and the rungs of a ladder share them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 
@@ -25,6 +26,8 @@ from raypar.search.interop.ways import ANY, WayKey, WayMaker, Wish, op_sharding
 from raypar.sharding.strategies import fold_patterns
 
 MOST_STAGES = 128
+_CLOSE = 1.05
+"""Bounds of sizes of microbatches, as multiples of the least, that promise about the same."""
 
 
 class Workbench:
@@ -133,6 +136,31 @@ class Workbench:
         if any(whole <= 0.0 for whole, _ in wholes):
             return 0.0
         return split.replicas / sum(devices / whole for whole, devices in wholes)
+
+    def least_step_s(self, split: Split, size: int, most_stages: int = MOST_STAGES) -> float:
+        """Seconds of a step that no pipeline of stages of so many devices goes below."""
+        alone = self.least_seconds(split)
+        slots = min(most_stages, split.devices // size, len(alone))
+        whole, unit = alone.sum() / size, alone.max() / size
+        period = max(whole / slots, unit, self.least_period(split))
+        return float(whole + (split.microbatches - 1) * period)
+
+    def by_promise(self, by_size: Mapping[int, Sequence[Split]]) -> list[int]:
+        """Sizes of microbatches, those first whose longest pipelines may be fastest.
+
+        Of sizes that promise about the same, the smaller comes first: it takes less memory.
+
+        Args:
+            by_size: Size of a microbatch → the splits of that size.
+        """
+        least = {}
+        for size, group in by_size.items():
+            split = min(group, key=lambda split: split.replicas)
+            least[size] = self.least_step_s(split, min(self.per_node, split.devices))
+        best = min(least.values())
+        if best <= 0.0:
+            return sorted(least)
+        return sorted(least, key=lambda size: (int(math.log(least[size] / best, _CLOSE)), size))
 
     def _alone(self, split: Split) -> list[tuple[np.ndarray, int]]:
         """For every kind of device what the units take on one of them, and how many there are."""

@@ -116,14 +116,16 @@ class AlpaSearch:
 
         Integer programs of meshes with one axis are solved far faster than with two. Therefore the
         former are tried with all sizes of microbatches before the latter, which begin with the
-        sizes that were best. A single size needs no such order.
+        sizes that were best. A single size needs no such order. Where devices differ, every place
+        has tables of its own, and there may be time for few sizes: the most promising come first.
         """
         by_size: dict[int, list[Split]] = {}
         for split in splits(self.graph, self.cluster, self.config):
             by_size.setdefault(split.local_batch, []).append(split)
         reached: dict[int, float] = {}
-        if len(by_size) > 1:
-            reached = self._walk(sorted(by_size.items()), Wish(axes=1))
+        if len(by_size) > 1 or not self.bench.alike:
+            first = sorted(by_size) if self.bench.alike else self.bench.by_promise(by_size)
+            reached = self._walk([(size, by_size[size]) for size in first], Wish(axes=1))
         if len(by_size) == 1 or self.bench.maker.most_axes > 1:
             order = sorted(by_size, key=lambda size: (reached.get(size, float("inf")), size))
             self._walk([(size, by_size[size]) for size in order], ANY)
@@ -175,17 +177,9 @@ class AlpaSearch:
                 sizes = stage_sizes(split.devices, self.bench.per_node)
             else:
                 sizes = [tensor] if tensor <= split.devices else []
-            least = {size: self._least(split, size) for size in sizes}
+            least = {size: self.bench.least_step_s(split, size, self.most_stages) for size in sizes}
             if least:
                 yield min(least.values()), split, least
-
-    def _least(self, split: Split, size: int) -> float:
-        """Seconds of a step that no pipeline of stages of so many devices goes below."""
-        alone = self.bench.least_seconds(split)
-        slots = min(self.most_stages, split.devices // size, len(alone))
-        whole, unit = alone.sum() / size, alone.max() / size
-        period = max(whole / slots, unit, self.bench.least_period(split))
-        return float(whole + (split.microbatches - 1) * period)
 
     def _try(self, split: Split, sizes: Mapping[int, float], wish: Wish) -> None:
         tables: dict[int, list[WayTable]] = {}
@@ -204,7 +198,7 @@ class AlpaSearch:
                 tables[size] = found
         if not tables:
             return
-        for chosen in self._families(tables, split):
+        for chosen in self._families(tables, split, smallest):
             for pipeline in self._pipelines(chosen, split):
                 if pipeline.stages and pipeline.step_s < self._worst():
                     self._keep(Candidate(split, pipeline))
@@ -229,14 +223,25 @@ class AlpaSearch:
         )
 
     def _families(
-        self, tables: Mapping[int, Sequence[WayTable]], split: Split
+        self, tables: Mapping[int, Sequence[WayTable]], split: Split, unit: int
     ) -> list[dict[int, Sequence[WayTable]]]:
-        """Sizes that are tried together: each alone, and all of them where that is affordable."""
-        unit = min(tables)
-        if len(tables) > 1 and split.devices // unit <= _MIXED_SLOTS:
-            return [dict(tables)]
-        # Places are counted in the smallest size that is tried.
-        return [{n: t[:: n // unit]} for n, t in tables.items()]
+        """Sizes that are tried together: each alone, and those that mix where that is affordable.
+
+        Args:
+            tables: Devices of a stage → its tables, one for every place or a single one.
+            split: How the batch is cut.
+            unit: Places are counted in so many devices; in a family, in its smallest size.
+        """
+        few = split.devices // min(tables) <= _MIXED_SLOTS
+        mixed = [
+            n
+            for n in sorted(tables)
+            if few or (not self.bench.alike and split.devices // n <= _MIXED_SLOTS)
+        ]
+        families = [] if few else [[n] for n in tables]
+        if few or len(mixed) > 1:
+            families.append(mixed)
+        return [{n: tables[n][:: family[0] // unit] for n in family} for family in families]
 
     def _keep(self, candidate: Candidate) -> None:
         found = candidate.split, candidate.step_s

@@ -4,6 +4,9 @@ Tensor parallelism inside a node × rank groups × replicas × stages per group 
 arXiv:2104.04473, sections 2 and 3). The space of these is small enough to be drafted by the solvers
 as a whole; the study looks at the best of each shape. Neither the exact planners, which know no
 interleaving, nor one change at a time lead there.
+
+Where devices differ, stages of one size whose cuts the solver balances take their place: planner
+alpa has tables to make for every place then, and comes to few sizes of microbatches.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ import time
 from collections.abc import Iterator
 
 from raypar.search.config import SearchConfig
+from raypar.search.interop.space import Split, splits
 from raypar.search.interop.workbench import Workbench
 from raypar.search.study.draft import RAMP, Draft, Drafter, InfeasibleError
-from raypar.search.study.space import Decisions
+from raypar.search.study.space import MIXED, Decisions, Space
 
 REGULAR = "regular"
 """The proposer of these plans."""
@@ -22,6 +26,8 @@ _LEAST_DEVICES = 8
 """On fewer, the exact planners and the sampler see all of it."""
 _LOCAL_BATCHES = (1, 2, 4, 8)
 _CHUNKS = (1, 2, 4, 6, 8, 12)
+_FEW_REPLICAS = 8
+_PROMISING = 2
 _MOST_DRAFTS = 400
 _SHOWN = 4
 
@@ -37,24 +43,44 @@ def regular_plans(drafter: Drafter, deadline: float = float("inf")) -> list[Deci
         deadline: `time.perf_counter()` at which the best of those drafted by then are given.
 
     Returns:
-        At most a handful; none where the cluster is small or unequal, or where the user has fixed
-        what they consist of.
+        At most a handful; none where the cluster is small, or where the user has fixed what they
+        consist of.
     """
     bench = drafter.bench
-    if bench.cluster.n_devices < _LEAST_DEVICES or not bench.alike or _fixes(bench.config):
+    if bench.cluster.n_devices < _LEAST_DEVICES or _fixes(bench.config):
         return []
     found: dict[tuple[int, int], tuple[float, Decisions]] = {}
-    for count, decisions in enumerate(_all(bench)):
+    for count, decisions in enumerate(_all(bench) if bench.alike else _unequal(drafter.space)):
         if count == _MOST_DRAFTS or time.perf_counter() > deadline:
             break
         try:
             step_s = _step_s(drafter.draft(decisions, axes=1))
         except InfeasibleError:
             continue
-        shape = decisions.devices, decisions.groups
+        shape = decisions.devices, decisions.groups or decisions.replicas
         if shape not in found or step_s < found[shape][0]:
             found[shape] = step_s, decisions
     return [d for _, d in sorted(found.values(), key=lambda pair: pair[0])[:_SHOWN]]
+
+
+def _unequal(space: Space) -> Iterator[Decisions]:
+    """Pipelines of stages of one size where devices differ; cuts are left to the solver.
+
+    With the sizes of microbatches that promise most, on all devices or on those of the first kinds.
+    """
+    bench = space.bench
+    by_batch: dict[int, list[Split]] = {}
+    for split in splits(bench.graph, bench.cluster, bench.config):
+        if split.replicas <= _FEW_REPLICAS:
+            by_batch.setdefault(split.local_batch, []).append(split)
+    for local in bench.by_promise(by_batch)[:_PROMISING]:
+        for tensor in sorted((n for n in space.devices if n != MIXED), reverse=True):
+            for split in by_batch[local]:
+                for used in space.used:
+                    if tensor <= bench.per_node and 2 * tensor <= used // split.replicas:
+                        yield Decisions(
+                            split.replicas, local, tensor, schedule="eager_1f1b", used=used
+                        )
 
 
 def _step_s(draft: Draft) -> float:

@@ -82,10 +82,13 @@ class Seeding:
         self._regular = True
         least = time.perf_counter() + _REGULAR_LEAST_SHARE * self.budget_s
         deadline = max(least, self.began + _REGULAR_SHARE * self.budget_s)
-        for decisions in regular_plans(self.judge.drafter, deadline):
-            if self.room() <= 0:
+        # Where devices differ, programs of two axes are solved anew for every kind of place.
+        axes = None if self.judge.bench.alike else 1
+        for index, decisions in enumerate(regular_plans(self.judge.drafter, deadline)):
+            over = time.perf_counter() > self.began + self.budget_s
+            if self.room() <= 0 or (index and over):
                 return
-            outcome = self.judge.look(decisions)
+            outcome = self.judge.look(decisions, axes=axes)
             if outcome.plan is None:
                 continue
             looked = [(REGULAR, outcome)]

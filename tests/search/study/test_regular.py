@@ -12,7 +12,7 @@ import pytest
 import raypar as rp
 from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
-from raypar.mesh.cluster import Cluster
+from raypar.mesh.cluster import Cluster, Node
 from raypar.schedules.check import check_lists
 from raypar.schedules.compile import compile_schedule
 from raypar.search.config import SearchConfig
@@ -94,6 +94,21 @@ def test_drafts_count_what_chunks_hold(
     most = max(report.peak_saved_bytes((1,) * io.n_stages))
     counted = chunks * held_per_chunk(schedule, groups, chunks, microbatches)
     assert most <= counted < most + chunks
+
+
+def test_where_devices_differ_stages_of_one_size_are_cut_by_the_solver() -> None:
+    nodes = (Node.of("A100", 4), Node.of("L4", 4, name="node1"))
+    judge = Judge(Workbench(_graph(), Cluster(nodes, "unequal"), SearchConfig()))
+    found = regular_plans(judge.drafter)
+    assert 2 <= len(found) <= 4
+    assert len({(d.devices, d.replicas) for d in found}) == len(found)
+    assert {(d.groups, d.chunks) for d in found} == {(0, 1)}
+    for decisions in found:
+        outcome = judge.look(decisions, axes=1)
+        assert outcome.plan is not None
+        check_plan(outcome.plan, judge.bench.graph)
+        sizes = {len(stage.mesh.devices) for stage in outcome.plan.stages}
+        assert sizes == {decisions.devices * decisions.replicas}
 
 
 def test_a_small_cluster_has_none() -> None:
