@@ -22,6 +22,8 @@ _REGULAR_SHARE = 0.8
 """Of the budget, at which no further regular plan is drafted."""
 _REGULAR_LEAST_SHARE = 0.12
 """Of the budget, that drafting them may take in any case."""
+_LATEST_LOOK, _LATEST_SEED = 1.25, 1.1
+"""Shares of the budget at which no further regular plan is looked at, and no planner asked."""
 
 Write = Callable[[Asked, list[tuple[str, Outcome]]], None]
 
@@ -59,7 +61,8 @@ class Seeding:
         is over.
         """
         deadline = self.began + _SEED_SHARE * self.budget_s
-        for name, plan, reason in seeds(self.judge.bench, deadline):
+        latest = self.began + _LATEST_SEED * self.budget_s
+        for name, plan, reason in seeds(self.judge.bench, deadline, latest):
             if plan is None:
                 self.refused[name] = reason
                 continue
@@ -85,7 +88,7 @@ class Seeding:
         # Where devices differ, programs of two axes are solved anew for every kind of place.
         axes = None if self.judge.bench.alike else 1
         for index, decisions in enumerate(regular_plans(self.judge.drafter, deadline)):
-            over = time.perf_counter() > self.began + self.budget_s
+            over = time.perf_counter() > self.began + _LATEST_LOOK * self.budget_s
             if self.room() <= 0 or (index and over):
                 return
             outcome = self.judge.look(decisions, axes=axes)

@@ -29,7 +29,9 @@ def seed_names(config: SearchConfig, units: int) -> list[str]:
     return names if units <= _SLOW_UNITS else [n for n in names if n == names[0] or n in _NARROW]
 
 
-def seeds(bench: Workbench, deadline: float) -> Iterator[tuple[str, Plan | None, str]]:
+def seeds(
+    bench: Workbench, deadline: float, latest: float = float("inf")
+) -> Iterator[tuple[str, Plan | None, str]]:
     """(planner, its plan, why there is none) for every planner that is asked.
 
     Where time is over, or the model long, a planner may still be asked for the replicas and
@@ -39,13 +41,15 @@ def seeds(bench: Workbench, deadline: float) -> Iterator[tuple[str, Plan | None,
         bench: The model on the cluster, with the study's options.
         deadline: `time.perf_counter()` at which planners end their search with what they have, and
             after which only the first one is asked; infinity if time does not matter.
+        latest: When no planner is asked any more, in the same clock.
     """
     last: Plan | None = None
     slow = len(bench.units) > _SLOW_UNITS
     for index, name in enumerate(seed_names(bench.config, len(bench.units))):
         left = deadline - time.perf_counter()
         narrow = index > 0 and last is not None and name in _NARROW and (slow or left <= 0)
-        if index and left <= 0 and not narrow:
+        late = time.perf_counter() > latest
+        if index and (late or (left <= 0 and not narrow)):
             yield name, None, "no time was left for it"
             continue
         budget: float | Auto = max(_LEAST_S, left) if left < float("inf") else "auto"

@@ -31,6 +31,13 @@ def test_after_the_deadline_piper_is_asked_for_the_cut_of_the_plan_before() -> N
     assert reason == "no time was left for it"
 
 
+def test_long_after_the_deadline_no_other_planner_is_asked() -> None:
+    over = time.perf_counter() - 1.0
+    first, *others = seeds(_bench(), over, over)
+    assert first[1] is not None
+    assert [(name, plan) for name, plan, _ in others] == [("piper", None), ("placement", None)]
+
+
 def test_of_long_models_piper_is_asked_for_that_cut_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
