@@ -26,7 +26,7 @@ from raypar.search.interop.ways import ANY, WayKey, WayMaker, Wish, op_sharding
 from raypar.sharding.strategies import fold_patterns
 
 MOST_STAGES = 128
-_CLOSE = 1.05
+_CLOSE = 1.03
 """Bounds of sizes of microbatches, as multiples of the least, that promise about the same."""
 
 

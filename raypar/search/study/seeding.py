@@ -53,6 +53,8 @@ class Seeding:
     def __post_init__(self) -> None:
         self.refused: dict[str, str] = {}  # planner → why it had no plan
         self._regular = False  # whether regular plans were looked at
+        # Where devices differ, programs of two axes are solved anew for every kind of place.
+        self._axes = None if self.judge.bench.alike else 1
 
     def exact(self) -> None:
         """Asks the exact planners, and looks at what can be proposed near their plans.
@@ -70,7 +72,8 @@ class Seeding:
             # Its own cuts and shardings are no decisions: what is told for these is the better.
             looked = [(name, self.judge.play(plan))]
             if self.room() > 1 and asked.decisions not in self.known:
-                near = self.known[asked.decisions] = self.judge.look(asked.decisions)
+                near = self.judge.look(asked.decisions, axes=self._axes)
+                self.known[asked.decisions] = near
                 looked.append((f"near {name}", near))
             self.write(asked, looked)
             if self.room() <= 0:
@@ -85,13 +88,11 @@ class Seeding:
         self._regular = True
         least = time.perf_counter() + _REGULAR_LEAST_SHARE * self.budget_s
         deadline = max(least, self.began + _REGULAR_SHARE * self.budget_s)
-        # Where devices differ, programs of two axes are solved anew for every kind of place.
-        axes = None if self.judge.bench.alike else 1
         for index, decisions in enumerate(regular_plans(self.judge.drafter, deadline)):
             over = time.perf_counter() > self.began + _LATEST_LOOK * self.budget_s
             if self.room() <= 0 or (index and over):
                 return
-            outcome = self.judge.look(decisions, axes=axes)
+            outcome = self.judge.look(decisions, axes=self._axes)
             if outcome.plan is None:
                 continue
             looked = [(REGULAR, outcome)]
