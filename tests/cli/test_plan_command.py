@@ -85,11 +85,11 @@ def test_ctrl_c_gives_the_best_so_far(folder: Path, monkeypatch: pytest.MonkeyPa
     own = Judge.look
     calls: list[Any] = []
 
-    def look(judge: Judge, *args: Any) -> Outcome:
+    def look(judge: Judge, *args: Any, **options: Any) -> Outcome:
         calls.append(args)
         if len(calls) > 1:
             raise KeyboardInterrupt
-        return own(judge, *args)
+        return own(judge, *args, **options)
 
     monkeypatch.setattr(Judge, "look", look)
     done = plan(folder, "--set", "search.seeds=[alpa]")

@@ -183,6 +183,7 @@ def test_rank_correlation_and_the_constant_predictor() -> None:
     assert published.constant_share(rows) == pytest.approx(2e12)
 
 
+@pytest.mark.thorough  # its rows are played like those of the given tables
 def test_a_table_of_unseen_rows_uses_the_committed_constants(tmp_path: Path) -> None:
     table = _table(
         data_parallel=1, tensor_parallel=2, pipeline_parallel=1, layers=2, heads=4,
