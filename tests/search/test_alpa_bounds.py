@@ -61,7 +61,7 @@ def test_no_pipeline_goes_below_the_bound(cluster: Cluster) -> None:
 def test_stages_of_several_sizes_are_timed_on_their_own_devices(
     monkeypatch: pytest.MonkeyPatch, slots: int
 ) -> None:
-    monkeypatch.setattr(alpa, "_MIXED_SLOTS", slots)
+    monkeypatch.setattr(alpa, "MIXED_SLOTS", slots)
     cluster = _cluster(("A100-80", 1), ("A100-80", 0.25), devices=4)
     search = AlpaSearch(_graph(), cluster, SearchConfig(zero=0), table_calibration(cluster))
     split = Split(1, 16, 4096, 8)

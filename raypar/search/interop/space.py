@@ -15,6 +15,8 @@ from raypar.search.config import SearchConfig
 MOST_MICROBATCHES = 4096
 AXIS_NAMES = ("x", "y", "z")
 """Names of a stage's mesh axes besides the replicas'."""
+MIXED_SLOTS = 16
+"""Stages of unequal sizes are searched where so many of the smallest fill a replica's devices."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from raypar.search.config import SearchConfig
 from raypar.search.interop.contest import best_that_fits
 from raypar.search.interop.pipeline import Pipeline, WayTable, best_pipeline
 from raypar.search.interop.space import (
+    MIXED_SLOTS,
     Split,
     check_options,
     splits,
@@ -32,7 +33,6 @@ from raypar.search.interop.workbench import MOST_STAGES, Workbench
 from raypar.search.planners.base import Planner, register_planner
 
 _KEPT = 8  # pipelines that are looked at closely
-_MIXED_SLOTS = 16  # up to so many slots, stages of unequal sizes are searched
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,9 @@ class AlpaSearch:
 
         Integer programs of meshes with one axis are solved far faster than with two. Therefore the
         former are tried with all sizes of microbatches before the latter, which begin with the
-        sizes that were best. A single size needs no such order. Where devices differ, every place
-        has tables of its own, and there may be time for few sizes: the most promising come first.
+        sizes that were best. A single size needs no such order, unless devices differ: every place
+        has tables of its own then, so that there may be no time for two axes, nor for all sizes of
+        microbatches, of which the most promising come first.
         """
         by_size: dict[int, list[Split]] = {}
         for split in splits(self.graph, self.cluster, self.config):
@@ -147,7 +148,8 @@ class AlpaSearch:
                 self._try(split, sizes, wish)
             own = [c.step_s for c in self.kept if c.split.local_batch == size]
             reached[size] = min(own, default=float("inf"))
-            # Larger microbatches only pay up to a point; two sizes without gain end the search.
+            # Two sizes in a row without gain end the search: larger microbatches only pay up to a
+            # point, and where the most promising come first, what follows promises less.
             worse = worse + 1 if self.kept and self._limit() >= before else 0
             if worse == 2:
                 break
@@ -189,7 +191,7 @@ class AlpaSearch:
         for size, least in sorted(sizes.items()):
             if size > self.bench.per_node and self._stays_inside():
                 break  # over nodes only where that was best before
-            if least >= self._worst() and split.devices // smallest > _MIXED_SLOTS:
+            if least >= self._worst() and split.devices // smallest > MIXED_SLOTS:
                 continue
             if self._over():
                 break
@@ -232,15 +234,14 @@ class AlpaSearch:
             split: How the batch is cut.
             unit: Places are counted in so many devices; in a family, in its smallest size.
         """
-        few = split.devices // min(tables) <= _MIXED_SLOTS
-        mixed = [
-            n
-            for n in sorted(tables)
-            if few or (not self.bench.alike and split.devices // n <= _MIXED_SLOTS)
-        ]
-        families = [] if few else [[n] for n in tables]
-        if few or len(mixed) > 1:
-            families.append(mixed)
+        sizes = sorted(tables)
+        if split.devices // sizes[0] <= MIXED_SLOTS:
+            families = [sizes]
+        else:
+            families = [[n] for n in tables]
+            large = [n for n in sizes if split.devices // n <= MIXED_SLOTS]
+            if len(large) > 1 and not self.bench.alike:
+                families.append(large)
         return [{n: tables[n][:: family[0] // unit] for n in family} for family in families]
 
     def _keep(self, candidate: Candidate) -> None:

@@ -17,14 +17,12 @@ from raypar.schedules.interleaved_1f1b import warm_up
 from raypar.schedules.interleaved_zero_bubble import InterleavedZeroBubble
 from raypar.schedules.registry import get_schedule
 from raypar.search.interop.pipeline import Pipeline, Stage, Way, WayTable, best_pipeline
-from raypar.search.interop.space import Split, stage_sizes
+from raypar.search.interop.space import MIXED_SLOTS, Split, stage_sizes
 from raypar.search.interop.ways import WayKey, Wish
 from raypar.search.interop.workbench import MOST_STAGES, Workbench
 from raypar.search.study.space import MIXED, SOLVER, Decisions, Space
 
 _MOST_TABLES = 256
-_MIXED_SLOTS = 16
-"""Unequal stages are searched in sizes of which so many fill the cluster."""
 RAMP = dict.fromkeys(("zero_bubble_h1", "interleaved_zero_bubble", "interleaved_eager"), 1 / 3)
 """Share of 1F1B's fill and drain that other schedules have."""
 
@@ -165,7 +163,7 @@ class _Question:
         per_node = self.drafter.bench.per_node
         sizes = stage_sizes(self.split.devices, per_node)
         inside = [n for n in sizes if n <= per_node]
-        return [n for n in inside if self.split.devices // n <= _MIXED_SLOTS] or inside[-1:]
+        return [n for n in inside if self.split.devices // n <= MIXED_SLOTS] or inside[-1:]
 
     def _tables(self, size: int, unit: int, wish: Wish) -> list[WayTable]:
         schedule = self.decisions.schedule

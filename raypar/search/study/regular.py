@@ -27,7 +27,9 @@ _LEAST_DEVICES = 8
 _LOCAL_BATCHES = (1, 2, 4, 8)
 _CHUNKS = (1, 2, 4, 6, 8, 12)
 _FEW_REPLICAS = 8
+"""Where devices differ, plans of at most so many replicas are drafted."""
 _PROMISING = 2
+"""Where devices differ, so many sizes of microbatches are drafted."""
 _MOST_DRAFTS = 400
 _SHOWN = 4
 
