@@ -24,7 +24,7 @@ from raypar.search.study.samplers import (
 from raypar.search.study.space import Decisions, Space
 
 NEIGHBOUR = "neighbour"
-"""Proposer of what differs from the best so far in one decision."""
+"""Proposer of what differs from the best so far in one decision, or in a trade of devices."""
 _PENALTY = 10.0
 """Step time of a proposal without a plan, as a multiple of the slowest one that was seen."""
 _FEW = 10

@@ -7,6 +7,7 @@ What is left to the solvers is called ``solver``.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -224,7 +225,10 @@ class Space:
         return (), ()
 
     def neighbours(self, params: Mapping[str, Any], groups: int) -> Iterator[dict[str, Any]]:
-        """Proposals that differ from one in a single decision, those that mostly pay first.
+        """Proposals near one: a trade of devices, or a single other decision; what pays most first.
+
+        Changed alone, fewer replicas or smaller stages leave devices idle: two of replicas, stages'
+        devices and rank groups change together.
 
         Args:
             params: Optuna's parameters of that one.
@@ -250,6 +254,8 @@ class Space:
         }
         if base.get("chunks", self.chunks[0]) > 1:
             unordered = {"interleaved": self.interleaved, **unordered}
+        for less, more in itertools.permutations(("replicas", "devices", "groups"), 2):
+            yield from _traded(base, less, ordered[less], more, ordered[more])
         for name, choices in unordered.items():
             yield from _others(base, name, choices)
         for step in (1, 2):
@@ -314,6 +320,20 @@ def _others(base: Mapping[str, Any], name: str, choices: Sequence[Any]) -> Itera
     """The proposal with every other value of a decision."""
     if len(choices) > 1:
         yield from ({**base, name: choice} for choice in choices if choice != base.get(name))
+
+
+def _traded(
+    base: Mapping[str, Any],
+    less: str,
+    fewer: Sequence[int],
+    more: str,
+    choices: Sequence[int],
+) -> Iterator[dict[str, Any]]:
+    """The proposal with the next lower value of one decision and as many times more of another."""
+    had, has = base.get(less, fewer[0]), base.get(more, choices[0])
+    lower = [n for n in fewer if 0 < n < had and had % n == 0 and has * (had // n) in choices]
+    if lower and has:
+        yield {**base, less: max(lower), more: has * (had // max(lower))}
 
 
 def _beside(

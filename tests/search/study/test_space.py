@@ -21,7 +21,7 @@ from raypar.search.interop.workbench import Workbench
 from raypar.search.intra.forms import form_pattern
 from raypar.search.study.draft import InfeasibleError
 from raypar.search.study.judge import Judge
-from raypar.search.study.space import Decisions
+from raypar.search.study.space import MIXED, Decisions
 from raypar.testing import models
 from raypar.testing.equivalence import assert_plan_equivalent
 from tests._tiers import examples
@@ -115,6 +115,18 @@ def test_what_is_proposed_near_a_plan_is_like_it() -> None:
     assert near.groups == 2
     assert near.replicas == plan.replicas
     assert near.local_batch == plan.local_batch
+
+
+def test_neighbours_begin_with_trades_that_keep_all_devices_busy() -> None:
+    dice, space = Dice(0), judge("gpt").space
+    space.suggest(dice)
+    base = dice.params | {"replicas": 2, "devices": 2, "groups": 1}
+    found = list(space.neighbours(base, 1))
+    trades = [(p["replicas"], p["devices"], p["groups"]) for p in found[:4]]
+    assert set(trades) == {(1, 4, 1), (1, 2, 2), (4, 1, 1), (2, 1, 2)}
+    assert all({**base, **p}["local_batch"] == base["local_batch"] for p in found[:4])
+    mixed = next(space.neighbours(base | {"devices": MIXED}, 1))  # their number is the solver's
+    assert (mixed["replicas"], mixed["devices"], mixed["groups"]) == (1, MIXED, 2)
 
 
 def test_a_forced_form_is_honoured() -> None:

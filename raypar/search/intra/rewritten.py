@@ -1,0 +1,129 @@
+"""What a rank runs where an op is written anew for its part: many calls in place of one.
+
+Vocabulary-parallel cross-entropy, a softmax over a cut dim or a row-parallel embedding read their
+parts several times, and talk in between. What the captured op would cost says little about that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import fx
+
+from raypar.graph.passes.emit import op_name
+from raypar.search.cost.exact import move_of
+from raypar.search.cost.machine import MeshMachine
+from raypar.search.cost.params import Move
+from raypar.search.cost.quick import op_work, seconds_of
+from raypar.sharding._fake_calls import RememberingEmitter, fake_like
+from raypar.sharding.convert import COLLECTIVES
+from raypar.sharding.local_call import write_local
+from raypar.sharding.rules.base import OpView, Strategy, find_localiser, is_tensor
+
+
+class Calls(NamedTuple):
+    """What stands in place of one op on a rank.
+
+    Attributes:
+        nodes: The calls in order, of local shape.
+        flowing: Those whose results get a gradient.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    flowing: frozenset[fx.Node]
+
+
+class CallsPrice(NamedTuple):
+    """What calls cost, their collectives included.
+
+    Attributes:
+        forward_s: Seconds of a forward pass.
+        backward_s: Seconds of a backward pass.
+        saved: Bytes of their results that backward needs.
+    """
+
+    forward_s: float
+    backward_s: float
+    saved: float
+
+
+def local_calls(
+    node: fx.Node,
+    strategy: Strategy,
+    axes: Sequence[tuple[str, int]],
+    wants_gradient: Sequence[bool],
+) -> Calls | None:
+    """The calls that a rank makes for an op.
+
+    Args:
+        node: The op, at the size of one microbatch on one replica.
+        strategy: How it runs.
+        axes: (name, size) of every mesh axis.
+        wants_gradient: For every tensor argument, in call order.
+
+    Returns:
+        None where it is a single call of the same op, on smaller tensors.
+    """
+    if strategy.whole or find_localiser(op_name(node)) is None:
+        return None
+    if not all(is_tensor(a.meta.get("val")) and _sized(a) for a in (node, *node.all_input_nodes)):
+        return None
+    graph = fx.Graph()
+    emit = RememberingEmitter(graph, graph.output(()))
+    wanted = iter(zip(strategy.inputs, wants_gradient, strict=True))
+    mesh = [size for _, size in axes]
+    flowing: set[fx.Node] = set()
+
+    def local(leaf: fx.Node) -> fx.Node:
+        spec, flows = next(wanted)
+        value = leaf.meta["val"]
+        with graph.inserting_before(emit.anchor):
+            holder = graph.placeholder(leaf.name)
+        shape = spec.local_shape(tuple(value.shape), mesh)
+        holder.meta = {**leaf.meta, "val": fake_like(value, shape)}
+        if flows:
+            flowing.add(holder)
+        return holder
+
+    args, kwargs = fx.map_arg(node.args, local), fx.map_arg(node.kwargs, local)
+    write_local(OpView(node), strategy, axes, args, kwargs, emit)  # type: ignore[arg-type]
+    nodes = tuple(n for n in graph.nodes if n.op == "call_function")
+    if len(nodes) == 1 and nodes[0].target is node.target:
+        return None
+    for call in nodes:
+        if op_name(call) != "detach" and flowing.intersection(call.all_input_nodes):
+            flowing.add(call)
+    return Calls(nodes, frozenset(flowing))
+
+
+def price_of(
+    calls: Calls, machine: MeshMachine, collective_s: Callable[[Move], float]
+) -> CallsPrice:
+    """Adds up what calls cost.
+
+    Args:
+        calls: From `local_calls`.
+        machine: The mesh.
+        collective_s: Prices a collective.
+    """
+    forward = backward = saved = 0.0
+    for node in calls.nodes:
+        move = move_of(node)
+        if move is not None:
+            forward += collective_s(move)
+            back = str(node.args[2])
+            if node in calls.flowing and back in COLLECTIVES:
+                backward += collective_s(move._replace(kind=back))
+            continue
+        work = op_work(node)
+        seconds = seconds_of(work, machine)
+        forward += seconds.forward
+        if node in calls.flowing:
+            backward += seconds.backward_input + seconds.backward_weight
+            saved += work.saved_bytes
+    return CallsPrice(forward, backward, saved)
+
+
+def _sized(node: fx.Node) -> bool:
+    return all(type(n) is int for n in node.meta["val"].shape)

@@ -1,0 +1,127 @@
+"""Prices of ops that ranks run as many calls, beside what these calls come to when traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+import raypar
+from raypar.graph.build import CleanGraph
+from raypar.mesh.cluster import Cluster
+from raypar.mesh.devices import Link
+from raypar.plan import MeshSlice
+from raypar.search.cost.base import StageCode
+from raypar.search.cost.exact import piece_cost, stage_pieces
+from raypar.search.cost.machine import MeshMachine, machine_of
+from raypar.search.intra.prices import OpPrice, Prices
+from raypar.search.intra.rewritten import local_calls
+from raypar.search.intra.settings import IntraSettings, read_graph
+from raypar.sharding.lower import lower
+from raypar.sharding.rules.base import OpView, Strategy
+from raypar.sharding.strategies import strategies, whole
+
+ROWS, CLASSES = 4096, 8192
+ON = machine_of(
+    Cluster.virtual(1, 4, "A100-80", inside=Link(100e9, 5e-6, "fast")),
+    MeshSlice((0, 1, 2, 3), (1, 4), ("data", "x")),
+)
+
+
+class Ends(nn.Module):
+    """Something on logits, which a product before makes."""
+
+    def __init__(self, end: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, CLASSES, bias=False)
+        self.end = end
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.end(self.head(x), target)
+
+
+def entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, target, reduction="sum")
+
+
+def softmax(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return F.softmax(logits, -1).square().sum()
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op of a graph, and one of its strategies that cuts classes."""
+
+    clean: CleanGraph
+    op: fx.Node
+    strategy: Strategy
+    price: OpPrice
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.clean.graph
+
+
+def case(end: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], name: str) -> Case:
+    inputs = torch.empty(ROWS, 16, device="meta"), torch.empty(ROWS, device="meta").long()
+    clean = raypar.capture(lambda: Ends(end), inputs, batch_dims=(0, 0)).at(ROWS)
+    read = read_graph(clean, None)
+    op = next(node for node in read.ops if OpView(node).name == name)
+    strategy = next(
+        s for s in strategies(op, (4,)) if str(s.inputs[0]) == "S1" and str(s.outputs[0]) != "P"
+    )
+    return Case(clean, op, strategy, Prices(read, ON, IntraSettings()).op(op, strategy))
+
+
+def traced_s(found: Case, machine: MeshMachine) -> float:
+    """Seconds of both passes of a graph, without those of its product; all of it is cut alike."""
+    calls = [n for n in found.graph.nodes if n.op == "call_function"]
+    chosen = {n: _by_classes(n) for n in calls} | {found.op: found.strategy}
+    local = lower(found.graph, chosen, machine.mesh.inner).graph
+    code = StageCode(local, trainable=("head.weight",), outputs_with_grad=(0,), axes=(("x", 4),))
+    pieces = stage_pieces(code)
+    joint = pieces.joint
+    assert joint is not None
+    nodes = [n for n in joint.graph.nodes if n.op == "call_function"]
+    cost = piece_cost([n for n in nodes if "mm" not in str(n.target)], machine)
+    moved = sum(machine.collective_s(m.axis, m.kind, m.nbytes) for m in cost.moves)
+    return cost.seconds + moved
+
+
+def _by_classes(op: fx.Node) -> Strategy:
+    """How an op runs where logits are cut by classes."""
+    for strategy in strategies(op, (4,)):
+        last = strategy.outputs[0] if OpView(op).name == "linear" else strategy.inputs[0]
+        if str(last) == "S1":
+            return strategy
+    return whole(op, 1)
+
+
+def test_a_vocabulary_parallel_loss_costs_what_its_calls_cost() -> None:
+    found = case(entropy, "cross_entropy_loss")
+    priced = found.price.forward_s + found.price.backward_s
+    assert priced == pytest.approx(traced_s(found, ON), rel=0.3)
+    single = 3 * ROWS * CLASSES / 4 * 4 / 2039e9  # the bytes of one op that reads its part
+    assert priced > 2 * single
+
+
+def test_a_softmax_over_a_cut_dim_costs_what_its_calls_cost() -> None:
+    found = case(softmax, "softmax")
+    prices = Prices(read_graph(found.clean, None), ON, IntraSettings())
+    calls = [n for n in found.graph.nodes if n.op == "call_function"]
+    after = [prices.op(n, _by_classes(n)) for n in calls[calls.index(found.op) + 1 :]]
+    priced = sum(price.forward_s + price.backward_s for price in (found.price, *after))
+    assert priced == pytest.approx(traced_s(found, ON), rel=0.3)
+
+
+def test_an_op_on_smaller_tensors_is_not_written_anew() -> None:
+    found = case(entropy, "cross_entropy_loss")
+    for strategy in strategies(found.op, (4,)):
+        calls = local_calls(found.op, strategy, (("x", 4),), (True, False))
+        cuts_classes = str(strategy.inputs[0]) == "S1"
+        assert (calls is not None) == cuts_classes
+    assert found.price.saved >= ROWS * CLASSES / 4 * 4
