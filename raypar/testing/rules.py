@@ -185,7 +185,7 @@ def check_strategy(
 
     def rank_work(rank: int) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         mine = call.leaves_of([parts[rank] for parts in inputs])
-        outputs = _interpret(graph, mine)
+        outputs = interpret(graph, mine)
         grads = [None if parts is None else parts[rank] for parts in returned]
         return [y.detach() for y in outputs], _gradients(mine, outputs, grads)
 
@@ -230,7 +230,8 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [v for v in items if isinstance(v, torch.Tensor)]
 
 
-def _interpret(graph: fx.Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def interpret(graph: fx.Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Runs what `local_graph` gives on one rank's inputs: its tensor results."""
     values: dict[fx.Node, Any] = {}
     feed = iter(inputs)
     for node in graph.nodes:

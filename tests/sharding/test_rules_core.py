@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import raypar.graph.randomops  # noqa: F401  (registers raypar::apply_mask)
-from raypar.testing.rules import check_rule
+from raypar.sharding.strategies import strategies
+from raypar.testing.mesh_threads import ThreadMesh, distribute
+from raypar.testing.rules import OpCall, check_rule, interpret, local_graph
 
 aten = torch.ops.aten
 MESHES = ((2,), (2, 2))
@@ -235,6 +237,45 @@ def test_functions_of_one_element(name: str) -> None:
     checked = check_rule(getattr(aten, name).default, (x(4, 2).sigmoid(),), meshes=[(2,)])
     linear = name in ("neg", "clone", "detach", "contiguous")
     assert checked == ["R > R", "S0 > S0", "S1 > S1"] + ["P > P"] * linear
+
+
+def test_a_padded_vocabulary_may_fill_a_whole_part() -> None:
+    logits = x(6, 12)
+    logits[:, 5:] = -torch.inf  # the last of two parts holds padding alone
+    assert "S1 R > R" in check_rule(CE, (logits, ids(5, 6), None, 2), meshes=[(2,)])
+    assert "S1 > S1" in check_rule(aten.softmax.int, (logits, -1), meshes=[(2,)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_cut_vocabulary_in_low_precision_rounds_as_the_whole_one(
+    dtype: torch.dtype, smoothing: float
+) -> None:
+    logits, target, mesh = 8 * x(64, 256), ids(256, 64), ThreadMesh([("a", 4)])
+    call = OpCall(CE, (logits.to(dtype), target, None, 2, -100, smoothing))
+    strategy = next(s for s in strategies(call.node, (4,)) if str(s) == "S1 R > R")
+    graph = local_graph(call, strategy, mesh)
+    copies = [n for n in graph.nodes if "to.dtype" in str(n.target)]
+    assert all(tuple(n.meta["val"].shape) != (64, 64) for n in copies)  # no wide copy of the logits
+    parts = distribute(call.tensors[0], strategy.inputs[0], mesh, torch.Generator())
+
+    def gradient(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        mine = parts[rank].clone().requires_grad_()
+        (loss,) = interpret(graph, [mine, target])
+        loss.backward()
+        assert mine.grad is not None
+        return loss.detach(), mine.grad
+
+    found = mesh.run(gradient)
+    exact = logits.to(dtype).double().requires_grad_()
+    wanted = CE(exact, target, None, 2, -100, smoothing)
+    wanted.backward()
+    assert exact.grad is not None
+    eps = torch.finfo(dtype).eps
+    for loss, _ in found:
+        torch.testing.assert_close(loss.double(), wanted.detach(), rtol=eps, atol=0.0)
+    whole = torch.cat([g for _, g in found], 1)
+    torch.testing.assert_close(whole.double(), exact.grad, rtol=eps, atol=1e-6)
 
 
 def test_a_mean_over_a_count_is_not_cut() -> None:

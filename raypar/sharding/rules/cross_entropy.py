@@ -63,30 +63,35 @@ def local_cross_entropy(call: LocalCall) -> fx.Node:
 def _over_classes(call: LocalCall, axes: list[int]) -> fx.Node:
     """Logits stay cut: a maximum, a sum and the target's logit per sample travel.
 
+    The maximum is taken off all logits, so that none of what follows has to know it.
+
     The form of Megatron-LM (Shoeybi et al. 2019, section 3), with class weights and smoothing.
     """
     b, emit, dim = local_bound(call), call.emit, _dim(call.op)
     target, weight = b["target"], b["weight"]
     dtype = call.op.results[0].dtype
-    x = emit(aten.to.dtype, b["self"], accumulate_in(dtype))
+    wide = accumulate_in(dtype)
+    log_sum: fx.Node | None = None
+    if call.op.name == "cross_entropy_loss":
+        x, total = shifted_sum(call, b["self"], dim, axes, R, wide)
+        log_sum = emit(aten.squeeze.dim, emit(aten.log.default, total), dim)
+    else:
+        x = emit(aten.to.dtype, b["self"], wide)
     valid = emit(aten.ne.Scalar, target, b["ignore_index"])
     classes = call.op.shapes[0][dim]
     index, own = own_rows(call, target, call.strategy.inputs[0], dim, classes, False)
     picked = _own_sum(call, _pick(call, x, index, dim), own, axes)
     smoothing = b.get("label_smoothing", 0.0)
-    level: fx.Node | None = None
-    if call.op.name == "cross_entropy_loss":
-        _, total, top = shifted_sum(call, x, dim, axes, R)
-        log_sum = emit(aten.add.Tensor, emit(aten.log.default, total), top)
-        level = emit(aten.squeeze.dim, log_sum, dim)
-    loss = emit(aten.neg.default, picked) if level is None else emit(aten.sub.Tensor, level, picked)
+    if log_sum is None:
+        loss = emit(aten.neg.default, picked)
+    else:
+        loss = emit(aten.sub.Tensor, log_sum, picked)
     if weight is not None:
         chosen = emit(aten.index.Tensor, weight, [index])
         loss = emit(aten.mul.Tensor, loss, _own_sum(call, chosen, own, axes))
-    if smoothing and level is not None:
-        rest = emit(
-            aten.mul.Scalar, _smooth(call, x, level, weight, dim, axes), smoothing / classes
-        )
+    if smoothing and log_sum is not None:
+        every = _smooth(call, x, log_sum, weight, dim, axes)
+        rest = emit(aten.mul.Scalar, every, smoothing / classes)
         loss = emit(aten.add.Tensor, emit(aten.mul.Scalar, loss, 1 - smoothing), rest)
     loss = emit(aten.where.ScalarOther, valid, loss, 0.0)
     total_loss = loss if b["reduction"] == _NONE else emit(aten.sum.default, loss)
@@ -106,12 +111,17 @@ def _own_sum(call: LocalCall, value: fx.Node, own: fx.Node, axes: list[int]) -> 
 
 
 def _smooth(
-    call: LocalCall, x: fx.Node, level: fx.Node, weight: fx.Node | None, dim: int, axes: list[int]
+    call: LocalCall,
+    x: fx.Node,
+    log_sum: fx.Node,
+    weight: fx.Node | None,
+    dim: int,
+    axes: list[int],
 ) -> fx.Node:
-    """Sum over all classes of the weighted negative log-probabilities."""
+    """Sum over all classes of the weighted negative log-probabilities, ``log_sum`` less ``x``."""
     emit = call.emit
     if weight is None:
-        total = emit(aten.mul.Scalar, level, call.op.shapes[0][dim])
+        total = emit(aten.mul.Scalar, log_sum, call.op.shapes[0][dim])
         return emit(
             aten.sub.Tensor, total, sum_over(call, emit(aten.sum.dim_IntList, x, [dim]), axes, R)
         )
@@ -120,4 +130,4 @@ def _smooth(
     wide = emit(aten.mul.Tensor, x, emit(aten.reshape.default, weight, sizes))
     every = sum_over(call, emit(aten.sum.default, weight), axes, R)
     inner = sum_over(call, emit(aten.sum.dim_IntList, wide, [dim]), axes, R)
-    return emit(aten.sub.Tensor, emit(aten.mul.Tensor, level, every), inner)
+    return emit(aten.sub.Tensor, emit(aten.mul.Tensor, log_sum, every), inner)

@@ -51,8 +51,7 @@ def local_softmax(call: LocalCall) -> fx.Node:
         return call.same()
     emit, result = call.emit, call.op.results[0]
     wide = accumulate_in(result.dtype)
-    x = emit(aten.to.dtype, call.args[0], wide)
-    below, total, _ = shifted_sum(call, x, dim, axes, RG)
+    below, total = shifted_sum(call, call.args[0], dim, axes, RG, wide)
     if "log" in call.op.name:
         out = emit(aten.sub.Tensor, below, emit(aten.log.default, total))
     else:
@@ -61,9 +60,16 @@ def local_softmax(call: LocalCall) -> fx.Node:
 
 
 def shifted_sum(
-    call: LocalCall, x: fx.Node, dim: int, axes: Sequence[int], state: State
-) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """``x`` less its maximum over a cut dim, the sum of the exponentials of that, the maximum.
+    call: LocalCall,
+    x: fx.Node,
+    dim: int,
+    axes: Sequence[int],
+    state: State,
+    wide: torch.dtype,
+) -> tuple[fx.Node, fx.Node]:
+    """``x`` less its maximum over a cut dim, and the sum of the exponentials of that.
+
+    No wide copy of ``x`` is made: only its maximum is widened, and the difference with it.
 
     Args:
         call: The call that is being written.
@@ -72,16 +78,22 @@ def shifted_sum(
         axes: The mesh axes.
         state: In which the sum is read: ``Rg`` by work on the parts, ``R`` by work that every
             coordinate does alike.
+        wide: Dtype of the results.
     """
     emit = call.emit
+    own: torch.dtype = x.meta["val"].dtype
+    if torch.promote_types(own, wide) != wide:
+        x = emit(aten.to.dtype, x, wide)
     top = emit(aten.amax.default, emit(aten.detach.default, x), [dim], True)
+    if top.meta["val"].dtype != wide:
+        top = emit(aten.to.dtype, top, wide)
     for axis in axes:
         name, size = call.axes[axis]
         top = emit(torch.ops.raypar.convert.default, top, ALL_MAX, NONE, "", "", name, size)
         top.meta.pop("autocast", None)
     below = emit(aten.sub.Tensor, x, top)
     part = emit(aten.sum.dim_IntList, emit(aten.exp.default, below), [dim], True)
-    return below, sum_over(call, part, axes, state), top
+    return below, sum_over(call, part, axes, state)
 
 
 def sum_over(call: LocalCall, part: fx.Node, axes: Sequence[int], state: State) -> fx.Node:
