@@ -125,3 +125,13 @@ def test_an_op_on_smaller_tensors_is_not_written_anew() -> None:
         cuts_classes = str(strategy.inputs[0]) == "S1"
         assert (calls is not None) == cuts_classes
     assert found.price.saved >= ROWS * CLASSES / 4 * 4
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputed_calls_are_paid_twice_and_hold_nothing(recompute: str) -> None:
+    found = case(entropy, "cross_entropy_loss")
+    read = read_graph(found.clean, None)
+    again = Prices(read, ON, IntraSettings(recompute=recompute)).op(found.op, found.strategy)
+    assert again.forward_s == found.price.forward_s
+    assert again.backward_s == pytest.approx(found.price.backward_s + found.price.forward_s)
+    assert again.saved == 0.0

@@ -16,7 +16,7 @@ from raypar.graph.passes.emit import is_op, op_name
 from raypar.search.cost.machine import MeshMachine
 from raypar.search.cost.params import BUCKET_BYTES, Move, moves
 from raypar.search.cost.work import BACKWARD_KIND, Work, is_free, node_work
-from raypar.search.intra.rewritten import Calls, local_calls, price_of
+from raypar.search.intra.rewritten import local_calls, price_of
 from raypar.search.intra.settings import Graph, IntraSettings, Value
 from raypar.sharding.convert import COLLECTIVES, NONE, REDUCE_SCATTER, conversion, state_after
 from raypar.sharding.layout import layout_of
@@ -112,7 +112,8 @@ class Prices:
             flows = [v in self.graph.flow for v in reads]
             calls = local_calls(node, strategy, self.axes, flows)
             if calls is not None:
-                return self._price_calls(calls)
+                policy = self.settings.recompute
+                return OpPrice(*price_of(calls, self.machine, policy, self.collective))
         read = [self.local_bytes(v, s) for v, s in zip(reads, strategy.inputs, strict=True)]
         made = [self.local_bytes(v, s) for v, s in zip(makes, strategy.outputs, strict=True)]
         work = self._local_work(whole, strategy, sum(read), sum(made))
@@ -124,13 +125,6 @@ class Prices:
         if self._runs_again(node, whole):
             backward += forward
         return OpPrice(forward, backward, self._own_saved(node, read, made) if grads else 0.0)
-
-    def _price_calls(self, calls: Calls) -> OpPrice:
-        """What an op costs that is written anew for its part."""
-        found = price_of(calls, self.machine, self.collective)
-        again = found.forward_s if self.settings.recompute != "none" else 0.0
-        saved = found.saved if self.settings.recompute == "none" else 0.0
-        return OpPrice(found.forward_s, found.backward_s + again, saved)
 
     def _local_work(self, whole: Work, strategy: Strategy, read: float, made: float) -> Work:
         """The work of one rank: its share of products, and the bytes of its parts."""

@@ -16,6 +16,7 @@ from raypar.search.cost.exact import move_of
 from raypar.search.cost.machine import MeshMachine
 from raypar.search.cost.params import Move
 from raypar.search.cost.quick import op_work, seconds_of
+from raypar.search.cost.work import node_work
 from raypar.sharding._fake_calls import RememberingEmitter, fake_like
 from raypar.sharding.convert import COLLECTIVES
 from raypar.sharding.local_call import write_local
@@ -39,8 +40,8 @@ class CallsPrice(NamedTuple):
 
     Attributes:
         forward_s: Seconds of a forward pass.
-        backward_s: Seconds of a backward pass.
-        saved: Bytes of their results that backward needs.
+        backward_s: Seconds of a backward pass, recomputation included.
+        saved: Bytes of their results that are held for it.
     """
 
     forward_s: float
@@ -71,6 +72,7 @@ def local_calls(
         return None
     graph = fx.Graph()
     emit = RememberingEmitter(graph, graph.output(()))
+    emit.anchor.meta = {key: node.meta[key] for key in ("autocast",) if key in node.meta}
     wanted = iter(zip(strategy.inputs, wants_gradient, strict=True))
     mesh = [size for _, size in axes]
     flowing: set[fx.Node] = set()
@@ -98,31 +100,38 @@ def local_calls(
 
 
 def price_of(
-    calls: Calls, machine: MeshMachine, collective_s: Callable[[Move], float]
+    calls: Calls, machine: MeshMachine, recompute: str, collective_s: Callable[[Move], float]
 ) -> CallsPrice:
     """Adds up what calls cost.
 
     Args:
         calls: From `local_calls`.
         machine: The mesh.
+        recompute: The policy: ``none``, ``selective`` or ``full``.
         collective_s: Prices a collective.
     """
-    forward = backward = saved = 0.0
+    forward = backward = again = saved = 0.0
     for node in calls.nodes:
-        move = move_of(node)
+        move, flows = move_of(node), node in calls.flowing
         if move is not None:
             forward += collective_s(move)
+            again += collective_s(move)
             back = str(node.args[2])
-            if node in calls.flowing and back in COLLECTIVES:
-                backward += collective_s(move._replace(kind=back))
+            backward += (
+                collective_s(move._replace(kind=back)) if back in COLLECTIVES and flows else 0
+            )
             continue
         work = op_work(node)
         seconds = seconds_of(work, machine)
         forward += seconds.forward
-        if node in calls.flowing:
+        kept = recompute == "selective" and node_work(node).matmul
+        again += 0.0 if kept else seconds.forward
+        if flows:
             backward += seconds.backward_input + seconds.backward_weight
-            saved += work.saved_bytes
-    return CallsPrice(forward, backward, saved)
+            saved += work.kept_bytes if recompute == "selective" else work.saved_bytes
+    if recompute == "none":
+        return CallsPrice(forward, backward, saved)
+    return CallsPrice(forward, backward + again, 0.0 if recompute == "full" else saved)
 
 
 def _sized(node: fx.Node) -> bool:
