@@ -41,7 +41,8 @@ class RememberingEmitter(Emitter):
         tensors: list[FakeTensor] = []
         key = None
         if like is None and isinstance(target, OpOverload) and not is_mutable(target):
-            key = _key_of(target, (args, kwargs), tensors)
+            region = self.anchor.meta.get("autocast")
+            key = _key_of(target, (args, kwargs), tensors, region)
         if key is None or not tensors:
             return super().__call__(target, *args, like=like, **kwargs)
         lie = _known.get(key)
@@ -63,10 +64,12 @@ def fake_like(value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return fake_around(value.fake_mode, meta, value.device)
 
 
-def _key_of(target: OpOverload, arguments: Any, tensors: list[FakeTensor]) -> object:
+def _key_of(
+    target: OpOverload, arguments: Any, tensors: list[FakeTensor], region: object
+) -> object:
     """What the call depends on, and its tensors; None where one of them is unusual."""
     try:
-        return target, _plain(arguments, tensors), torch.get_default_dtype()
+        return target, _plain(arguments, tensors), torch.get_default_dtype(), region
     except _UnusualError:
         return None
 

@@ -19,16 +19,20 @@ from raypar.search.cost.base import StageCode
 from raypar.search.cost.exact import piece_cost, stage_pieces
 from raypar.search.cost.machine import MeshMachine, machine_of
 from raypar.search.intra.prices import OpPrice, Prices
-from raypar.search.intra.rewritten import local_calls
+from raypar.search.intra.rewritten import local_calls, price_of
 from raypar.search.intra.settings import IntraSettings, read_graph
 from raypar.sharding.lower import lower
 from raypar.sharding.rules.base import OpView, Strategy
 from raypar.sharding.strategies import strategies, whole
 
 ROWS, CLASSES = 4096, 8192
-ON = machine_of(
-    Cluster.virtual(1, 4, "A100-80", inside=Link(100e9, 5e-6, "fast")),
-    MeshSlice((0, 1, 2, 3), (1, 4), ("data", "x")),
+FOUR = MeshSlice((0, 1, 2, 3), (1, 4), ("data", "x"))
+ON, SLOW = (
+    machine_of(
+        Cluster.virtual(1, 4, "A100-80", inside=link),
+        MeshSlice((0, 1, 2, 3), (1, 4), ("data", "x")),
+    )
+    for link in (Link(100e9, 5e-6, "fast"), Link(100e9, 1.0, "slow"))
 )
 
 
@@ -133,5 +137,58 @@ def test_recomputed_calls_are_paid_twice_and_hold_nothing(recompute: str) -> Non
     read = read_graph(found.clean, None)
     again = Prices(read, ON, IntraSettings(recompute=recompute)).op(found.op, found.strategy)
     assert again.forward_s == found.price.forward_s
-    assert again.backward_s == pytest.approx(found.price.backward_s + found.price.forward_s)
+    more = again.backward_s - found.price.backward_s
+    calls = local_calls(found.op, found.strategy, (("x", 4),), (True, False))
+    assert calls is not None
+    silent = price_of(calls, ON, "none", lambda *_: 0.0).forward_s  # collectives are kept
+    assert more == pytest.approx(again.forward_s if recompute == "full" else silent)
     assert again.saved == 0.0
+
+
+def priced(model: nn.Module, *inputs: torch.Tensor, op: str, how: str) -> OpPrice:
+    """The price of one op of a model in one strategy, over slow links."""
+    clean = raypar.capture(lambda: model, inputs, batch_dims=(0,) * len(inputs)).at(len(inputs[0]))
+    read = read_graph(clean, None)
+    node = next(node for node in read.ops if OpView(node).name == op)
+    prices = Prices(read, SLOW, IntraSettings())
+    return next(prices.op(node, s) for s in strategies(node, (4,)) if str(s) == how)
+
+
+def test_gradients_of_gathered_values_fill_zeros_of_their_size() -> None:
+    class Picks(Ends):
+        def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return self.head(x).gather(1, target[:, None]).sum()
+
+    inputs = torch.empty(ROWS, 16, device="meta"), torch.empty(ROWS, device="meta").long()
+    found = priced(Picks(softmax), *inputs, op="gather", how="S1 R > P")
+    assert found.backward_s > ROWS * CLASSES / 4 * 4 / 2039e9
+
+
+def test_rows_of_neighbours_travel_there_and_back() -> None:
+    class Convolves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x)).square().sum()
+
+    images = torch.empty(4, 8, 64, 64, device="meta")
+    read = priced(Convolves(), images, op="conv2d", how="S2 Rg Rg > S2")
+    latency = SLOW.collective_s("x", "all_gather", 0)
+    assert read.forward_s > latency
+    assert read.backward_s < latency  # nobody wants the gradient of the images
+    assert read.saved == 0.0  # the reader holds the result
+
+
+def test_what_makes_tensors_is_not_run_to_be_priced() -> None:
+    class Fills(Ends):
+        def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return (self.head(x) * torch.full((1, CLASSES), 2.0)).sum()
+
+    inputs = torch.empty(ROWS, 16, device="meta"), torch.empty(ROWS, device="meta").long()
+    clean = raypar.capture(lambda: Fills(softmax), inputs, batch_dims=(0, 0)).at(ROWS)
+    fills = [n for n in read_graph(clean, None).ops if OpView(n).name.startswith("full")]
+    assert fills
+    for strategy in strategies(fills[0], (4,)):
+        assert local_calls(fills[0], strategy, (("x", 4),), ()) is None

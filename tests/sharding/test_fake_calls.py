@@ -45,3 +45,14 @@ def _told(nodes: list[fx.Node]) -> list[Any]:
 @pytest.mark.parametrize("time", [1, 2])
 def test_results_lie_as_those_of_a_real_fake_call(time: int) -> None:
     assert _told(_calls(RememberingEmitter)) == _told(_calls(Emitter))
+
+
+def test_a_region_of_autocast_is_part_of_what_is_remembered() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    with fake_mode():
+        x.meta["val"] = torch.empty(5, 5)
+    emit = RememberingEmitter(graph, graph.output(()))
+    for region, dtype in ((None, torch.float32), (("cpu", torch.bfloat16, True), torch.bfloat16)):
+        emit.anchor.meta = {} if region is None else {"autocast": region}
+        assert emit(aten.mm.default, x, x).meta["val"].dtype is dtype

@@ -8,14 +8,14 @@ of 100,000 ops take about a second.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import fx
 
-from raypar.graph.costs import size_of
+from raypar.graph.costs import numel, size_of
 from raypar.graph.passes.emit import is_op, op_name
 from raypar.search.cost.machine import MeshMachine
 from raypar.search.cost.work import (
@@ -84,8 +84,13 @@ _NO_GRADIENT = frozenset(
 )
 
 
-def op_work(node: fx.Node) -> OpWork:
-    """What training does for one op of a captured (or local) forward graph."""
+def op_work(node: fx.Node, wanting: Collection[fx.Node] | None = None) -> OpWork:
+    """What training does for one op of a captured (or local) forward graph.
+
+    Args:
+        node: The call.
+        wanting: Operands that want a gradient, if that is known; else it is told by what they are.
+    """
     forward = node_work(node)
     if forward.kind == "none":
         return OpWork((), (), (), 0.0, 0.0)
@@ -99,6 +104,8 @@ def op_work(node: fx.Node) -> OpWork:
     if not differentiable or name in _NO_GRADIENT:
         return OpWork((forward,), (), (), 0.0, 0.0)
     values, weights = _operands(node)
+    if wanting is not None:
+        values, weights = ([n for n in found if n in wanting] for found in (values, weights))
     if forward.matmul:
         return _product(node, name, forward, values, weights, out_bytes)
     return _elementwise(name, forward, values, weights, out_bytes)
@@ -176,8 +183,11 @@ def _elementwise(
         # Where an operand was expanded, its gradient is summed up.
         for group, found in ((values, first), (weights, second)):
             for operand in group:
-                if size_of(operand.meta.get("val")) < out_bytes:
+                if _numel(operand) < forward.flops:
                     found.append(Work(0.0, out_bytes, forward.dtype, False, "reduce"))
+                elif size_of(operand.meta.get("val")) < out_bytes:  # made wider on the way
+                    narrowed = out_bytes + size_of(operand.meta.get("val"))
+                    found.append(Work(0.0, narrowed, forward.dtype, False, "copy"))
     elif kind in ("scatter", "plain") and weights and not values:
         table = sum(size_of(w.meta.get("val")) for w in weights)
         second.append(Work(0.0, out_bytes + table, forward.dtype, False, kind))
@@ -185,6 +195,9 @@ def _elementwise(
         source = values[0] if values else None
         large = 3.0 * size_of(source.meta.get("val")) if source is not None else 0.0
         first.append(Work(0.0, large, forward.dtype, False, kind))
+    elif kind == "scatter":  # into zeros of the operand's size
+        table = sum(size_of(v.meta.get("val")) for v in values)
+        first.append(Work(0.0, forward.nbytes + table, forward.dtype, False, kind))
     else:
         traffic = 1.5 * forward.nbytes if kind.endswith("backward") else forward.nbytes
         first += [Work(0.0, traffic, forward.dtype, False, kind)] * (
@@ -192,6 +205,11 @@ def _elementwise(
         )
     saved = 0.0 if name in _SAVE_NOTHING else out_bytes
     return OpWork((forward,), tuple(first), tuple(second), saved, 0.0)
+
+
+def _numel(node: fx.Node) -> int:
+    value = first_tensor(node)
+    return 0 if value is None else numel(value)
 
 
 def _dims(node: fx.Node) -> int:

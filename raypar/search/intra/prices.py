@@ -113,7 +113,7 @@ class Prices:
             calls = local_calls(node, strategy, self.axes, flows)
             if calls is not None:
                 policy = self.settings.recompute
-                return OpPrice(*price_of(calls, self.machine, policy, self.collective))
+                return OpPrice(*price_of(calls, self.machine, policy, self._leg))
         read = [self.local_bytes(v, s) for v, s in zip(reads, strategy.inputs, strict=True)]
         made = [self.local_bytes(v, s) for v, s in zip(makes, strategy.outputs, strict=True)]
         work = self._local_work(whole, strategy, sum(read), sum(made))

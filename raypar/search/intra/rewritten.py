@@ -11,14 +11,12 @@ from typing import NamedTuple
 
 from torch import fx
 
+from raypar.graph.costs import size_of
 from raypar.graph.passes.emit import op_name
-from raypar.search.cost.exact import move_of
 from raypar.search.cost.machine import MeshMachine
-from raypar.search.cost.params import Move
 from raypar.search.cost.quick import op_work, seconds_of
 from raypar.search.cost.work import node_work
 from raypar.sharding._fake_calls import RememberingEmitter, fake_like
-from raypar.sharding.convert import COLLECTIVES
 from raypar.sharding.local_call import write_local
 from raypar.sharding.rules.base import OpView, Strategy, find_localiser, is_tensor
 
@@ -41,7 +39,8 @@ class CallsPrice(NamedTuple):
     Attributes:
         forward_s: Seconds of a forward pass.
         backward_s: Seconds of a backward pass, recomputation included.
-        saved: Bytes of their results that are held for it.
+        saved: Bytes of their results that are held for it, those of products left out: who reads
+            a product holds it.
     """
 
     forward_s: float
@@ -64,9 +63,10 @@ def local_calls(
         wants_gradient: For every tensor argument, in call order.
 
     Returns:
-        None where it is a single call of the same op, on smaller tensors.
+        None where it is a single call of the same op on smaller tensors, and where the op has
+        several results or no tensor to read, or sizes that are known only when it runs.
     """
-    if strategy.whole or find_localiser(op_name(node)) is None:
+    if strategy.whole or find_localiser(op_name(node)) is None or not node.all_input_nodes:
         return None
     if not all(is_tensor(a.meta.get("val")) and _sized(a) for a in (node, *node.all_input_nodes)):
         return None
@@ -100,7 +100,7 @@ def local_calls(
 
 
 def price_of(
-    calls: Calls, machine: MeshMachine, recompute: str, collective_s: Callable[[Move], float]
+    calls: Calls, machine: MeshMachine, recompute: str, leg_s: Callable[[str, str, int, int], float]
 ) -> CallsPrice:
     """Adds up what calls cost.
 
@@ -108,30 +108,31 @@ def price_of(
         calls: From `local_calls`.
         machine: The mesh.
         recompute: The policy: ``none``, ``selective`` or ``full``.
-        collective_s: Prices a collective.
+        leg_s: Seconds of one direction of a conversion: axis, what is done, and the bytes of one
+            rank's part before and after it.
     """
     forward = backward = again = saved = 0.0
     for node in calls.nodes:
-        move, flows = move_of(node), node in calls.flowing
-        if move is not None:
-            forward += collective_s(move)
-            again += collective_s(move)
-            back = str(node.args[2])
-            backward += (
-                collective_s(move._replace(kind=back)) if back in COLLECTIVES and flows else 0
-            )
+        if op_name(node) == "convert":
+            source: fx.Node = node.args[0]  # type: ignore[assignment]
+            before, after = size_of(source.meta["val"]), size_of(node.meta["val"])
+            axis, there, back = str(node.args[5]), str(node.args[1]), str(node.args[2])
+            seconds = leg_s(axis, there, before, after)
+            forward += seconds
+            again += seconds if recompute == "full" else 0.0
+            if node in calls.flowing:
+                backward += leg_s(axis, back, after, before)
             continue
-        work = op_work(node)
-        seconds = seconds_of(work, machine)
-        forward += seconds.forward
-        kept = recompute == "selective" and node_work(node).matmul
-        again += 0.0 if kept else seconds.forward
-        if flows:
-            backward += seconds.backward_input + seconds.backward_weight
-            saved += work.kept_bytes if recompute == "selective" else work.saved_bytes
-    if recompute == "none":
-        return CallsPrice(forward, backward, saved)
-    return CallsPrice(forward, backward + again, 0.0 if recompute == "full" else saved)
+        work = op_work(node, calls.flowing)
+        own = seconds_of(work, machine)
+        product = node_work(node).matmul
+        forward += own.forward
+        if recompute == "full" or (recompute == "selective" and not product):
+            again += own.forward
+        if node in calls.flowing:
+            backward += own.backward_input + own.backward_weight
+            saved += 0.0 if product else work.saved_bytes
+    return CallsPrice(forward, backward + again, saved if recompute == "none" else 0.0)
 
 
 def _sized(node: fx.Node) -> bool:

@@ -123,8 +123,7 @@ class Proposals:
             return self._ask(self.config.sampler)
         if best != self._near_of:
             self._near_of = best
-            groups = len({group for group, _ in plan.schedule.placement})
-            self._near = self.space.neighbours(self.study.trials[best].params, groups)
+            self._near = self.space.neighbours(self.study.trials[best].params, plan)
         self._near_turn = not self._near_turn
         near = next(self._near, None) if self._near_turn else None
         return self._ask(self.config.sampler) if near is None else self._ask(NEIGHBOUR, near)

@@ -224,7 +224,7 @@ class Space:
             )
         return (), ()
 
-    def neighbours(self, params: Mapping[str, Any], groups: int) -> Iterator[dict[str, Any]]:
+    def neighbours(self, params: Mapping[str, Any], plan: Plan) -> Iterator[dict[str, Any]]:
         """Proposals near one: a trade of devices, or a single other decision; what pays most first.
 
         Changed alone, fewer replicas or smaller stages leave devices idle: two of replicas, stages'
@@ -232,8 +232,9 @@ class Space:
 
         Args:
             params: Optuna's parameters of that one.
-            groups: How many rank groups its plan has.
+            plan: What came of it: proposed values that do not go together are brought to others.
         """
+        groups, sizes = len({group for group, _ in plan.schedule.placement}), _sizes(plan)
         base = {k: v for k, v in params.items() if k in _PLAIN} | {"told": False, "own": "none"}
         if len(self.groups) > 1:
             base["groups"] = groups if groups in self.groups else _FREE
@@ -254,8 +255,9 @@ class Space:
         }
         if base.get("chunks", self.chunks[0]) > 1:
             unordered = {"interleaved": self.interleaved, **unordered}
+        real = {**base, "devices": sizes.pop()} if len(sizes) == 1 and "devices" in base else base
         for less, more in itertools.permutations(("replicas", "devices", "groups"), 2):
-            yield from _traded(base, less, ordered[less], more, ordered[more])
+            yield from _traded(real, less, ordered[less], more, ordered[more])
         for name, choices in unordered.items():
             yield from _others(base, name, choices)
         for step in (1, 2):
@@ -280,7 +282,7 @@ class Space:
         The plan of another planner may have cuts and shardings that no proposal has; what is
         proposed near it is proposed by these.
         """
-        sizes = {len(s.mesh.devices) // plan.replicas for s in plan.stages}
+        sizes = _sizes(plan)
         groups = len({group for group, _ in plan.schedule.placement})
         chunks = -(-len(plan.stages) // groups)
         recompute = {s.memory.recompute for s in plan.stages}
@@ -309,6 +311,11 @@ class Space:
             near = min(self.local_batches, key=lambda n: abs(math.log(n / plan.local_batch)))
             found["local_batch"] = self.local_batches.index(near)
         return found
+
+
+def _sizes(plan: Plan) -> set[int]:
+    """Devices of stages, of one replica."""
+    return {len(stage.mesh.devices) // plan.replicas for stage in plan.stages}
 
 
 def _pick(trial: Trial, name: str, choices: Sequence[Any]) -> Any:

@@ -69,11 +69,11 @@ def shifted_sum(
 ) -> tuple[fx.Node, fx.Node]:
     """``x`` less its maximum over a cut dim, and the sum of the exponentials of that.
 
-    No wide copy of ``x`` is made: only its maximum is widened, and the difference with it.
+    Half-precision ``x`` is not widened first: its maximum is, and so is the difference with it.
 
     Args:
         call: The call that is being written.
-        x: Floating-point value, dim `dim` of which is cut over `axes`.
+        x: Value, dim `dim` of which is cut over `axes`.
         dim: The dim.
         axes: The mesh axes.
         state: In which the sum is read: ``Rg`` by work on the parts, ``R`` by work that every
