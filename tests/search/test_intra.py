@@ -30,7 +30,7 @@ from raypar.search.intra.ties import tie
 from raypar.sharding.listing import collectives_of
 from raypar.sharding.lower import assign, lower
 from raypar.sharding.rules.base import OpView, Strategy
-from raypar.sharding.strategies import strategies
+from raypar.sharding.strategies import strategies, whole
 from tests._tiers import examples
 
 torch.set_num_threads(1)
@@ -355,3 +355,17 @@ def test_prices_of_an_op_fall_with_its_share() -> None:
     for price in cut:
         assert whole.forward_s / 4 < price.forward_s < whole.forward_s / 2
         assert price.backward_s < whole.backward_s / 2
+
+
+def test_gradients_of_several_microbatches_are_added_up_unless_products_hide_it() -> None:
+    def more_s(batch: int) -> float:
+        graph, on = read_graph(mlp(2048, 8192, batch), None), machine((4,))
+        op = graph.ops[0]
+        one, many = (Prices(graph, on, IntraSettings(microbatches=n)) for n in (1, 8))
+        first, later = (prices.op(op, whole(op, 1)) for prices in (one, many))
+        assert first.forward_s == later.forward_s
+        return later.backward_s - first.backward_s
+
+    read_s = 2048 * 8192 * 4 / 900e9  # the sum that the product is added to
+    assert read_s < more_s(4) < 2 * read_s
+    assert more_s(1 << 14) < 0.2 * read_s

@@ -292,28 +292,33 @@ def _least_sum(
     least = np.tile(_only_end(n), (slots + 1, 1))
     picks: list[npt.NDArray[np.int32]] = []
     answer: tuple[float, int] = (np.inf, 0)
+    units = np.arange(n)
     for s in range(1, most + 1):
         after = np.full((slots + 1, n + 1), np.inf)
-        pick = np.zeros((slots + 1, n + 1, 2), dtype=np.int32)
+        pick = np.zeros((2, slots + 1, n + 1), dtype=np.int32)  # the first stage's end, its size
+        ends, widths = pick
+        possible: npt.NDArray[np.bool_] = np.isfinite(least[:, 1:]).max(axis=1)
         times: dict[int, Array] = {}
         for d in range(1, slots + 1):
             for size, places in tables.items():
                 width = size // unit
-                table = places[slots - d] if len(places) > 1 else places[0]
-                if width > d:
+                if width > d or not possible[d - width]:
                     continue
+                table = places[slots - d] if len(places) > 1 else places[0]
                 if id(table) not in times:
                     time, _ = table.at(s)
                     times[id(table)] = np.where(time <= bound, time, np.inf)
                 total = times[id(table)] + least[d - width][None, 1:]
                 end = total.argmin(axis=1)
-                value = total[np.arange(n), end]
+                value = total[units, end]
                 better = value < after[d, :n]
-                after[d, :n][better] = value[better]
-                pick[d, :n][better] = np.stack([end[better] + 1, np.full(better.sum(), size)], 1)
+                np.copyto(after[d, :n], value, where=better)
+                np.copyto(ends[d, :n], end + 1, where=better, casting="unsafe")
+                np.copyto(widths[d, :n], size, where=better)
             idle = after[d - 1] < after[d]  # the first of these slots stays idle: size 0
-            after[d][idle] = after[d - 1][idle]
-            pick[d][idle] = np.stack([np.arange(n + 1)[idle], np.zeros(idle.sum(), int)], 1)
+            np.copyto(after[d], after[d - 1], where=idle)
+            np.copyto(ends[d], np.arange(n + 1), where=idle, casting="unsafe")
+            np.copyto(widths[d], 0, where=idle)
         picks.append(pick)
         least = after
         if after[slots, 0] < answer[0] and exactly in (None, s):
@@ -332,7 +337,7 @@ def _unroll(
 ) -> list[Stage]:
     found, at, unit, left = [], 0, min(tables), slots
     while stages:
-        end, size = (int(v) for v in picks[stages - 1][left, at])
+        end, size = (int(v) for v in picks[stages - 1][:, left, at])
         if size:
             places = tables[size]
             table = places[slots - left] if len(places) > 1 else places[0]

@@ -248,7 +248,8 @@ class WayMaker:
         )
         kinds = tuple(kind.name for kind, _ in machine.kinds)
         forms = forms if shape else ()
-        key = (split.local_batch, shape, modes, forms, links, kinds)
+        several = split.microbatches > 1  # their gradients are added up
+        key = (split.local_batch, several, shape, modes, forms, links, kinds)
         known = self._solved.get(key)
         if known is None:
             known = self._solved[key] = self._solve(split, modes, machine, forms)

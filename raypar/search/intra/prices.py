@@ -14,7 +14,7 @@ from torch import fx
 
 from raypar.graph.passes.emit import is_op, op_name
 from raypar.search.cost.machine import MeshMachine
-from raypar.search.cost.params import BUCKET_BYTES, Move, moves
+from raypar.search.cost.params import ADDING, BUCKET_BYTES, Move, moves
 from raypar.search.cost.work import BACKWARD_KIND, Work, is_free, node_work
 from raypar.search.intra.rewritten import local_calls, price_of
 from raypar.search.intra.settings import Graph, IntraSettings, Value
@@ -113,7 +113,8 @@ class Prices:
             calls = local_calls(node, strategy, self.axes, flows)
             if calls is not None:
                 policy = self.settings.recompute
-                return OpPrice(*price_of(calls, self.machine, policy, self._leg))
+                found = OpPrice(*price_of(calls, self.machine, policy, self._leg))
+                return found._replace(backward_s=found.backward_s + self._adding_s(node, strategy))
         read = [self.local_bytes(v, s) for v, s in zip(reads, strategy.inputs, strict=True)]
         made = [self.local_bytes(v, s) for v, s in zip(makes, strategy.outputs, strict=True)]
         work = self._local_work(whole, strategy, sum(read), sum(made))
@@ -122,9 +123,32 @@ class Prices:
         backward = 0.0
         if grads and any(v in self.graph.flow for v in makes):
             backward = sum(w.seconds(self.machine) for w in _backward(node, work, grads))
+            backward += self._adding_s(node, strategy, work)
         if self._runs_again(node, whole):
             backward += forward
         return OpPrice(forward, backward, self._own_saved(node, read, made) if grads else 0.0)
+
+    def _adding_s(self, node: fx.Node, strategy: Strategy, product: Work | None = None) -> float:
+        """Seconds to add a microbatch's gradients of parameters to those of the ones before.
+
+        As `raypar.search.cost.params.additions`: a product reads the sum that it is added to, and
+        others read two gradients and write one. Where gradients are cut (ZeRO-2) it is less.
+        """
+        if self.settings.microbatches == 1:
+            return 0.0
+        seconds = 0.0
+        for value, spec in zip(self.graph.reads[node], strategy.inputs, strict=True):
+            if value.node.op != "placeholder" or value not in self.graph.flow:
+                continue
+            if not value.id.startswith("param:") or is_free(node):
+                continue
+            nbytes = self.local_bytes(value, spec)
+            if product is not None and product.matmul and value.tensor.dim() > 1:
+                more = product._replace(nbytes=product.nbytes + nbytes)
+                seconds += more.seconds(self.machine) - product.seconds(self.machine)
+            else:
+                seconds += Work(0.0, 3 * nbytes, kind=ADDING).seconds(self.machine)
+        return seconds
 
     def _local_work(self, whole: Work, strategy: Strategy, read: float, made: float) -> Work:
         """The work of one rank: its share of products, and the bytes of its parts."""
