@@ -192,8 +192,10 @@ class StudySearch:
         self._asked[self.ledger.add(proposer, decisions, outcome).number] = done[0].number
 
     def _overfull(self) -> bool:
-        """Whether it is memory that some of what was looked at wants."""
-        return any(trial.state == "infeasible" for trial in self.ledger.trials)
+        """Whether it may be memory that what was looked at wants: nothing that fits was run."""
+        outcomes = self.ledger.outcomes.values()
+        ran = any(outcome.state == "failed" and outcome.plan for outcome in outcomes)
+        return not ran and any(outcome.state == "infeasible" for outcome in outcomes)
 
     def _propose(self, trials: int, kept_s: float = 0.0) -> None:
         """Proposals until the budget is spent, or nothing is left to gain.
