@@ -1,4 +1,4 @@
-"""One op of a sharded program: the call that a rank makes on its local parts."""
+"""One op of a sharded program: the calls that a rank makes on its local parts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import fx
 
 from raypar.errors import PlanError
 from raypar.graph.passes.emit import Emitter
+from raypar.sharding._fake_calls import RememberingEmitter, fake_like
 from raypar.sharding.rules.base import LocalCall, OpView, Strategy, find_localiser, is_tensor
 
 
@@ -43,6 +44,37 @@ def write_local(
     node = call.same() if localise is None else localise(call)
     _check(call, node)
     return node
+
+
+def local_graph(op: OpView, strategy: Strategy, axes: Sequence[tuple[str, int]]) -> fx.Graph:
+    """What a rank runs for one op alone, as a graph.
+
+    Args:
+        op: The op at the size of one microbatch on one replica; its arguments are tensors or plain.
+        strategy: How it runs.
+        axes: (name, size) of every mesh axis.
+
+    Returns:
+        A placeholder for every tensor argument, in call order and of local shape; the local result.
+    """
+    graph = fx.Graph()
+    emit = RememberingEmitter(graph, graph.output(None))
+    if "autocast" in op.node.meta:
+        emit.anchor.meta["autocast"] = op.node.meta["autocast"]
+    mesh = [size for _, size in axes]
+    specs = iter(strategy.inputs)
+
+    def local(leaf: fx.Node) -> fx.Node:
+        value = leaf.meta["val"]
+        with graph.inserting_before(emit.anchor):
+            holder = graph.placeholder(leaf.name)
+        shape = next(specs).local_shape(tuple(value.shape), mesh)
+        holder.meta = {**leaf.meta, "val": fake_like(value, shape)}
+        return holder
+
+    args, kwargs = fx.map_arg(op.node.args, local), fx.map_arg(op.node.kwargs, local)
+    emit.anchor.args = (write_local(op, strategy, axes, args, kwargs, emit),)  # type: ignore[arg-type]
+    return graph
 
 
 def _cuts(strategy: Strategy) -> list[bool]:

@@ -23,9 +23,9 @@ from torch import fx
 
 from raypar.compat import fake_mode, pytree
 from raypar.errors import PlanError
-from raypar.graph.passes.emit import Emitter, fake_call
+from raypar.graph.passes.emit import fake_call
 from raypar.sharding.convert import COLLECTIVES
-from raypar.sharding.local_call import write_local
+from raypar.sharding.local_call import local_graph
 from raypar.sharding.rules.base import OpView, Strategy
 from raypar.sharding.spec import R, ShardingSpec
 from raypar.sharding.strategies import strategies
@@ -167,7 +167,8 @@ def check_strategy(
     name = f"{call.node.meta['id']} as {str(strategy)!r} on {list(mesh)}"
     threads = ThreadMesh([(f"a{i}", n) for i, n in enumerate(mesh)])
     generator = torch.Generator().manual_seed(seed)
-    graph = local_graph(call, strategy, threads)
+    axes = list(zip(threads.names, threads.sizes, strict=True))
+    graph = local_graph(OpView(call.node), strategy, axes)
     expected = call.run()
     gradients = [
         torch.randn(y.shape, generator=generator, dtype=y.dtype) if y.requires_grad else None
@@ -202,22 +203,6 @@ def check_strategy(
     return graph
 
 
-def local_graph(call: OpCall, strategy: Strategy, mesh: ThreadMesh) -> fx.Graph:
-    """The graph that every rank runs for one op: local inputs in, local results out."""
-    graph = fx.Graph()
-    shapes = [
-        spec.local_shape(t.shape, mesh.sizes)
-        for t, spec in zip(call.tensors, strategy.inputs, strict=True)
-    ]
-    placeholders = call.placeholders(graph, shapes)
-    output = graph.output(None)
-    args, kwargs = call.filled(placeholders)
-    axes = list(zip(mesh.names, mesh.sizes, strict=True))
-    node = write_local(OpView(call.node), strategy, axes, args, kwargs, Emitter(graph, output))
-    output.args = (node,)
-    return graph
-
-
 def replicated(call: OpCall, n_axes: int) -> Strategy:
     """The strategy that computes the whole op everywhere: what a test changes one state of."""
     op = OpView(call.node)
@@ -231,7 +216,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def interpret(graph: fx.Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Runs what `local_graph` gives on one rank's inputs: its tensor results."""
+    """Runs the graph of an op on one rank's inputs: its tensor results."""
     values: dict[fx.Node, Any] = {}
     feed = iter(inputs)
     for node in graph.nodes:

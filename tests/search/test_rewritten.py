@@ -28,10 +28,7 @@ from raypar.sharding.strategies import strategies, whole
 ROWS, CLASSES = 4096, 8192
 FOUR = MeshSlice((0, 1, 2, 3), (1, 4), ("data", "x"))
 ON, SLOW = (
-    machine_of(
-        Cluster.virtual(1, 4, "A100-80", inside=link),
-        MeshSlice((0, 1, 2, 3), (1, 4), ("data", "x")),
-    )
+    machine_of(Cluster.virtual(1, 4, "A100-80", inside=link), FOUR)
     for link in (Link(100e9, 5e-6, "fast"), Link(100e9, 1.0, "slow"))
 )
 
@@ -140,18 +137,18 @@ def test_recomputed_calls_are_paid_twice_and_hold_nothing(recompute: str) -> Non
     more = again.backward_s - found.price.backward_s
     calls = local_calls(found.op, found.strategy, (("x", 4),), (True, False))
     assert calls is not None
-    silent = price_of(calls, ON, "none", lambda *_: 0.0).forward_s  # collectives are kept
+    silent = price_of(calls, ON, "none", lambda *_: 0.0)[0]  # collectives are kept
     assert more == pytest.approx(again.forward_s if recompute == "full" else silent)
     assert again.saved == 0.0
 
 
-def priced(model: nn.Module, *inputs: torch.Tensor, op: str, how: str) -> OpPrice:
-    """The price of one op of a model in one strategy, over slow links."""
+def prices_of(model: nn.Module, *inputs: torch.Tensor, op: str, how: str) -> list[OpPrice]:
+    """The prices of all ops of a name in one strategy, over slow links."""
     clean = raypar.capture(lambda: model, inputs, batch_dims=(0,) * len(inputs)).at(len(inputs[0]))
     read = read_graph(clean, None)
-    node = next(node for node in read.ops if OpView(node).name == op)
+    nodes = [node for node in read.ops if OpView(node).name == op]
     prices = Prices(read, SLOW, IntraSettings())
-    return next(prices.op(node, s) for s in strategies(node, (4,)) if str(s) == how)
+    return [prices.op(n, s) for n in nodes for s in strategies(n, (4,)) if str(s) == how]
 
 
 def test_gradients_of_gathered_values_fill_zeros_of_their_size() -> None:
@@ -160,7 +157,7 @@ def test_gradients_of_gathered_values_fill_zeros_of_their_size() -> None:
             return self.head(x).gather(1, target[:, None]).sum()
 
     inputs = torch.empty(ROWS, 16, device="meta"), torch.empty(ROWS, device="meta").long()
-    found = priced(Picks(softmax), *inputs, op="gather", how="S1 R > P")
+    (found,) = prices_of(Picks(softmax), *inputs, op="gather", how="S1 R > P")
     assert found.backward_s > ROWS * CLASSES / 4 * 4 / 2039e9
 
 
@@ -174,11 +171,13 @@ def test_rows_of_neighbours_travel_there_and_back() -> None:
             return self.second(self.first(x)).square().sum()
 
     images = torch.empty(4, 8, 64, 64, device="meta")
-    read = priced(Convolves(), images, op="conv2d", how="S2 Rg Rg > S2")
+    first, second = prices_of(Convolves(), images, op="conv2d", how="S2 Rg Rg > S2")
     latency = SLOW.collective_s("x", "all_gather", 0)
-    assert read.forward_s > latency
-    assert read.backward_s < latency  # nobody wants the gradient of the images
-    assert read.saved == 0.0  # the reader holds the result
+    assert first.forward_s > latency
+    assert first.backward_s < latency  # nobody wants the gradient of the images
+    assert first.saved == 0.0  # the reader holds the result
+    assert second.forward_s > latency
+    assert second.backward_s > latency
 
 
 def test_what_makes_tensors_is_not_run_to_be_priced() -> None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import raypar.graph.randomops  # noqa: F401  (registers raypar::apply_mask)
+from raypar.sharding.local_call import local_graph
+from raypar.sharding.rules.base import OpView
 from raypar.sharding.strategies import strategies
 from raypar.testing.mesh_threads import ThreadMesh, distribute
-from raypar.testing.rules import OpCall, check_rule, interpret, local_graph
+from raypar.testing.rules import OpCall, check_rule, interpret
 
 aten = torch.ops.aten
 MESHES = ((2,), (2, 2))
@@ -254,7 +256,7 @@ def test_a_cut_vocabulary_in_low_precision_rounds_as_the_whole_one(
     logits, target, mesh = 8 * x(64, 256), ids(256, 64), ThreadMesh([("a", 4)])
     call = OpCall(CE, (logits.to(dtype), target, None, 2, -100, smoothing))
     strategy = next(s for s in strategies(call.node, (4,)) if str(s) == "S1 R > R")
-    graph = local_graph(call, strategy, mesh)
+    graph = local_graph(OpView(call.node), strategy, [("a", 4)])
     copies = [n for n in graph.nodes if "to.dtype" in str(n.target)]
     assert all(tuple(n.meta["val"].shape) != (64, 64) for n in copies)  # no wide copy of the logits
     parts = distribute(call.tensors[0], strategy.inputs[0], mesh, torch.Generator())

@@ -180,12 +180,13 @@ def _elementwise(
     first: list[Work] = []
     second: list[Work] = []
     if name in _PASS_ON:
-        # Where an operand was expanded, its gradient is summed up.
+        # Where an operand was expanded, its gradient is summed up (the FLOPs of such an op are the
+        # elements it makes); where it was widened, it is narrowed.
         for group, found in ((values, first), (weights, second)):
             for operand in group:
                 if _numel(operand) < forward.flops:
                     found.append(Work(0.0, out_bytes, forward.dtype, False, "reduce"))
-                elif size_of(operand.meta.get("val")) < out_bytes:  # made wider on the way
+                elif size_of(operand.meta.get("val")) < out_bytes:
                     narrowed = out_bytes + size_of(operand.meta.get("val"))
                     found.append(Work(0.0, narrowed, forward.dtype, False, "copy"))
     elif kind in ("scatter", "plain") and weights and not values:

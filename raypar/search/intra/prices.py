@@ -134,13 +134,11 @@ class Prices:
         As `raypar.search.cost.params.additions`: a product reads the sum that it is added to, and
         others read two gradients and write one. Where gradients are cut (ZeRO-2) it is less.
         """
-        if self.settings.microbatches == 1:
+        if self.settings.microbatches == 1 or is_free(node):
             return 0.0
         seconds = 0.0
         for value, spec in zip(self.graph.reads[node], strategy.inputs, strict=True):
-            if value.node.op != "placeholder" or value not in self.graph.flow:
-                continue
-            if not value.id.startswith("param:") or is_free(node):
+            if not value.id.startswith("param:") or value not in self.graph.flow:
                 continue
             nbytes = self.local_bytes(value, spec)
             if product is not None and product.matmul and value.tensor.dim() > 1:

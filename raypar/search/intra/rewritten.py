@@ -16,8 +16,7 @@ from raypar.graph.passes.emit import op_name
 from raypar.search.cost.machine import MeshMachine
 from raypar.search.cost.quick import op_work, seconds_of
 from raypar.search.cost.work import node_work
-from raypar.sharding._fake_calls import RememberingEmitter, fake_like
-from raypar.sharding.local_call import write_local
+from raypar.sharding.local_call import local_graph
 from raypar.sharding.rules.base import OpView, Strategy, find_localiser, is_tensor
 
 
@@ -31,21 +30,6 @@ class Calls(NamedTuple):
 
     nodes: tuple[fx.Node, ...]
     flowing: frozenset[fx.Node]
-
-
-class CallsPrice(NamedTuple):
-    """What calls cost, their collectives included.
-
-    Attributes:
-        forward_s: Seconds of a forward pass.
-        backward_s: Seconds of a backward pass, recomputation included.
-        saved: Bytes of their results that are held for it, those of products left out: who reads
-            a product holds it.
-    """
-
-    forward_s: float
-    backward_s: float
-    saved: float
 
 
 def local_calls(
@@ -70,26 +54,9 @@ def local_calls(
         return None
     if not all(is_tensor(a.meta.get("val")) and _sized(a) for a in (node, *node.all_input_nodes)):
         return None
-    graph = fx.Graph()
-    emit = RememberingEmitter(graph, graph.output(()))
-    emit.anchor.meta = {key: node.meta[key] for key in ("autocast",) if key in node.meta}
-    wanted = iter(zip(strategy.inputs, wants_gradient, strict=True))
-    mesh = [size for _, size in axes]
-    flowing: set[fx.Node] = set()
-
-    def local(leaf: fx.Node) -> fx.Node:
-        spec, flows = next(wanted)
-        value = leaf.meta["val"]
-        with graph.inserting_before(emit.anchor):
-            holder = graph.placeholder(leaf.name)
-        shape = spec.local_shape(tuple(value.shape), mesh)
-        holder.meta = {**leaf.meta, "val": fake_like(value, shape)}
-        if flows:
-            flowing.add(holder)
-        return holder
-
-    args, kwargs = fx.map_arg(node.args, local), fx.map_arg(node.kwargs, local)
-    write_local(OpView(node), strategy, axes, args, kwargs, emit)  # type: ignore[arg-type]
+    graph = local_graph(OpView(node), strategy, axes)
+    holders = graph.find_nodes(op="placeholder")
+    flowing = {holder for holder, wants in zip(holders, wants_gradient, strict=True) if wants}
     nodes = tuple(n for n in graph.nodes if n.op == "call_function")
     if len(nodes) == 1 and nodes[0].target is node.target:
         return None
@@ -101,8 +68,8 @@ def local_calls(
 
 def price_of(
     calls: Calls, machine: MeshMachine, recompute: str, leg_s: Callable[[str, str, int, int], float]
-) -> CallsPrice:
-    """Adds up what calls cost.
+) -> tuple[float, float, float]:
+    """Adds up what calls cost, as `raypar.search.intra.prices.OpPrice` has it.
 
     Args:
         calls: From `local_calls`.
@@ -110,6 +77,10 @@ def price_of(
         recompute: The policy: ``none``, ``selective`` or ``full``.
         leg_s: Seconds of one direction of a conversion: axis, what is done, and the bytes of one
             rank's part before and after it.
+
+    Returns:
+        Seconds forward; seconds backward, recomputation included; bytes of results that are held
+        for backward, those of products left out: who reads a product holds it.
     """
     forward = backward = again = saved = 0.0
     for node in calls.nodes:
@@ -132,7 +103,7 @@ def price_of(
         if node in calls.flowing:
             backward += own.backward_input + own.backward_weight
             saved += 0.0 if product else work.saved_bytes
-    return CallsPrice(forward, backward + again, saved if recompute == "none" else 0.0)
+    return forward, backward + again, saved if recompute == "none" else 0.0
 
 
 def _sized(node: fx.Node) -> bool:
