@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -268,7 +269,7 @@ class Cluster:
 
     # -- what it is like ---------------------------------------------------------------------
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Devices per node, in node order."""
         return tuple(node.devices for node in self.nodes)
@@ -283,7 +284,7 @@ class Cluster:
         """Name of the device kind; several are joined by ``+`` in node order."""
         return "+".join(dict.fromkeys(node.device.name for node in self.nodes))
 
-    @property
+    @cached_property
     def homogeneous(self) -> bool:
         """Whether all nodes are alike but for name and id."""
         return len({dataclasses.replace(node, name="", id="") for node in self.nodes}) == 1
@@ -309,9 +310,14 @@ class Cluster:
         """The node that holds device `i`."""
         return self.nodes[self.device(i)[0]]
 
+    @cached_property
+    def _firsts(self) -> tuple[int, ...]:
+        """Of every node its first device."""
+        return tuple(itertools.accumulate(self.shape[:-1], initial=0))
+
     def devices_of(self, node: int) -> range:
         """Cluster-wide indices of a node's devices."""
-        first = sum(self.shape[:node])
+        first = self._firsts[node]
         return range(first, first + self.nodes[node].devices)
 
     def memory(self, i: int) -> int:

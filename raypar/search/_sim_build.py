@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
+
 from raypar.errors import PlanError
 from raypar.plan import DATA, MeshSlice
 from raypar.schedules.instructions import Instruction, Kind
-from raypar.search._sim_fabric import Fabric, Need, Tile, collective_bytes, settle
+from raypar.search._sim_fabric import Fabric, Ints, Need, Tiles, collective_bytes, settle
 from raypar.search._sim_input import Setting, edge_directions, kinds_of, replicas_alike
 from raypar.search._sim_program import (
     LaneTimes,
@@ -20,6 +22,7 @@ from raypar.search._sim_program import (
     Way,
     compile_program,
 )
+from raypar.search._sim_traffic import Traffic
 from raypar.search.cost.base import Collective, total_s
 from raypar.search.cost.machine import machine_of
 from raypar.sharding.convert import ALL_GATHER, ALL_REDUCE
@@ -75,8 +78,8 @@ class _Builder:
         groups = range(len(setting.meshes))
         self.lanes = [(group, replica) for group in groups for replica in self.replicas]
         self.needs: list[Need] = []
-        self.sent: dict[tuple[int, str], float] = {}
-        self.busy: dict[tuple[int, str], float] = {}
+        self.traffic = Traffic(setting.cluster.n_devices)
+        self._of_mesh: list[Ints] = [np.array(mesh.devices) for mesh in setting.meshes]
 
     def build(self) -> Built:
         """The program."""
@@ -116,8 +119,7 @@ class _Builder:
             [replica for _, replica in self.lanes],
             [self.setting.devices(*lane) for lane in self.lanes],
             self._comm_shares(),
-            self.sent,
-            self.busy,
+            *self.traffic.tables(),
         )
 
     def _need(self, need: Need) -> int:
@@ -174,18 +176,16 @@ class _Builder:
         if not times:
             return
         sizes = dict(mesh.named)
-        sums: dict[str, tuple[float, float]] = {}  # tier → bytes and seconds of one device
+        sums: dict[int, tuple[float, float]] = {}  # tier → bytes and seconds of one device
         tiers = self.fabric.axis_tiers(mesh, comm)
         for one in comm:
             tier = tiers[one.axis]
             sent, busy = sums.get(tier, (0.0, 0.0))
             more = collective_bytes(one, sizes[one.axis])
             sums[tier] = sent + more * times, busy + one.seconds * times
+        places = np.array(devices)
         for tier, (sent, busy) in sums.items():
-            for device in devices:
-                key = (device, tier)
-                self.sent[key] = self.sent.get(key, 0.0) + sent
-                self.busy[key] = self.busy.get(key, 0.0) + busy
+            self.traffic.add(tier, places, sent, busy)
 
     # -- once a step ------------------------------------------------------------------------
 
@@ -287,32 +287,33 @@ class _Builder:
                     0.0,
                     self.fabric.latency(moved),
                     (),
-                    sum(t.nbytes for t in moved),
+                    int(moved.nbytes.sum()),
                     after,
                 )
                 keys.append((kind, edge, source, target))
                 ways.append((way, self._need(need)))
-                for tile in moved:
-                    if tile.source != tile.target:
-                        self._sent(tile)
+                self._sent(moved.moving())
         return keys, ways
 
-    def _sent(self, tile: Tile) -> None:
-        key = (tile.source, self.fabric.tier(tile.source, tile.target))
+    def _sent(self, moved: Tiles) -> None:
+        tiers = self.fabric.tiers(moved)
         times = self.setting.microbatches
-        self.sent[key] = self.sent.get(key, 0.0) + tile.nbytes * times
-        self.busy[key] = self.busy.get(key, 0.0) + tile.nbytes / self.fabric.bandwidth(*key) * times
+        busy = moved.nbytes / self.fabric.bandwidth[tiers, moved.sources] * times
+        self.traffic.add(tiers, moved.sources, moved.nbytes * times, busy)
 
-    def _tiles(self, edge: str, a: int, b: int, replica: int | None) -> tuple[Tile, ...]:
-        replicas = range(self.setting.replicas) if replica is None else (replica,)
-        found = []
-        for r in replicas:
-            source, target = self.setting.devices(a, r), self.setting.devices(b, r)
-            found += [
-                Tile(source[s], target[t], nbytes)
-                for s, t, nbytes in self.setting.moves(edge, a, b).tiles
-            ]
-        return tuple(found)
+    def _tiles(self, edge: str, a: int, b: int, replica: int | None) -> Tiles:
+        """What moves, in one replica or in all of them."""
+        tiles = np.array(self.setting.moves(edge, a, b).tiles, dtype=np.int64).reshape(-1, 3)
+        sources, targets = (
+            self._places(group, replica)[:, tiles[:, end]].ravel()
+            for end, group in enumerate((a, b))
+        )
+        return Tiles(sources, targets, np.tile(tiles[:, 2], len(sources) // max(1, len(tiles))))
+
+    def _places(self, group: int, replica: int | None) -> Ints:
+        """Devices of a rank group; shape (replicas or 1, positions)."""
+        places = self._of_mesh[group].reshape(self.setting.replicas, -1)
+        return places if replica is None else places[replica : replica + 1]
 
     def _sharing(self, edge: str, a: int, b: int, replica: int) -> float:
         """Seconds in which receivers share among themselves what they were sent."""

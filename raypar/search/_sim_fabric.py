@@ -4,15 +4,21 @@ Every device has a port out and a port in to its node and to the other nodes (`L
 what one device gets). Tensors between CPU ranks are moved by the cores themselves, and where a node
 has more ranks than cores, ranks share the cores.
 
-A piece of work *needs* a time alone and seconds of each resource; the `Fabric` turns needs into
-`Timed` values over numbered resources, and leaves out resources that can never be short.
+A piece of work *needs* a time alone and seconds of each resource; `settle` turns needs into `Timed`
+values over numbered resources, and leaves out resources that can never be short. A cluster has
+thousands of ports: they are numbered, and loads are arrays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from raypar.errors import ClusterError
 from raypar.mesh.calibration import ACROSS, INSIDE, Calibration
@@ -23,29 +29,28 @@ from raypar.search._sim_program import Timed
 from raypar.search.cost.base import Collective
 from raypar.sharding.convert import ALL_MAX, ALL_REDUCE
 
-OUT, IN, CORES = "out", "in", "cores"
+TIERS = (INSIDE, ACROSS)
+"""Tiers of links by their number, as a row of figures has them."""
+OUT, IN = 0, 1
+_PORTS = 4
+"""Ports of a device: port ``2 * tier + direction`` of device d is resource ``4 d`` plus that; the
+cores of node n come after all ports."""
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
-class Resource(NamedTuple):
-    """One thing that is shared.
+class Tiles(NamedTuple):
+    """Parts of values that go from one device to another, side by side."""
 
-    Attributes:
-        what: ``out`` or ``in`` (a device's port), or ``cores`` (a node's).
-        place: The device, or the node.
-        tier: ``inside`` or ``across`` for ports.
-    """
+    sources: Ints
+    targets: Ints
+    nbytes: Ints
 
-    what: str
-    place: int
-    tier: str = ""
-
-
-class Tile(NamedTuple):
-    """A part of a value that goes from one device to another."""
-
-    source: int
-    target: int
-    nbytes: int
+    def moving(self) -> Tiles:
+        """Those that do not stay where they are."""
+        away = self.sources != self.targets
+        return self if away.all() else Tiles(*(row[away] for row in self))
 
 
 @dataclass(frozen=True)
@@ -55,17 +60,19 @@ class Need:
     Attributes:
         actor: Who does it; an actor does one thing at a time.
         seconds: Its time alone, in seconds, however free the resources are.
-        load: Resource → seconds for which the work needs all of it.
+        resources: Numbers of the resources that it needs, each once.
+        load: Seconds for which it needs all of each of them.
     """
 
     actor: tuple[str, int, int]
     seconds: float
-    load: Mapping[Resource, float] = field(default_factory=dict)
+    resources: Ints
+    load: Floats
 
-    @property
+    @cached_property
     def alone(self) -> float:
         """Its time with nobody else around, in seconds."""
-        return max(self.seconds, max(self.load.values(), default=0.0))
+        return max(self.seconds, float(self.load.max(initial=0.0)))
 
 
 class Fabric:
@@ -83,42 +90,43 @@ class Fabric:
     def __init__(self, cluster: Cluster, calibration: Calibration, cores: int | None) -> None:
         if cores is not None and cores < 1:
             raise ClusterError(f"cores is the number of cores of a CPU node, found {cores}; try 2")
-        self.cluster = cluster
         self.calibration = calibration
-        self._cores = cores
-        self._tiers: dict[tuple[MeshSlice, str], str] = {}
+        nodes = cluster.nodes
+        self._node = np.repeat(np.arange(len(nodes)), cluster.shape)
+        rates = (calibration.inside.p2p.efficiency, calibration.across.p2p.efficiency)
+        links = ([n.inside for n in nodes], [n.across for n in nodes])
+        by_node = [
+            [link.bandwidth * rate for link in own] for own, rate in zip(links, rates, strict=True)
+        ]
+        self.bandwidth: Floats = np.array(by_node)[:, self._node]
+        """Bytes per second that a port reaches in one direction; shape (tiers, devices)."""
+        self._cores: Ints = np.array([0 if n.device.is_gpu else cores or n.devices for n in nodes])
+        self._tiers: dict[tuple[MeshSlice, str], int] = {}
 
-    def tier(self, a: int, b: int) -> str:
-        """Which links lie between two devices."""
-        same = self.cluster.device(a)[0] == self.cluster.device(b)[0]
-        return INSIDE if same else ACROSS
+    def tiers(self, tiles: Tiles) -> Ints:
+        """Which links lie between the ends of each tile, as a number in `TIERS`."""
+        return (self._node[tiles.sources] != self._node[tiles.targets]).astype(np.int64)
 
-    def latency(self, tiles: Iterable[Tile]) -> float:
+    def latency(self, tiles: Tiles) -> float:
         """Latency of the slowest tile, in seconds."""
-        rates = {INSIDE: self.calibration.inside.p2p, ACROSS: self.calibration.across.p2p}
-        far = {self.tier(t.source, t.target) for t in tiles if t.source != t.target}
+        rates = (self.calibration.inside.p2p, self.calibration.across.p2p)
+        far = np.unique(self.tiers(tiles.moving()))
         return max((rates[tier].latency for tier in far), default=0.0)
 
-    def bandwidth(self, device: int, tier: str) -> float:
-        """Bytes per second that a device's port reaches in one direction."""
-        node = self.cluster.node_of(device)
-        if tier == INSIDE:
-            return node.inside.bandwidth * self.calibration.inside.p2p.efficiency
-        return node.across.bandwidth * self.calibration.across.p2p.efficiency
-
-    def transfer(self, actor: tuple[str, int, int], tiles: Sequence[Tile]) -> Need:
+    def transfer(self, actor: tuple[str, int, int], tiles: Tiles) -> Need:
         """What a message needs that consists of these tiles."""
-        load: dict[Resource, float] = {}
-        for source, target, nbytes in tiles:
-            if source == target:
-                continue
-            tier = self.tier(source, target)
-            seconds = nbytes / min(self.bandwidth(source, tier), self.bandwidth(target, tier))
-            _add(load, Resource(OUT, source, tier), nbytes / self.bandwidth(source, tier))
-            _add(load, Resource(IN, target, tier), nbytes / self.bandwidth(target, tier))
-            for end in (source, target):
-                self._busy(load, end, seconds)
-        return Need(actor, 0.0, load)
+        sources, targets, nbytes = tiles = tiles.moving()
+        tier = self.tiers(tiles)
+        out, into = self.bandwidth[tier, sources], self.bandwidth[tier, targets]
+        moving = nbytes / np.minimum(out, into)
+        port = 2 * tier
+        ends = np.stack([sources, targets], axis=1).ravel()
+        return _need(
+            actor,
+            0.0,
+            [_PORTS * sources + port + OUT, _PORTS * targets + port + IN, self._core(ends)],
+            [nbytes / out, nbytes / into, self._on_core(ends, np.repeat(moving, 2))],
+        )
 
     def compute(
         self,
@@ -130,51 +138,56 @@ class Fabric:
     ) -> Need:
         """What computing on `devices` of a mesh needs, with the collectives in between."""
         whole = seconds + sum(c.seconds for c in collectives)
-        load: dict[Resource, float] = {}
-        for device in devices:
-            self._busy(load, device, whole)
-        by_tier: dict[str, float] = {}
+        by_tier: dict[int, float] = {}
         tiers = self.axis_tiers(mesh, collectives)
         for one in collectives:
             tier = tiers[one.axis]
             by_tier[tier] = by_tier.get(tier, 0.0) + one.seconds
-        for tier, seconds in by_tier.items():
-            for device in devices:
-                _add(load, Resource(OUT, device, tier), seconds)
-                _add(load, Resource(IN, device, tier), seconds)
-        return Need(actor, whole, load)
+        places = np.array(devices, dtype=np.int64)
+        resources, load = [self._core(places)], [self._on_core(places, whole)]
+        for tier, busy in by_tier.items():
+            resources.append((_PORTS * places[:, None] + 2 * tier + np.array([OUT, IN])).ravel())
+            load.append(np.full(2 * len(places), busy))
+        return _need(actor, whole, resources, load)
 
-    def axis_tiers(self, mesh: MeshSlice, collectives: Iterable[Collective]) -> dict[str, str]:
-        """Axis → its tier, for all axes of some collectives."""
+    def axis_tiers(self, mesh: MeshSlice, collectives: Iterable[Collective]) -> dict[str, int]:
+        """Axis → number of its tier, for all axes of some collectives."""
         # Each axis is asked for once: to look a mesh up takes as long as it has devices.
         return {axis: self.axis_tier(mesh, axis) for axis in {one.axis for one in collectives}}
 
-    def axis_tier(self, mesh: MeshSlice, axis: str) -> str:
-        """Whether a mesh axis stays inside nodes."""
+    def axis_tier(self, mesh: MeshSlice, axis: str) -> int:
+        """Whether a mesh axis stays inside nodes: the number of its tier."""
         key = (mesh, axis)
         if key not in self._tiers:
             self._tiers[key] = self._find_tier(mesh, axis)
         return self._tiers[key]
 
-    def _find_tier(self, mesh: MeshSlice, axis: str) -> str:
+    def _find_tier(self, mesh: MeshSlice, axis: str) -> int:
         place = mesh.axes.index(axis)
-        stride = 1
-        for size in mesh.shape[place + 1 :]:
-            stride *= size
-        nodes = [self.cluster.device(d)[0] for d in mesh.devices]
-        reach = stride * mesh.shape[place]
-        inside = all(
-            nodes[i] == nodes[i - i % reach + i % stride] for i in range(len(mesh.devices))
-        )
-        return INSIDE if inside else ACROSS
+        nodes = self._node[list(mesh.devices)].reshape(mesh.shape)
+        first = nodes.take([0], axis=place)
+        return int((nodes != first).any())
 
-    def _busy(self, load: dict[Resource, float], device: int, seconds: float) -> None:
-        """A rank's thread is on a core for so long."""
-        node, _ = self.cluster.device(device)
-        if self.cluster.nodes[node].device.is_gpu:
-            return
-        cores = self._cores or self.cluster.nodes[node].devices
-        _add(load, Resource(CORES, node), seconds / cores)
+    def _core(self, devices: Ints) -> Ints:
+        """Resources that a rank's thread is on, for the devices that have some."""
+        nodes = self._node[devices]
+        return _PORTS * len(self._node) + nodes[self._cores[nodes] > 0]
+
+    def _on_core(self, devices: Ints, seconds: Floats | float) -> Floats:
+        """Seconds of them that a rank's thread is on a core for so long."""
+        cores = self._cores[self._node[devices]]
+        busy = np.broadcast_to(seconds, cores.shape)
+        return busy[cores > 0] / cores[cores > 0]
+
+
+def _need(
+    actor: tuple[str, int, int], seconds: float, resources: list[Ints], load: list[Floats]
+) -> Need:
+    """A need with what is asked of each resource summed up."""
+    found, place = np.unique(np.concatenate(resources), return_inverse=True)
+    summed: Floats = np.zeros(len(found))
+    np.add.at(summed, place, np.concatenate(load))
+    return Need(actor, seconds, found, summed)
 
 
 def collective_bytes(one: Collective, size: int) -> int:
@@ -192,24 +205,37 @@ def settle(needs: Sequence[Need]) -> tuple[list[Timed], int]:
     Returns:
         The needs as timed work, in order, and how many resources there are.
     """
-    demands: dict[Resource, list[tuple[int, int]]] = {}
-    for index, need in enumerate(needs):
-        alone = need.alone
-        for resource, seconds in need.load.items():
-            parts = int(seconds / alone * FULL) if alone > 0 else 0
-            if parts:
-                demands.setdefault(resource, []).append((index, parts))
-    numbers: dict[tuple[tuple[int, int], ...], int] = {}
     uses: list[list[tuple[int, int]]] = [[] for _ in needs]
-    for found in demands.values():
-        key = tuple(found)
-        if key in numbers or not _can_be_short(needs, found):
-            continue
-        numbers[key] = len(numbers)
-        for index, parts in found:
-            uses[index].append((numbers[key], parts))
+    numbers = 0
+    for found in _demands(needs):
+        if _can_be_short(needs, found):
+            for index, parts in found:
+                uses[index].append((numbers, parts))
+            numbers += 1
     timed = [Timed(need.alone, tuple(own)) for need, own in zip(needs, uses, strict=True)]
-    return timed, len(numbers)
+    return timed, numbers
+
+
+def _demands(needs: Sequence[Need]) -> list[list[tuple[int, int]]]:
+    """What is asked of resources: (need, parts of `FULL`) of each, once of equal ones."""
+    rows: list[tuple[Ints, Ints, Ints]] = []
+    for index, need in enumerate(needs):
+        if need.alone > 0:
+            parts = (need.load / need.alone * FULL).astype(np.int64)
+            some = parts > 0
+            rows.append((need.resources[some], np.full(some.sum(), index), parts[some]))
+    if not rows:
+        return []
+    resources, asking, parts = (np.concatenate(column) for column in zip(*rows, strict=True))
+    order = np.argsort(resources, kind="stable")
+    pairs = np.stack([asking[order], parts[order]], axis=1)
+    borders = np.flatnonzero(np.diff(resources[order])) + 1
+    edges = [0, *borders.tolist(), len(pairs)]
+    distinct: dict[bytes, Ints] = {}
+    for first, last in pairwise(edges):
+        own = pairs[first:last]
+        distinct.setdefault(own.tobytes(), own)
+    return [[(index, asked) for index, asked in own.tolist()] for own in distinct.values()]
 
 
 def _can_be_short(needs: Sequence[Need], found: Sequence[tuple[int, int]]) -> bool:
@@ -218,7 +244,3 @@ def _can_be_short(needs: Sequence[Need], found: Sequence[tuple[int, int]]) -> bo
         actor = needs[index].actor
         most[actor] = max(most.get(actor, 0), parts)
     return sum(most.values()) > FULL
-
-
-def _add(load: dict[Resource, float], resource: Resource, seconds: float) -> None:
-    load[resource] = load.get(resource, 0.0) + seconds

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from raypar.mesh.calibration import Calibration
 from raypar.mesh.cluster import Cluster
@@ -107,21 +111,40 @@ def edge_directions(io: StageIO) -> list[tuple[str, str, int, int]]:
 
 def replicas_alike(setting: Setting) -> bool:
     """Whether all replicas take the same time: equal devices, and links of equal kind."""
+    stages = range(setting.io.n_stages)
+    replicas = setting.replicas
+    if any(setting.cost(s, r) != setting.cost(s, 0) for s in stages for r in range(1, replicas)):
+        return False
+    nodes = setting.cluster.nodes
+    node_of = np.repeat(np.arange(len(nodes)), setting.cluster.shape)
+    kinds = _numbers(node.device.name for node in nodes)[node_of]
+    inside, across = (_numbers(getattr(n, tier) for n in nodes) for tier in ("inside", "across"))
+    places = [np.array(mesh.devices).reshape(replicas, -1) for mesh in setting.meshes]
+    if not all(_rows_equal(kinds[own]) for own in places):
+        return False
+    for _, edge, a, b in edge_directions(setting.io):
+        tiles = np.array(setting.moves(edge, a, b).tiles, dtype=np.int64).reshape(-1, 3)
+        ends = places[a][:, tiles[:, 0]], places[b][:, tiles[:, 1]]
+        near = node_of[ends[0]] == node_of[ends[1]]
+        # A link inside a node is that node's; one between nodes depends on both.
+        for own in (
+            near,
+            ends[0] == ends[1],
+            *(np.where(near, inside[node_of[end]], across[node_of[end]]) for end in ends),
+        ):
+            if not _rows_equal(own):
+                return False
+    return True
 
-    def look(replica: int) -> object:
-        groups = range(len(setting.meshes))
-        own = [setting.devices(g, replica) for g in groups]
-        kinds = [[setting.cluster.node_of(d).device.name for d in devices] for devices in own]
-        links = [
-            setting.cluster.link(own[a][s], own[b][t])
-            for _, edge, a, b in edge_directions(setting.io)
-            for s, t, _ in setting.moves(edge, a, b).tiles
-        ]
-        costs = [setting.cost(s, replica) for s in range(setting.io.n_stages)]
-        return kinds, links, costs
 
-    first = look(0)
-    return all(look(replica) == first for replica in range(1, setting.replicas))
+def _numbers(values: Iterable[object]) -> npt.NDArray[np.int64]:
+    """Equal numbers for equal values."""
+    known: dict[object, int] = {}
+    return np.array([known.setdefault(value, len(known)) for value in values])
+
+
+def _rows_equal(rows: npt.NDArray[Any]) -> bool:
+    return bool((rows == rows[:1]).all())
 
 
 def kinds_of(

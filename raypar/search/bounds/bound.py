@@ -6,7 +6,7 @@ open; for each, what any plan has to pay is added up, and the least sum is the b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ from raypar.mesh.calibration import Calibration, table_calibration
 from raypar.mesh.cluster import Cluster
 from raypar.search._sim_setting import CPU_OVERHEAD_S
 from raypar.search.bounds.kernels import kernels_of, trained_bytes
-from raypar.search.bounds.memory import Room, again_s, room_of
+from raypar.search.bounds.memory import Room, again_s, room_of, usable_bytes
 from raypar.search.bounds.one_op import Kernel
 from raypar.search.bounds.rates import Devices, Floats, linear_s
 from raypar.search.config import SearchConfig
@@ -100,8 +100,9 @@ def lower_bound(
     calibration = calibration or table_calibration(cluster)
     cuts = list(_cuts(graph, cluster, config))
     exactly = len(cuts) == 1
+    usable = usable_bytes(cluster, calibration, config) if fitting else None
     bounds = [
-        _Cut(graph, cluster, calibration, config, *cut).bound(exactly, fitting) for cut in cuts
+        _Cut(graph, cluster, calibration, config, *cut).bound(exactly, usable) for cut in cuts
     ]
     found = [bound for bound in bounds if bound is not None]
     if not found:
@@ -138,7 +139,6 @@ class _Cut:
         microbatches: int,
     ) -> None:
         self.graph, self.cluster, self.config = graph, cluster, config
-        self.calibration = calibration
         self.replicas, self.microbatches = replicas, microbatches
         self.local_batch = graph.global_batch // (replicas * microbatches)
         every = Devices.of(cluster, calibration)
@@ -149,7 +149,7 @@ class _Cut:
         self.devices = every.at_most(self.used)
         self.ranks = used if config.tensor == "auto" else min(used, config.tensor)
 
-    def bound(self, exactly: bool = False, fitting: bool = True) -> Bound | None:
+    def bound(self, exactly: bool, usable: Sequence[float] | None) -> Bound | None:
         """The bound, or None where the model cannot be run in such microbatches.
 
         Two things hold of every plan, and so does every mean of them. Devices are busy with all
@@ -167,7 +167,7 @@ class _Cut:
         prices = self.devices.prices(np.concatenate([compute, state]))
         computing = float((compute * prices).min(axis=1).sum())
         keeping = float((state * prices).min(axis=1).sum())
-        room = self._room(kernels) if fitting else Room(0.0, 0.0)
+        room = Room(0.0, 0.0) if usable is None else self._room(kernels, usable)
         again = again_s(kernels, (compute * prices).min(axis=1), room)
         launch = 0.0 if any(kind.is_gpu for kind, _ in self.devices.kinds) else CPU_OVERHEAD_S
         best, share = computing + again + keeping + 2 * self.microbatches * launch, 0.0
@@ -191,15 +191,13 @@ class _Cut:
         words = self._words(share, room if again else None)
         return Bound(sum(parts.values()), parts, words, self.replicas, self.microbatches)
 
-    def _room(self, kernels: tuple[Kernel, ...]) -> Room:
+    def _room(self, kernels: tuple[Kernel, ...], usable: Sequence[float]) -> Room:
         return room_of(
             kernels,
             trained_bytes(self.graph, self.local_batch),
-            self.cluster,
-            self.calibration,
-            self.config,
+            usable[: self.used],
             replicas=self.replicas,
-            devices=self.used,
+            optimizer_states=self.config.optimizer_states,
         )
 
     def _words(self, share: float, room: Room | None) -> str:

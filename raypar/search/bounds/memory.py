@@ -44,12 +44,10 @@ class Room:
 def room_of(
     kernels: Sequence[Kernel],
     trained: Mapping[int, int],
-    cluster: Cluster,
-    calibration: Calibration,
-    config: SearchConfig,
+    usable: Sequence[float],
     *,
     replicas: int,
-    devices: int,
+    optimizer_states: int,
 ) -> Room:
     """How much one microbatch needs, and how much of it can be held.
 
@@ -60,27 +58,24 @@ def room_of(
     Args:
         kernels: Of one microbatch on one replica.
         trained: Bytes of a trained parameter → how many such there are.
-        cluster: The devices.
-        calibration: What they reach.
-        config: What may be filled, and what the optimizer keeps.
+        usable: Bytes that a plan may fill on each of the most devices that it uses.
         replicas: D.
-        devices: Devices that a plan uses at the most.
+        optimizer_states: Tensors that the optimizer keeps per parameter.
     """
-    sizes = sorted(usable_bytes(cluster, calibration, config), reverse=True)
-    resident = (1 + config.optimizer_states) * sum(n * count for n, count in trained.items())
-    held = max(0.0, sum(sizes[:devices]) - resident) / replicas
+    resident = (1 + optimizer_states) * sum(n * count for n, count in trained.items())
+    held = max(0.0, sum(usable) - resident) / replicas
     return Room(sum(k.kept for k in kernels), held)
 
 
 def usable_bytes(cluster: Cluster, calibration: Calibration, config: SearchConfig) -> list[float]:
-    """Bytes that a plan may fill on each device, beside what libraries take."""
+    """Bytes that a plan may fill on each device, beside what libraries take; most first."""
     sizes: list[float] = []
     for index, node in enumerate(cluster.nodes):
         first = cluster.devices_of(index)[0]
         machine = machine_of(cluster, MeshSlice((first,), (1,), (DATA,)), calibration)
         usable = config.memory_fraction * machine.memory_bytes - machine.reserved_bytes(0)
         sizes += [max(0.0, usable)] * node.devices
-    return sizes
+    return sorted(sizes, reverse=True)
 
 
 def again_s(kernels: Sequence[Kernel], priced: Floats, room: Room) -> float:
