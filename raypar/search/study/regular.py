@@ -49,7 +49,7 @@ def regular_plans(drafter: Drafter, deadline: float = float("inf")) -> list[Deci
         consist of.
     """
     bench = drafter.bench
-    if bench.cluster.n_devices < _LEAST_DEVICES or _fixes(bench.config):
+    if not has_regular(bench):
         return []
     found: dict[tuple[int, int], tuple[float, Decisions]] = {}
     for count, decisions in enumerate(_all(bench) if bench.alike else _unequal(drafter.space)):
@@ -63,6 +63,11 @@ def regular_plans(drafter: Drafter, deadline: float = float("inf")) -> list[Deci
         if shape not in found or step_s < found[shape][0]:
             found[shape] = step_s, decisions
     return [d for _, d in sorted(found.values(), key=lambda pair: pair[0])[:_SHOWN]]
+
+
+def has_regular(bench: Workbench) -> bool:
+    """Whether there are regular plans that are worth a look."""
+    return bench.cluster.n_devices >= _LEAST_DEVICES and not _fixes(bench.config)
 
 
 def _unequal(space: Space) -> Iterator[Decisions]:

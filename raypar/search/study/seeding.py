@@ -10,14 +10,15 @@ from raypar.plan import DATA, Plan
 from raypar.search.need import frugal_plans
 from raypar.search.study.judge import Judge, Outcome
 from raypar.search.study.proposals import Asked, Proposals
-from raypar.search.study.regular import REGULAR, regular_plans
+from raypar.search.study.regular import REGULAR, has_regular, regular_plans
 from raypar.search.study.seeds import seeds
 from raypar.search.study.space import Decisions
 
 FRUGAL = "frugal"
 """Who proposes what is tried where nothing else fits."""
-_SEED_SHARE = 0.5
-"""Of the budget, that the planners of seeds may take together."""
+_SEED_SHARE, _LESS_SEED_SHARE = 0.5, 0.35
+"""Of the budget, that the planners of seeds may take together; the second where devices are alike
+and regular plans are looked at, which are the better ones of large clusters."""
 _REGULAR_SHARE = 0.8
 """Of the budget, at which no further regular plan is drafted."""
 _REGULAR_LEAST_SHARE = 0.12
@@ -38,6 +39,7 @@ class Seeding:
         known: What became of decisions that were looked at; more are added here.
         write: Takes what was looked at for one proposal, with who proposed each.
         room: How many more trials may be made.
+        best: The best plan that was looked at.
         began: `time.perf_counter()` when the search began.
         budget_s: Seconds it may take; infinity if time does not matter.
     """
@@ -47,6 +49,7 @@ class Seeding:
     known: dict[Decisions, Outcome]
     write: Write
     room: Callable[[], int]
+    best: Callable[[], Plan | None]
     began: float
     budget_s: float
 
@@ -62,9 +65,10 @@ class Seeding:
         Regular plans are looked at on the way, before planners that are asked although their time
         is over.
         """
-        deadline = self.began + _SEED_SHARE * self.budget_s
+        less = self.judge.bench.alike and has_regular(self.judge.bench)
+        deadline = self.began + (_LESS_SEED_SHARE if less else _SEED_SHARE) * self.budget_s
         latest = self.began + _LATEST_SEED * self.budget_s
-        for name, plan, reason in seeds(self.judge.bench, deadline, latest):
+        for name, plan, reason in seeds(self.judge.bench, deadline, latest, self.best):
             if plan is None:
                 self.refused[name] = reason
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from raypar.errors import RayparError
@@ -30,18 +30,23 @@ def seed_names(config: SearchConfig, units: int) -> list[str]:
 
 
 def seeds(
-    bench: Workbench, deadline: float, latest: float = float("inf")
+    bench: Workbench,
+    deadline: float,
+    latest: float = float("inf"),
+    best: Callable[[], Plan | None] = lambda: None,
 ) -> Iterator[tuple[str, Plan | None, str]]:
     """(planner, its plan, why there is none) for every planner that is asked.
 
     Where time is over, or the model long, a planner may still be asked for the replicas and
-    microbatches of the plan before: the shardings of these are known by then.
+    microbatches of the plan before: the shardings of these are known by then. It is not where a
+    plan that cuts the batch in another way has turned out to be better.
 
     Args:
         bench: The model on the cluster, with the study's options.
         deadline: `time.perf_counter()` at which planners end their search with what they have, and
             after which only the first one is asked; infinity if time does not matter.
         latest: When no planner is asked any more, in the same clock.
+        best: The best plan that is known when the next planner is asked.
     """
     last: Plan | None = None
     slow = len(bench.units) > _SLOW_UNITS
@@ -51,6 +56,9 @@ def seeds(
         late = time.perf_counter() > latest
         if index and (late or (left <= 0 and not narrow)):
             yield name, None, "no time was left for it"
+            continue
+        if narrow and last is not None and not _cut_alike(last, best() or last):
+            yield name, None, "another cut of the batch than it would be asked for is better"
             continue
         budget: float | Auto = max(_LEAST_S, left) if left < float("inf") else "auto"
         config = replace(bench.config, planner=name, cache=False, budget_s=budget)
@@ -62,3 +70,7 @@ def seeds(
             yield name, None, str(error)
         else:
             yield name, last, ""
+
+
+def _cut_alike(one: Plan, other: Plan) -> bool:
+    return (one.replicas, one.microbatches) == (other.replicas, other.microbatches)

@@ -227,8 +227,9 @@ class Space:
     def neighbours(self, params: Mapping[str, Any], plan: Plan) -> Iterator[dict[str, Any]]:
         """Proposals near one: a trade of devices, or a single other decision; what pays most first.
 
-        Changed alone, fewer replicas or smaller stages leave devices idle: two of replicas, stages'
-        devices and rank groups change together.
+        Other schedules come first: the stages stay as they are, so that a look takes a fraction of
+        the time of another. Changed alone, fewer replicas or smaller stages leave devices idle: two
+        of replicas, stages' devices and rank groups change together.
 
         Args:
             params: Optuna's parameters of that one.
@@ -246,7 +247,6 @@ class Space:
             "local_batch": range(len(self.local_batches)),
         }
         unordered: Mapping[str, Sequence[Any]] = {
-            "schedule": self.schedules,
             "zero": self.zero,
             "recompute": self.recompute,
             "modes": self.modes,
@@ -254,7 +254,9 @@ class Space:
             "used": self.used,
         }
         if base.get("chunks", self.chunks[0]) > 1:
-            unordered = {"interleaved": self.interleaved, **unordered}
+            yield from _others(base, "interleaved", self.interleaved)
+        else:
+            yield from _others(base, "schedule", self.schedules)
         real = {**base, "devices": sizes.pop()} if len(sizes) == 1 and "devices" in base else base
         for less, more in itertools.permutations(("replicas", "devices", "groups"), 2):
             yield from _traded(real, less, ordered[less], more, ordered[more])

@@ -121,6 +121,7 @@ class StudySearch:
             self._known,
             self._write,
             room=lambda: self._trials() - len(self.ledger.trials),
+            best=lambda: self.ledger.best.plan if self.ledger.best else None,
             began=self.began,
             budget_s=budget if self._limited else float("inf"),
         )

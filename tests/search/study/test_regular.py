@@ -134,6 +134,7 @@ def _seeding(judge: Judge, written: list[tuple[str, Outcome]], ago_s: float = 0.
         {},
         lambda asked, looked: written.extend(looked),
         room=lambda: 8 - len(written),
+        best=lambda: None,
         began=time.perf_counter() - ago_s,
         budget_s=60.0,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -29,6 +30,17 @@ def test_after_the_deadline_piper_is_asked_for_the_cut_of_the_plan_before() -> N
     assert (second.replicas, second.microbatches) == (first.replicas, first.microbatches)
     assert third is None
     assert reason == "no time was left for it"
+
+
+def test_piper_is_not_asked_for_a_cut_that_turned_out_to_be_the_worse() -> None:
+    better: list[rp.Plan] = []
+    found = seeds(_bench(), time.perf_counter() - 1.0, best=lambda: better[0])
+    _, first, _ = next(found)
+    assert first is not None
+    better.append(replace(first, microbatches=2 * first.microbatches))
+    (name, second, reason), *_ = found
+    assert (name, second) == ("piper", None)
+    assert "another cut of the batch" in reason
 
 
 def test_long_after_the_deadline_no_other_planner_is_asked() -> None:

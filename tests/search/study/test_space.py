@@ -117,14 +117,17 @@ def test_what_is_proposed_near_a_plan_is_like_it() -> None:
     assert near.local_batch == plan.local_batch
 
 
-def test_neighbours_begin_with_trades_that_keep_all_devices_busy() -> None:
+def test_neighbours_begin_with_schedules_and_trades_that_keep_all_devices_busy() -> None:
     dice, own = Dice(0), judge("gpt")
     own.space.suggest(dice)
     told = Decisions(replicas=2, local_batch=1, devices=2, groups=1)
     plan = own.drafter.draft(told).plan(own.bench)
     # Four devices a stage were asked for, and there is room for two.
-    base = dice.params | {"replicas": 2, "devices": 4, "groups": 1}
-    found = list(own.space.neighbours(base, plan))
+    base = dice.params | {"replicas": 2, "devices": 4, "groups": 1, "chunks": 1}
+    near = list(own.space.neighbours(base, plan))
+    others = len(own.space.schedules) - 1
+    assert len({p["schedule"] for p in near[:others]} | {base["schedule"]}) == others + 1
+    found = near[others:]
     trades = [(p["replicas"], p["devices"], p["groups"]) for p in found[:4]]
     assert set(trades) == {(1, 4, 1), (1, 2, 2), (4, 1, 1), (2, 1, 2)}
     assert all({**base, **p}["local_batch"] == base["local_batch"] for p in found[:4])
