@@ -8,8 +8,8 @@ from typing import Any
 from torch import fx
 
 from raypar.errors import PlanError
+from raypar.graph.fake_calls import RememberingEmitter, fake_like
 from raypar.graph.passes.emit import Emitter
-from raypar.sharding._fake_calls import RememberingEmitter, fake_like
 from raypar.sharding.rules.base import LocalCall, OpView, Strategy, find_localiser, is_tensor
 
 

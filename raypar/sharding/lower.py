@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from raypar.sharding._fake_calls import RememberingEmitter, fake_like
+from raypar.graph.fake_calls import RememberingEmitter, fake_like
 from raypar.sharding.convert import NONE, Step, conversion
 from raypar.sharding.local_call import write_local
 from raypar.sharding.rules.base import OpView, Strategy, is_tensor

@@ -57,7 +57,7 @@ def _captured(uneven: bool = False) -> OpGraph:
 def test_a_scaled_graph_is_the_captured_one(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = _captured()
     units = find_units(graph)
-    monkeypatch.setattr(scaled, "_FEW_OPS", 0)
+    monkeypatch.setattr(scaled, "FEW_OPS", 0)
     with monkeypatch.context() as patch:  # written, not captured
         patch.setattr(type(graph), "local", None)
         written, members = short_at(graph, units, size)
@@ -82,7 +82,7 @@ def test_a_scaled_graph_is_the_captured_one(size: int, monkeypatch: pytest.Monke
 def test_what_does_not_grow_evenly_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = _captured(uneven=True)
     units = find_units(graph)
-    monkeypatch.setattr(scaled, "_FEW_OPS", 0)
+    monkeypatch.setattr(scaled, "FEW_OPS", 0)
     written, _ = short_at(graph, units, 2)
     expected, _ = shorten(graph.local(2), units)
     assert str(written) == str(expected)  # x.shape[0] // 3 of 8 and 16 tells nothing of 2

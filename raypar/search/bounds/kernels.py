@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
+from raypar.graph.even import even
 from raypar.graph.opgraph import OpGraph
 from raypar.graph.turns import in_turn
 from raypar.search.bounds.one_op import (
@@ -108,7 +109,7 @@ def trained_bytes(graph: OpGraph, local_batch: int) -> dict[int, int]:
 @in_turn
 def _kernels(graph: OpGraph, local_batch: int) -> tuple[Kernel, ...]:
     """Goes through the ops backwards, from the loss, with the gradients that arrive."""
-    clean = graph.local(local_batch)
+    clean = even(graph).local(local_batch)
     trainable = frozenset(n for n, (_, _, trained) in graph.params.items() if trained)
     read = read_graph(clean, trainable)
     arrived: set[Value] = {value for value, _ in read.outputs if value in read.flow}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from raypar.errors import ScheduleError
 from raypar.fit import check_plan
+from raypar.graph.even import even
 from raypar.graph.opgraph import OpGraph
 from raypar.lowered import LoweredPlan, lower_plan, with_schedule
 from raypar.mesh.calibration import Calibration
@@ -157,7 +158,7 @@ def _runs_of(
     schedule: str,
     optimizer_states: int,
 ) -> Iterator[_Run]:
-    lowered = lower_plan(graph, plan)
+    lowered = lower_plan(even(graph), plan)
     setting = setting_of(
         graph, plan, lowered, cluster, calibration, "analytic", None, optimizer_states
     )

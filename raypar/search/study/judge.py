@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from raypar.errors import RayparError
 from raypar.fit import check_plan
+from raypar.graph.even import even
 from raypar.lowered import LoweredPlan, lower_plan, with_schedule
 from raypar.plan import Plan
 from raypar.schedules.instructions import Kind
@@ -33,6 +34,8 @@ from raypar.search.study.draft import Drafter, InfeasibleError
 from raypar.search.study.obey import disobeyed
 from raypar.search.study.space import Decisions, Space
 
+_MANY_DEVICES = 16
+"""Unequal devices, from which on proposals have one axis of a stage's mesh."""
 _MOST_LOWERED = 16
 _AGAIN, _NEAR, _MARGIN = 2, 1.5, 0.98
 """A plan that is nearly small enough is drafted again so often, for less memory than it needs."""
@@ -161,8 +164,11 @@ class Judge:
         Args:
             decisions: What was proposed.
             limits: Fidelity → seconds of a step beyond which a plan cannot win.
-            axes: As in `Drafter.draft`.
+            axes: As in `Drafter.draft`; None: one on large clusters of unequal devices, where
+                programs of two axes are solved anew for every kind of place, and any number else.
         """
+        if axes is None and not self.bench.alike and self.bench.cluster.n_devices >= _MANY_DEVICES:
+            axes = 1
         began = time.perf_counter()
         try:
             draft = self.drafter.draft(decisions, axes=axes)
@@ -347,7 +353,7 @@ class Judge:
         text = replace(plan, schedule=schedule, stages=stages, predicted={}).to_json()
         known = self._lowered.get(text)
         if known is None:
-            known = self._lowered[text] = lower_plan(self.bench.graph, plan)
+            known = self._lowered[text] = lower_plan(even(self.bench.graph), plan)
             if len(self._lowered) > _MOST_LOWERED:
                 self._lowered.popitem(last=False)
             return known

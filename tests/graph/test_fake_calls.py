@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from raypar.compat import fake_mode, storage_id
+from raypar.graph.fake_calls import RememberingEmitter
 from raypar.graph.passes.emit import Emitter, aten
-from raypar.sharding._fake_calls import RememberingEmitter
 
 
 def _calls(kind: type[Emitter]) -> list[fx.Node]:
@@ -51,7 +51,7 @@ def test_a_region_of_autocast_is_part_of_what_is_remembered() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
     with fake_mode():
-        x.meta["val"] = torch.empty(5, 5)
+        x.meta["val"] = torch.empty(5, 5, dtype=torch.float32)
     emit = RememberingEmitter(graph, graph.output(()))
     for region, dtype in ((None, torch.float32), (("cpu", torch.bfloat16, True), torch.bfloat16)):
         emit.anchor.meta = {} if region is None else {"autocast": region}

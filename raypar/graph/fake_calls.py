@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from raypar.compat import FakeTensor, OpOverload, fake_around, is_mutable, storage_id
-from raypar.graph.passes.emit import Emitter
+from raypar.graph.passes.emit import Emitter, autocast_of, fake_call
 
 _MOST = 50_000
 
@@ -38,22 +38,37 @@ class RememberingEmitter(Emitter):
 
     def __call__(self, target: Any, *args: Any, like: Any = None, **kwargs: Any) -> fx.Node:
         """Adds one call. See `Emitter`."""
-        tensors: list[FakeTensor] = []
-        key = None
-        if like is None and isinstance(target, OpOverload) and not is_mutable(target):
-            region = self.anchor.meta.get("autocast")
-            key = _key_of(target, (args, kwargs), tensors, region)
-        if key is None or not tensors:
-            return super().__call__(target, *args, like=like, **kwargs)
-        lie = _known.get(key)
-        if lie is not None:
-            return super().__call__(target, *args, like=_fake(lie, tensors), **kwargs)
-        node = super().__call__(target, *args, **kwargs)
-        if key not in _known:
-            if len(_known) >= _MOST:
-                _known.clear()
-            _known[key] = _lie_of(node.meta["val"], tensors)
-        return node
+        if like is None:
+            like = remembered_call(target, args, kwargs, self.anchor, self.graph)
+        return super().__call__(target, *args, like=like, **kwargs)
+
+
+def remembered_call(
+    target: Any, args: Any, kwargs: Any, place: fx.Node, graph: fx.Graph | None = None
+) -> Any:
+    """`raypar.graph.passes.emit.fake_call`; equal calls are run on fake tensors once.
+
+    Args:
+        target: What is called.
+        args: Its arguments; nodes stand for their fake values.
+        kwargs: Those by name.
+        place: Calls are made in this node's autocast region.
+        graph: Where no argument is fake, it tells what fake is.
+    """
+    tensors: list[FakeTensor] = []
+    key = None
+    if isinstance(target, OpOverload) and not is_mutable(target):
+        key = _key_of(target, (args, kwargs), tensors, place.meta.get("autocast"))
+    lie = _known.get(key) if tensors else None
+    if key is not None and lie is not None:
+        return _fake(lie, tensors)
+    with autocast_of(place):
+        value = fake_call(target, args, kwargs, graph)
+    if key is not None and tensors and key not in _known:
+        if len(_known) >= _MOST:
+            _known.clear()
+        _known[key] = _lie_of(value, tensors)
+    return value
 
 
 def fake_like(value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
