@@ -6,11 +6,14 @@ is refused at once, and an attempt that does not get everything gives everything
 keep contenders from stumbling over each other for ever: each is patient for a random time, so that
 one gives back first and the other gets what it lacks; and who gave back waits a random time
 (exponential backoff with jitter: M. Brooker, "Exponential Backoff and Jitter", AWS Architecture
-Blog, 2015) and until the free resources suffice before it tries again.
+Blog, 2015) and until the free resources suffice, or for some seconds, before it tries again. (What
+Ray's control store tells as free may stay behind what is: it hears from a node when something
+changes there, which a try brings about.)
 """
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +49,7 @@ _LOOK_S = 0.05
 _RENEW_S = 0.2
 _FIRST_BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 2.0
+_ANYWAY_S = 5.0
 _FREEING_S = 5.0
 
 
@@ -87,15 +91,16 @@ def acquire(
     began = time.monotonic()
     end = began + deadline_s
     backoff = _FIRST_BACKOFF_S
-    attempts = 0
+    attempts, tried = 0, -math.inf
     while True:
-        # An autoscaler must see the demand, and the first look may be out of date: try anyway.
-        if may_grow or not attempts or _room_now(requests):
+        # An autoscaler must see the demand, and what looks free may be out of date: try anyway.
+        if may_grow or time.monotonic() - tried > _ANYWAY_S or _room_now(requests):
             attempts += 1
             patience = attempt_s * chance.uniform(1, 3)
             groups = _attempt(requests, min(patience, max(0.0, end - time.monotonic())))
             if groups is not None:
                 return groups
+            tried = time.monotonic()
             backoff = min(2 * backoff, _LONGEST_BACKOFF_S)
         if not may_grow:
             refuse_impossible(requests)  # a node may have died meanwhile

@@ -119,6 +119,22 @@ def test_a_busy_request_succeeds_once_there_is_room(ray_session: str) -> None:
     assert _held() == []
 
 
+def test_a_view_that_stays_behind_does_not_keep_from_trying(
+    ray_session: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raypar.mesh import placement
+
+    monkeypatch.setattr(placement, "_room_now", lambda requests: False)
+    monkeypatch.setattr(placement, "_ANYWAY_S", 0.2)
+    first = placement.acquire([_want("first", *[1] * 12)])
+    timer = threading.Timer(0.5, placement.release, [first])
+    timer.start()
+    second = placement.acquire([_want("second", 8)], 30, attempt_s=0.1)
+    timer.join()
+    placement.release(second)
+    assert _held() == []
+
+
 def test_contending_jobs_never_hold_half_each(ray_session: str) -> None:
     """Four jobs want two groups of 6 CPUs each, of 16: one job fits at a time, four halves do not.
 
