@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raypar.plan import DATA, Plan
 from raypar.search.need import frugal_plans
@@ -99,12 +99,27 @@ class Seeding:
             outcome = self.judge.look(decisions, axes=self._axes)
             if outcome.plan is None:
                 continue
-            looked = [(REGULAR, outcome)]
+            looked, axes = [(REGULAR, outcome)], self._axes
             # The solver takes two axes also for a gain that a simulated step does not show.
             if self.room() > 1 and _two_axes(outcome.plan):
                 looked.append((REGULAR, self.judge.look(decisions, axes=1)))
+                axes = axes if best_of(looked) is outcome else 1
             self.known[decisions] = best_of(looked)
             self.write(self.proposals.near_plan(outcome.plan, REGULAR), looked)
+            if self.best() is self.known[decisions].plan:
+                self._other_schedules(decisions, axes)
+
+    def _other_schedules(self, decisions: Decisions, axes: int | None) -> None:
+        """Looks at the best plan under other schedules: its stages are lowered already."""
+        space = self.judge.space
+        for name in space.schedules if decisions.chunks == 1 else space.interleaved:
+            other = replace(decisions, schedule=name)
+            if self.room() <= 0 or other in self.known:
+                continue
+            outcome = self.known[other] = self.judge.look(other, axes=axes)
+            if outcome.plan is not None:
+                asked = self.proposals.near_plan(outcome.plan, REGULAR)
+                self.write(asked, [(REGULAR, outcome)])
 
     def frugal(self) -> None:
         """Where nothing fits: plans that hold as little as plans can."""

@@ -22,8 +22,8 @@ METADATA = ".metadata"
 def save_dcp(weights: Weights, folder: str | Path) -> list[str]:
     """Writes a folder that ``torch.distributed.checkpoint.load`` reads into any sharding.
 
-    The whole model is in memory meanwhile. Its tensors have the model's own names, as in
-    ``model.state_dict()``; the optimizer is not written.
+    Its tensors have the model's own names, as in ``model.state_dict()``; the optimizer is not
+    written. One tensor is in memory at a time.
 
     Args:
         weights: The model.
@@ -36,16 +36,25 @@ def save_dcp(weights: Weights, folder: str | Path) -> list[str]:
         CheckpointError: There is something already, the weights are damaged, or it cannot be
             written.
     """
-    from torch.distributed.checkpoint import FileSystemWriter, save
+    from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, save
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    class OneByOne(DefaultSavePlanner):
+        """Plans with tensors that are not there, and reads each as it is written."""
+
+        def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+            return weights.read(index.fqn)
 
     target = Path(folder).expanduser().absolute()
     refuse_existing(str(folder), target.exists())
-    held = {name: weights.read(name) for name in weights.forms}
-    state: dict[str, torch.Tensor] = {name: held[of] for name, of in weights.names.items()}
+    forms = {name: weights.forms[of] for name, of in weights.names.items()}
+    state = {n: torch.empty(f.shape, dtype=f.dtype, device="meta") for n, f in forms.items()}
     with whole_folder(target, str(folder)) as part, warnings.catch_warnings():
         # It warns that there is one process, which is meant.
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
-        save(state, storage_writer=FileSystemWriter(part), no_dist=True)
+        # A file for each tensor: what goes into one file is kept until it is whole.
+        writer = FileSystemWriter(part, single_file_per_rank=False)
+        save(state, storage_writer=writer, planner=OneByOne(), no_dist=True)
     return sorted(path.name for path in target.iterdir())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -13,6 +14,7 @@ import raypar as rp
 from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster, Node
+from raypar.plan import Plan
 from raypar.schedules.check import check_lists
 from raypar.schedules.compile import compile_schedule
 from raypar.search.config import SearchConfig
@@ -125,7 +127,12 @@ def test_seeds_that_take_all_their_time_leave_some_for_regular_plans(
     assert "regular" in {trial.proposer for trial in record.trials}
 
 
-def _seeding(judge: Judge, written: list[tuple[str, Outcome]], ago_s: float = 0.0) -> Seeding:
+def _seeding(
+    judge: Judge,
+    written: list[tuple[str, Outcome]],
+    ago_s: float = 0.0,
+    best: Callable[[], Plan | None] = lambda: None,
+) -> Seeding:
     config = judge.bench.config
     proposals = Proposals(config, "seeding", judge.space, parallel=False)
     return Seeding(
@@ -134,7 +141,7 @@ def _seeding(judge: Judge, written: list[tuple[str, Outcome]], ago_s: float = 0.
         {},
         lambda asked, looked: written.extend(looked),
         room=lambda: 8 - len(written),
-        best=lambda: None,
+        best=best,
         began=time.perf_counter() - ago_s,
         budget_s=60.0,
     )
@@ -162,6 +169,29 @@ def test_regular_plans_come_before_planners_that_are_asked_although_time_is_over
     assert "regular" in over
     assert over[-1] == "placement"
     assert plenty[-1] == "regular"
+
+
+def test_the_best_is_looked_at_under_the_other_schedules_at_once() -> None:
+    judge = _judge()
+    written: list[tuple[str, Outcome]] = []
+
+    def best() -> Plan | None:
+        kept = [outcome for _, outcome in written if outcome.state == "kept"]
+        return min(kept, key=lambda outcome: outcome.predicted_s).plan if kept else None
+
+    its = _seeding(judge, written, best=best)
+    its.room = lambda: 100
+    its.regular()
+    (first, *_) = regular_plans(judge.drafter)
+    names = judge.space.schedules if first.chunks == 1 else judge.space.interleaved
+    assert len(names) > 1
+    assert {replace(first, schedule=name) for name in names} <= set(its.known)
+    told = [outcome.plan.schedule.name for _, outcome in written[: len(names)] if outcome.plan]
+    assert sorted(told) == sorted(names)
+    for name in names:
+        played = its.known[replace(first, schedule=name)].plan
+        assert played is not None
+        assert played.schedule.name == name
 
 
 @pytest.mark.parametrize("faster", [1, None])
