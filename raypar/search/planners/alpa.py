@@ -188,12 +188,13 @@ class AlpaSearch:
         smallest = min(sizes)
         if min(sizes.values()) >= self._worst():
             return
-        for size, least in sorted(sizes.items()):
+        # The most promising come first: time may be over before all sizes have their tables.
+        for size, least in sorted(sizes.items(), key=lambda item: (item[1], item[0])):
             if size > self.bench.per_node and self._stays_inside():
-                break  # over nodes only where that was best before
+                continue  # over nodes only where that was best before
             if least >= self._worst() and split.devices // smallest > MIXED_SLOTS:
                 continue
-            if self._over():
+            if (self.kept or tables) and time.perf_counter() > self._deadline:
                 break
             found = self.bench.tables(split, size, smallest, wish)
             if found:
