@@ -13,6 +13,7 @@ makes: the deadline of transfers (``timeout_s``) has to be longer than that.
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -95,8 +96,8 @@ class CompiledProgram:
             if not first:
                 raise
             raise PlanError(
-                f"{self._name} cannot be compiled ({type(error).__name__}: {error}): run its plan "
-                "with engine = 'eager' (train.engine: eager)"
+                f"{self._name} cannot be compiled ({_reason(error)}): run its plan with engine = "
+                "'eager' (train.engine: eager)"
             ) from error
         return self._outlet.deliver(results, sink)
 
@@ -124,6 +125,16 @@ class CompiledProgram:
             )
             return made
         return self._make(made)
+
+
+def _reason(error: Exception) -> str:
+    """What torch said, without its hints for people who work on torch."""
+    if "C++ compiler" in str(error):
+        return (
+            "torch.compile needs a C++ compiler on every node, and there is none on "
+            f"{platform.node()}: install g++, or name one in the environment variable CXX"
+        )
+    return f"{type(error).__name__}: {str(error).partition('Set TORCHDYNAMO_VERBOSE')[0].strip()}"
 
 
 class Outlet:

@@ -175,12 +175,21 @@ def test_compiled_programs_train_the_same() -> None:
     assert_trains_the_same("mlp", {"stages": 1, "replicas": 1, "microbatches": 2}, "compiled")
 
 
-def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("no such kernel\n\nSet TORCHDYNAMO_VERBOSE=1 for", r"RuntimeError: no such kernel\)"),
+        ("No working C++ compiler found in torch", r"install g\+\+, or name one in .* CXX"),
+    ],
+)
+def test_a_compiler_that_fails_is_told(
+    monkeypatch: pytest.MonkeyPatch, said: str, told: str
+) -> None:
     def fail(graph: torch.fx.GraphModule) -> Any:
-        raise RuntimeError("no compiler here")
+        raise RuntimeError(said)
 
     monkeypatch.setattr(compiled, "_inductor", fail)
-    with pytest.raises(PlanError, match=r"stage 0 forward.*no compiler here.*engine = 'eager'"):
+    with pytest.raises(PlanError, match=rf"stage 0 forward.*{told}.*engine = 'eager'"):
         assert_trains_the_same("mlp", {"stages": 1, "replicas": 1, "microbatches": 1}, "compiled")
 
 
