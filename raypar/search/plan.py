@@ -14,6 +14,7 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.search.cache import PlanCache, Question, question_of
 from raypar.search.config import SearchConfig
+from raypar.search.lowering import forget_lowered
 from raypar.search.measure import Measurer, StageProfiler
 from raypar.search.need import check_state
 from raypar.search.planners.base import get_planner
@@ -88,6 +89,12 @@ def search(
     config = config or SearchConfig()
 
     def run() -> Found:
+        try:
+            return asked()
+        finally:
+            forget_lowered(graph)
+
+    def asked() -> Found:
         if config.chosen_planner not in _DIRECT:
             check_state(graph, cluster, config, load_calibration(cluster))
         if config.chosen_planner == "optuna":

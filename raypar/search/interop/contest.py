@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 
 from raypar.errors import ScheduleError
 from raypar.fit import check_plan
-from raypar.graph.even import even
 from raypar.graph.opgraph import OpGraph
-from raypar.lowered import LoweredPlan, lower_plan, with_schedule
+from raypar.lowered import LoweredPlan, with_schedule
 from raypar.mesh.calibration import Calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
@@ -24,6 +23,7 @@ from raypar.search._sim_input import Setting
 from raypar.search._sim_setting import setting_of
 from raypar.search.config import SearchConfig
 from raypar.search.cost.base import total_s
+from raypar.search.lowering import lowered_for_search
 from raypar.search.need import does_not_fit
 from raypar.search.simulate import simulate_lists
 from raypar.search.simulation import Simulation
@@ -35,8 +35,8 @@ _PLAYED = 3
 _CLOSE = 1.1
 """Plans that likely take so much longer than the best are not played."""
 _MOST_OPS = 2000
-"""Plans are lowered as long as they have so many ops together, two at least. Tracing the stages of
-a plan takes milliseconds for each op, so that a large model's plan takes seconds."""
+"""Plans are lowered as long as they have so many ops together. Tracing the stages of a plan takes
+milliseconds for each op, so that a large model's plan takes seconds."""
 _MOST_ALTERNATIVES = 8
 _ATTEMPTS = 4
 """Searches with less and less memory."""
@@ -82,7 +82,7 @@ def contest(
     """
     runs = [
         run
-        for plan in plans[: max(2, _MOST_OPS // len(graph.ops))]
+        for plan in plans[: most_played(graph)]
         for run in _runs_of(plan, graph, cluster, calibration, schedule, optimizer_states)
     ]
     runs.sort(key=lambda run: run.likely_s)
@@ -95,6 +95,16 @@ def contest(
         played = simulate_lists(lists, run.setting, global_batch=run.plan.global_batch)
         found.append(entry_of(run.plan, played, memory_fraction))
     return sorted(found, key=lambda e: (e.overfull > 1.0, e.step_s))
+
+
+def most_played(graph: OpGraph, least: int = 2) -> int:
+    """How many plans of a model a contest takes.
+
+    Args:
+        graph: The model.
+        least: So many at least, however large it is.
+    """
+    return max(least, _MOST_OPS // len(graph.ops))
 
 
 def best_that_fits(
@@ -158,7 +168,7 @@ def _runs_of(
     schedule: str,
     optimizer_states: int,
 ) -> Iterator[_Run]:
-    lowered = lower_plan(even(graph), plan)
+    lowered = lowered_for_search(graph, plan)
     setting = setting_of(
         graph, plan, lowered, cluster, calibration, "analytic", None, optimizer_states
     )

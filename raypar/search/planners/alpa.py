@@ -19,7 +19,7 @@ from raypar.mesh.calibration import Calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.search.config import SearchConfig
-from raypar.search.interop.contest import best_that_fits
+from raypar.search.interop.contest import best_that_fits, most_played
 from raypar.search.interop.pipeline import Pipeline, WayTable, best_pipeline
 from raypar.search.interop.space import (
     MIXED_SLOTS,
@@ -109,7 +109,9 @@ class AlpaSearch:
         fraction = share * self.config.memory_fraction
         self.bench = self.bench.like(replace(self.config, memory_fraction=fraction))
         self.kept = []
-        return [self.build(candidate) for candidate in self.search()]
+        found = self.search()
+        late = time.perf_counter() > self._deadline
+        return [self.build(c) for c in found[: most_played(self.graph, least=1 if late else 2)]]
 
     def search(self) -> list[Candidate]:
         """The best pipelines, fastest first; once time is over, of what was tried until then.

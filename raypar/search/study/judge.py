@@ -6,14 +6,12 @@ import contextlib
 import gc
 import hashlib
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from raypar.errors import RayparError
 from raypar.fit import check_plan
-from raypar.graph.even import even
-from raypar.lowered import LoweredPlan, lower_plan, with_schedule
+from raypar.lowered import LoweredPlan
 from raypar.plan import Plan
 from raypar.schedules.instructions import Kind
 from raypar.search.cost.base import CostModel, StageCode, stage_code
@@ -26,6 +24,7 @@ from raypar.search.cost.step_correction import step_features
 from raypar.search.cost.store import MeasurementStore
 from raypar.search.interop.contest import entry_of, in_words
 from raypar.search.interop.workbench import Workbench
+from raypar.search.lowering import lowered_for_search
 from raypar.search.measure import Measured, ProfiledStage
 from raypar.search.record import TrialRecord
 from raypar.search.simulate import simulate
@@ -36,7 +35,6 @@ from raypar.search.study.space import Decisions, Space
 
 _MANY_DEVICES = 16
 """Unequal devices, from which on proposals have one axis of a stage's mesh."""
-_MOST_LOWERED = 16
 _AGAIN, _NEAR, _MARGIN = 2, 1.5, 0.98
 """A plan that is nearly small enough is drafted again so often, for less memory than it needs."""
 
@@ -150,7 +148,6 @@ class Judge:
             self.store = MeasurementStore.for_cluster(bench.cluster)
             if len(self.store.stages) or bench.config.cost_model == "learned":
                 self.learned = self._learned_cost()
-        self._lowered: OrderedDict[str, LoweredPlan] = OrderedDict()
 
     def look(
         self,
@@ -347,14 +344,4 @@ class Judge:
         )
 
     def _lower(self, plan: Plan) -> LoweredPlan:
-        """Plans that differ in their schedule only are lowered once."""
-        stages = tuple(replace(stage, predicted={}) for stage in plan.stages)
-        schedule = replace(plan.schedule, name="any")
-        text = replace(plan, schedule=schedule, stages=stages, predicted={}).to_json()
-        known = self._lowered.get(text)
-        if known is None:
-            known = self._lowered[text] = lower_plan(even(self.bench.graph), plan)
-            if len(self._lowered) > _MOST_LOWERED:
-                self._lowered.popitem(last=False)
-            return known
-        return with_schedule(known, plan.schedule.name, plan.microbatches)
+        return lowered_for_search(self.bench.graph, plan)

@@ -11,6 +11,7 @@ alpa has tables to make for every place then, and comes to few sizes of microbat
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 
@@ -108,20 +109,29 @@ def _fixes(config: SearchConfig) -> bool:
 
 
 def _all(bench: Workbench) -> Iterator[Decisions]:
-    """Every regular plan, those first whose tensor parallelism is half a node or all of it."""
+    """Every regular plan, by the sizes of microbatches that promise most.
+
+    Of each size, those first whose tensor parallelism is half a node, then all of it: what takes
+    time are the stages' costs for each size and each width of tensor parallelism.
+    """
     devices, batch = bench.cluster.n_devices, bench.graph.global_batch
-    sizes = [2**k for k in range(bench.per_node.bit_length()) if 2**k <= bench.per_node]
-    for tensor in sorted(sizes, key=lambda n: (abs(2 * n - bench.per_node), n)):
+    by_batch: dict[int, list[Split]] = {}
+    for split in splits(bench.graph, bench.cluster, bench.config):
+        if split.local_batch in _LOCAL_BATCHES:
+            by_batch.setdefault(split.local_batch, []).append(split)
+    whole = bench.per_node
+    widths = [2**k for k in range(whole.bit_length()) if 2**k <= whole]
+    widths.sort(key=lambda n: (2 * n != whole, n != whole, -n))
+    for local, tensor in itertools.product(bench.by_promise(by_batch) if by_batch else (), widths):
         for groups in range(2, len(bench.units) + 1):
             replicas, rest = divmod(devices, tensor * groups)
             if rest or replicas > bench.graph.max_replicas or batch % replicas:
                 continue
-            for local in _LOCAL_BATCHES:
-                microbatches, left = divmod(batch // replicas, local)
-                if left or microbatches < groups:
+            microbatches, left = divmod(batch // replicas, local)
+            if left or microbatches < groups:
+                continue
+            for chunks in _CHUNKS:
+                if groups * chunks > len(bench.units):
                     continue
-                for chunks in _CHUNKS:
-                    if groups * chunks > len(bench.units):
-                        continue
-                    schedule = "interleaved_zero_bubble" if chunks > 1 else "eager_1f1b"
-                    yield Decisions(replicas, local, tensor, groups, chunks, schedule, used=devices)
+                schedule = "interleaved_zero_bubble" if chunks > 1 else "eager_1f1b"
+                yield Decisions(replicas, local, tensor, groups, chunks, schedule, used=devices)
