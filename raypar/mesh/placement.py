@@ -6,14 +6,12 @@ is refused at once, and an attempt that does not get everything gives everything
 keep contenders from stumbling over each other for ever: each is patient for a random time, so that
 one gives back first and the other gets what it lacks; and who gave back waits a random time
 (exponential backoff with jitter: M. Brooker, "Exponential Backoff and Jitter", AWS Architecture
-Blog, 2015) and until the free resources suffice, or for some seconds, before it tries again. (What
-Ray's control store tells as free may stay behind what is: it hears from a node when something
-changes there, which a try brings about.)
+Blog, 2015) and until the free resources suffice before it tries again. Nothing is given back while
+Ray is placing it (`_remove`).
 """
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,8 +47,8 @@ _LOOK_S = 0.05
 _RENEW_S = 0.2
 _FIRST_BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 2.0
-_ANYWAY_S = 5.0
 _FREEING_S = 5.0
+_PLACING_S = 2.0
 
 
 def acquire(
@@ -91,16 +89,15 @@ def acquire(
     began = time.monotonic()
     end = began + deadline_s
     backoff = _FIRST_BACKOFF_S
-    attempts, tried = 0, -math.inf
+    attempts = 0
     while True:
-        # An autoscaler must see the demand, and what looks free may be out of date: try anyway.
-        if may_grow or time.monotonic() - tried > _ANYWAY_S or _room_now(requests):
+        # An autoscaler must see the demand, and the first look may be out of date: try anyway.
+        if may_grow or not attempts or _room_now(requests):
             attempts += 1
             patience = attempt_s * chance.uniform(1, 3)
             groups = _attempt(requests, min(patience, max(0.0, end - time.monotonic())))
             if groups is not None:
                 return groups
-            tried = time.monotonic()
             backoff = min(2 * backoff, _LONGEST_BACKOFF_S)
         if not may_grow:
             refuse_impossible(requests)  # a node may have died meanwhile
@@ -134,7 +131,7 @@ def release(groups: Sequence[PlacementGroup]) -> None:
     if not ray.is_initialized():
         return
     for group in groups:
-        remove_placement_group(group)
+        _remove(group)
     end = time.monotonic() + _FREEING_S
     for group in groups:
         while _state(group) not in ("REMOVED", "") and time.monotonic() < end:
@@ -257,14 +254,36 @@ def _attempt(requests: Sequence[PlacementRequest], wait_s: float) -> list[Placem
             # there is room by now, asking anew saves that second.
             if time.monotonic() - made > _RENEW_S and _room_now([requests[i] for i in pending]):
                 for i in pending:
-                    remove_placement_group(groups[i])
-                    groups[i] = _create(requests[i])
+                    if not _being_placed(groups[i]) and not groups[i].wait(0):
+                        remove_placement_group(groups[i])
+                        groups[i] = _create(requests[i])
                 made = time.monotonic()
     except BaseException:
         release(groups)
         raise
     release(groups)
     return None
+
+
+def _remove(group: PlacementGroup) -> None:
+    """Removes a group, but not while Ray is placing it.
+
+    On a loaded machine, bundles of a group that is removed at that moment stay taken for ever: Ray
+    shows their resources as taken with no group to show for them.
+    """
+    end = time.monotonic() + _PLACING_S
+    while _being_placed(group) and time.monotonic() < end:
+        time.sleep(0.01)
+    remove_placement_group(group)
+
+
+def _being_placed(group: PlacementGroup) -> bool:
+    """Whether Ray is reserving its bundles right now."""
+    entry = placement_group_table(group)
+    stats = entry.get("stats", {})
+    return entry.get("state") == "PREPARED" or (
+        entry.get("state") == "PENDING" and stats.get("scheduling_state") == "SCHEDULING_STARTED"
+    )
 
 
 def _create(request: PlacementRequest) -> PlacementGroup:
