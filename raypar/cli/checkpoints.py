@@ -115,7 +115,7 @@ def checkpoint_export(
             )
         if form == "dcp":
             files = save_dcp(CheckpointWeights(found, average=ema), output)
-            click.echo(f"wrote {output}: {', '.join(files)}")
+            click.echo(f"wrote {output}: {len(files)} files")
             return
         found.save_safetensors(output, average=ema)
         click.echo(f"wrote {output}")

@@ -48,7 +48,10 @@ def test_torch_loads_the_folder_into_a_model(
         main, ["checkpoint", "export", str(checkpoint), str(out), "--format", "dcp"]
     )
     assert told.exit_code == 0, told.output
-    assert told.output == f"wrote {out}: .metadata, __0_0.distcp\n"
+    files = sorted(path.name for path in out.iterdir())
+    # Tied weights are two tensors, as in the state of the model.
+    assert files == [".metadata", *(f"__0_{i}.distcp" for i in range(len(model.state_dict())))]
+    assert told.output == f"wrote {out}: {len(files)} files\n"
     assert not recwarn.list
     torch.manual_seed(2)
     other = Tied()
