@@ -15,7 +15,7 @@ from raypar.search.config import SearchConfig
 from raypar.search.planners.placement import PlacementPlanner, PlacementSearch
 from raypar.search.simulate import simulate
 from raypar.testing import PLANNER_CHECKS, assert_plan_equivalent, models
-from raypar.testing.planners import plans_without_ray, stack
+from raypar.testing.planners import plans_repeat, plans_without_ray, stack
 
 TOLD = SearchConfig(planner="placement", replicas=1)
 
@@ -35,11 +35,14 @@ def _noncontiguous(case: models.Case, devices: int, microbatches: int) -> Plan:
     return next(p for p in search.plans() if any(chunk for _, chunk in p.schedule.placement))
 
 
+SHOWN = (plans_without_ray, plans_repeat)
+
+
 @pytest.mark.parametrize(
     "check",
-    # It starts a process each time: once is enough for planners of one package.
+    # It starts a process each time, and another search: once is enough for one package.
     [
-        pytest.param(check, marks=[pytest.mark.thorough] * (check is plans_without_ray))
+        pytest.param(check, marks=[pytest.mark.thorough] * (check in SHOWN))
         for check in PLANNER_CHECKS
     ],
     ids=lambda check: check.__name__,
