@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -15,9 +14,9 @@ from raypar._plan_text import count_of, duration
 if TYPE_CHECKING:
     from rich.live import Live
 
+    from raypar.search.progress import Clock
     from raypar.search.record import SearchRecord, TrialRecord
 
-Clock = Callable[[], float]
 _QUIET_S = 10.0
 """Without a terminal, seconds after which a line is written though nothing got better."""
 
@@ -31,10 +30,11 @@ class SearchView:
     """
 
     def __init__(self, live: bool | None = None, clock: Clock = time.monotonic) -> None:
+        from raypar.search.progress import SoFar
+
         self._clock: Clock = clock
-        self._began = clock()
-        self._last = self._began
-        self._trials = 0
+        self._so_far = SoFar(clock)
+        self._last = clock()
         self._best_number = -1
         self._live: Live | None = None
         if live is None:
@@ -61,8 +61,7 @@ class SearchView:
 
     def __call__(self, trial: TrialRecord, best: TrialRecord | None) -> None:
         """Tells of one trial; see `raypar.search.plan.Progress`."""
-        self._trials = max(self._trials, trial.number + 1)
-        line = self._line(trial, best)
+        line = self._so_far.line(trial, best)
         if self._live is not None:
             from rich.text import Text
 
@@ -73,18 +72,6 @@ class SearchView:
         if number != self._best_number or now - self._last >= _QUIET_S:
             self._best_number, self._last = number, now
             click.echo(line, err=True)
-
-    def _line(self, trial: TrialRecord, best: TrialRecord | None) -> str:
-        spent = self._clock() - self._began
-        parts = [f"{count_of(self._trials, 'trial')} in {spent:.0f} s"]
-        step_s = None if best is None else best.best_s
-        if best is None or step_s is None:
-            parts.append("no plan yet")
-        else:
-            parts.append(f"best step {duration(step_s)} by {best.proposer}: {best.words}")
-        if best is None or trial.number != best.number:
-            parts.append(f"now {trial.proposer}: {trial.state}")
-        return "; ".join(parts)
 
 
 def ended(record: SearchRecord) -> list[str]:

@@ -129,9 +129,9 @@ def submit(
             client = JobSubmissionClient(address)
     except _REFUSALS as error:
         raise ClusterError(
-            f"no Ray job server at {address or 'the default address'}: {error}. Give --address "
-            "http://HEAD:8265, the address of the cluster's dashboard (`ray start --head` with "
-            "--include-dashboard=true prints it)"
+            f"no Ray job server at {address or 'the default address'}: {str(error).rstrip('.')}. "
+            "Give --address the address of the cluster's dashboard, as http://10.0.0.1:8265 "
+            "(`ray start --head --include-dashboard=true` prints it)"
         ) from None
     try:
         name = _submitted(client, entrypoint, env)

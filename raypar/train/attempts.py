@@ -132,8 +132,8 @@ class Attempts:
     def _search(self, cluster: Cluster, before: Plan | None) -> Plan:
         display = self._made.display
         try:
-            with display.doing(f"planning for {count_of(cluster.n_devices, 'device')}"):
-                found = find_plan(self._settings, self._made, cluster, before)
+            with display.doing(f"planning for {count_of(cluster.n_devices, 'device')}") as tell:
+                found = find_plan(self._settings, self._made, cluster, before, tell)
         except PlanError as error:
             if not self._failures:
                 raise

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -11,6 +12,9 @@ from typing import Any, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+_QUIET_S = 20.0
+"""Without a terminal, seconds between lines on how far something is."""
 
 
 class Display:
@@ -75,14 +79,27 @@ class Display:
             print(text, file=self._stream, flush=True)
 
     @contextmanager
-    def doing(self, text: str) -> Iterator[None]:
-        """Tells what goes on, before the first step: on a terminal only for as long as it does."""
+    def doing(self, text: str) -> Iterator[Callable[[str], None]]:
+        """Tells what goes on, before the first step: on a terminal only for as long as it does.
+
+        Yields:
+            A function that is told how far it is: on a terminal that is shown at once, elsewhere
+            in a line of its own now and then.
+        """
         if self._bar is None:
             self.say(text)
-            yield
+            last = time.monotonic()
+
+            def say(more: str) -> None:
+                nonlocal last
+                if time.monotonic() - last >= _QUIET_S:
+                    last = time.monotonic()
+                    self.say(f"{text}: {more}")
+
+            yield say
         else:
-            with self._bar.console.status(Text(text)):
-                yield
+            with self._bar.console.status(Text(text)) as status:
+                yield lambda more: status.update(Text(f"{text}: {more}", overflow="ellipsis"))
 
     def __enter__(self) -> Self:
         if self._bar is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,11 +17,16 @@ from raypar.train.metrics_file import told
 from raypar.train.settings import Settings
 
 if TYPE_CHECKING:
+    from raypar.search.record import TrialRecord
     from raypar.train.measure import RayMeasurer
 
 
 def find_plan(
-    settings: Settings, made: Prepared, cluster: Cluster, before: Plan | None = None
+    settings: Settings,
+    made: Prepared,
+    cluster: Cluster,
+    before: Plan | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Plan:
     """Searches a plan, and writes ``search.json`` into the run's folder.
 
@@ -30,6 +35,7 @@ def find_plan(
         made: The run.
         cluster: The devices.
         before: The plan that the run had until now, if it had one.
+        tell: Is told how far the search is.
 
     Raises:
         PlanError: Nothing fits.
@@ -38,6 +44,13 @@ def find_plan(
     # Only here does train/ need a search.
     from raypar.search.config import SearchConfig
     from raypar.search.plan import search
+    from raypar.search.progress import SoFar
+
+    so_far = SoFar()
+
+    def progress(trial: TrialRecord, best: TrialRecord | None) -> None:
+        if tell is not None:
+            tell(so_far.line(trial, best))
 
     config = settings.search or SearchConfig()
     before = before or (made.resume.plan if made.resume is not None else None)
@@ -60,7 +73,9 @@ def find_plan(
             if measures:
                 warm.prepare()
         measurer = warm if measures else None
-        found = search(made.graph, cluster, config, measurer=measurer, profiler=warm)
+        found = search(
+            made.graph, cluster, config, measurer=measurer, profiler=warm, progress=progress
+        )
     with told(made.folder):
         (made.folder / "search.json").write_text(found.record.to_json() + "\n")
         if found.record.stopped == "interrupted":  # a search then ends with its best; a run ends

@@ -106,8 +106,9 @@ def test_what_goes_on_before_the_first_step_stays_on_a_terminal_no_longer_than_t
     plain, terminal, quiet = io.StringIO(), Terminal(), io.StringIO()
     for out, every in ((plain, 1), (terminal, 1), (quiet, 0)):
         display = Display(5, every, out)
-        with display.doing("planning for [4] devices"):
+        with display.doing("planning for [4] devices") as tell:
             display.say("measured 2 plans")
+            tell("[3] trials")
         display.say("planned in 1.0 s")
     assert plain.getvalue().splitlines() == [
         "planning for [4] devices",
@@ -116,8 +117,20 @@ def test_what_goes_on_before_the_first_step_stays_on_a_terminal_no_longer_than_t
     ]
     lines = [line.split("\r")[-1] for line in terminal.getvalue().splitlines()]
     assert [line for line in lines if "measured" in line or "planned" in line]
+    assert "planning for [4] devices: [3] trials" in terminal.getvalue()
     assert terminal.getvalue().rstrip().endswith("planned in 1.0 s")
     assert quiet.getvalue() == ""
+
+
+def test_without_a_terminal_progress_is_told_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("raypar.train.display.time.monotonic", lambda: now[0])
+    out = io.StringIO()
+    with Display(5, 1, out).doing("planning") as tell:
+        for second in (1.0, 20.0, 21.0, 41.0):
+            now[0] = second
+            tell(f"{second:g} s")
+    assert out.getvalue().splitlines() == ["planning", "planning: 20 s", "planning: 41 s"]
 
 
 def test_a_run_goes_on_though_its_log_was_damaged(tmp_path: Path) -> None:

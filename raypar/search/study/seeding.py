@@ -110,12 +110,18 @@ class Seeding:
                 self._other_schedules(decisions, axes)
 
     def _other_schedules(self, decisions: Decisions, axes: int | None) -> None:
-        """Looks at the best plan under other schedules: its stages are lowered already."""
+        """Looks at the best plan under other schedules, while there is time.
+
+        Its stages are lowered already; but where another schedule holds too much, they are
+        sharded and lowered anew.
+        """
         space = self.judge.space
         for name in space.schedules if decisions.chunks == 1 else space.interleaved:
             other = replace(decisions, schedule=name)
-            if self.room() <= 0 or other in self.known:
+            if other in self.known:
                 continue
+            if self.room() <= 0 or time.perf_counter() > self.began + self.budget_s:
+                return
             outcome = self.known[other] = self.judge.look(other, axes=axes)
             if outcome.plan is not None:
                 asked = self.proposals.near_plan(outcome.plan, REGULAR)

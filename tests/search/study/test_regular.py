@@ -147,6 +147,20 @@ def _seeding(
     )
 
 
+def _that_tells_the_best(
+    judge: Judge, ago_s: float = 0.0
+) -> tuple[Seeding, list[tuple[str, Outcome]]]:
+    written: list[tuple[str, Outcome]] = []
+
+    def best() -> Plan | None:
+        kept = [outcome for _, outcome in written if outcome.state == "kept"]
+        return min(kept, key=lambda outcome: outcome.predicted_s).plan if kept else None
+
+    its = _seeding(judge, written, ago_s, best=best)
+    its.room = lambda: 100
+    return its, written
+
+
 def test_regular_plans_come_before_planners_that_are_asked_although_time_is_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -173,14 +187,7 @@ def test_regular_plans_come_before_planners_that_are_asked_although_time_is_over
 
 def test_the_best_is_looked_at_under_the_other_schedules_at_once() -> None:
     judge = _judge()
-    written: list[tuple[str, Outcome]] = []
-
-    def best() -> Plan | None:
-        kept = [outcome for _, outcome in written if outcome.state == "kept"]
-        return min(kept, key=lambda outcome: outcome.predicted_s).plan if kept else None
-
-    its = _seeding(judge, written, best=best)
-    its.room = lambda: 100
+    its, written = _that_tells_the_best(judge)
     its.regular()
     (first, *_) = regular_plans(judge.drafter)
     names = judge.space.schedules if first.chunks == 1 else judge.space.interleaved
@@ -192,6 +199,12 @@ def test_the_best_is_looked_at_under_the_other_schedules_at_once() -> None:
         played = its.known[replace(first, schedule=name)].plan
         assert played is not None
         assert played.schedule.name == name
+
+
+def test_other_schedules_are_left_out_when_time_is_over() -> None:
+    its, written = _that_tells_the_best(_judge(), ago_s=76.0)
+    its.regular()
+    assert [name for name, _ in written] == ["regular"]
 
 
 @pytest.mark.parametrize("faster", [1, None])
