@@ -108,6 +108,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             f"{path}: a config is a mapping of {', '.join(Config.model_fields)}; "
             f"found {show(tree)}. `raypar config` prints a complete one"
         )
+    if "graph_hash" in tree:
+        raise ConfigError(
+            f"{path} is a plan, not a config: give the config of the run, and the plan beside it "
+            f"as --plan {path}"
+        )
     said: dict[str, str] = {}
     for override in overrides:
         key, equals, value = override.partition("=")

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 def probe(address: str | None, processes: int | None, out: str | None) -> None:
     """Measure devices and links, and keep what was found.
 
-    Plans and predictions then go by that instead of a device table. It takes under a minute.
+    Plans and predictions then go by that instead of a device table. It takes under a minute, and
+    longer where processes share cores.
     """
     if address is not None and processes is not None:
         raise click.UsageError("give --address or --local, not both")

@@ -61,6 +61,13 @@ class Devices:
         session = connect(num_cpus=max(needed, os.cpu_count() or 1, _least(self._settings)))
         stack.callback(session.close)
         signals.take()
+        cores = os.cpu_count() or 1
+        if session.private and needed > cores:
+            self._tell(
+                "ray",
+                f"{needed} ranks share the {count_of(cores, 'core')} of this machine: steps take "
+                "longer than is foreseen, which is for a core each",
+            )
         if session.shared_cpus is not None:
             self._shared = (
                 f"this run shares the Ray with {session.shared_cpus} CPUs that another run of this "

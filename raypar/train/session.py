@@ -66,6 +66,7 @@ class RaySession:
 
     Attributes:
         seconds: What starting or connecting took.
+        private: Whether it is to a Ray on this machine that raypar started.
         shared_cpus: Logical CPUs of a private Ray that another run of this process started, for
             itself, and that this one uses as well; else None.
     """
@@ -73,6 +74,7 @@ class RaySession:
     def __init__(self, connection: _Connection | None = None) -> None:
         global _begun
         self.seconds = 0.0
+        self.private = connection is not None and connection.cpus is not None
         self.shared_cpus = connection.cpus if connection and connection.users else None
         self._connection = connection
         if connection is not None:

@@ -163,6 +163,15 @@ def test_a_file_that_is_no_mapping(tmp_path: Path, text: str) -> None:
     assert "a config is a mapping of model, data" in error_of(path)
 
 
+def test_a_plan_that_is_given_as_the_config(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text('{"format": 1, "graph_hash": "3f", "stages": []}')
+    assert error_of(path) == (
+        f"{path} is a plan, not a config: give the config of the run, and the plan beside it as "
+        f"--plan {path}"
+    )
+
+
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     assert "No such file" in error_of(tmp_path / "none.yaml")
     assert "cannot read config file" in error_of(tmp_path)

@@ -237,10 +237,11 @@ def test_too_few_devices_of_another_run_s_ray_are_told_with_whose_it_is(
 ) -> None:
     monkeypatch.setattr(
         "raypar.train.session.connect",
-        lambda **_: SimpleNamespace(shared_cpus=2, close=lambda: None),
+        lambda **_: SimpleNamespace(private=True, shared_cpus=2, close=lambda: None),
     )
     monkeypatch.setattr("raypar.mesh.discover.devices_now", lambda _: 2)
     monkeypatch.setattr("raypar.mesh.autoscaler.has_autoscaler", lambda: False)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
     told: list[str] = []
     settings = trainer(tmp_path, 0, scaling_config=rp.ScalingConfig(num_workers=4)).settings
     devices = Devices(settings, lambda kind, text: told.append(f"{kind}: {text}"))
@@ -250,6 +251,24 @@ def test_too_few_devices_of_another_run_s_ray_are_told_with_whose_it_is(
         assert told[0].startswith("ray: this run shares the Ray with 2 CPUs")
         with pytest.raises(rp.ClusterError, match=r"needs 4 devices.* 2 devices.*shares the Ray"):
             devices.find(None)
+
+
+@pytest.mark.parametrize(("private", "workers"), [(True, 3), (True, 2), (False, 3)])
+def test_ranks_that_share_cores_are_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private: bool, workers: int
+) -> None:
+    monkeypatch.setattr(
+        "raypar.train.session.connect",
+        lambda **_: SimpleNamespace(private=private, shared_cpus=None, close=lambda: None),
+    )
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    told: list[str] = []
+    settings = trainer(tmp_path, 0, scaling_config=rp.ScalingConfig(num_workers=workers)).settings
+    with ExitStack() as stack, terminating() as signals:
+        Devices(settings, lambda _, text: told.append(text)).connect(None, signals, stack)
+    assert [text.partition(":")[0] for text in told] == [
+        "3 ranks share the 2 cores of this machine"
+    ] * (private and workers > 2)
 
 
 def test_an_autoscaler_that_brought_too_few_names_the_time_to_give_it(
