@@ -52,6 +52,7 @@ __all__ = [
     "overload_name",
     "pytree",
     "raw_callable",
+    "recording",
     "schema_name",
     "set_validation",
     "silent_fakes",
@@ -77,6 +78,14 @@ def fake_mode() -> FakeTensorMode:
     """A fake tensor mode that knows data-dependent sizes (unbacked symbols)."""
     env = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=True)
     return FakeTensorMode(shape_env=env, allow_non_fake_inputs=True, static_shapes=True)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """While open, autograd records ops, also inside of an op that a dispatch mode was handed."""
+    below = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(below, False), torch.enable_grad():
+        yield
 
 
 def forgetting_sizes(mode: FakeTensorMode) -> contextlib.AbstractContextManager[Any]:

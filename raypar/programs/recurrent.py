@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from raypar.compat import recording
 from raypar.graph.passes.emit import bound_args, is_op, op_name
 
 _LIBRARY = torch.library.Library("raypar", "FRAGMENT")
@@ -103,7 +104,7 @@ def _backward(
     everything = [input, *hidden, *params]
     leaves = [t.detach().requires_grad_(want) for t, want in zip(everything, wanted, strict=True)]
     count = len(hidden)
-    with torch.enable_grad():
+    with recording():
         outputs = _layer(
             kind,
             leaves[0],
