@@ -87,6 +87,7 @@ class AlpaSearch:
         self.config = config
         self.most_stages = max(MOST_STAGES, least)
         self.kept: list[Candidate] = []
+        self._before: Candidate | None = None  # the best of a search with more memory
         budget_s = float("inf") if config.budget_s == "auto" else config.budget_s
         self._deadline = time.perf_counter() + budget_s
 
@@ -108,6 +109,8 @@ class AlpaSearch:
         """
         fraction = share * self.config.memory_fraction
         self.bench = self.bench.like(replace(self.config, memory_fraction=fraction))
+        late = time.perf_counter() > self._deadline
+        self._before = self.kept[0] if self.kept and late else None
         self.kept = []
         found = self.search()
         late = time.perf_counter() > self._deadline
@@ -120,7 +123,8 @@ class AlpaSearch:
         former are tried with all sizes of microbatches before the latter, which begin with the
         sizes that were best. A single size needs no such order, unless devices differ: every place
         has tables of its own then, so that there may be no time for two axes, nor for all sizes of
-        microbatches, of which the most promising come first.
+        microbatches, of which the most promising come first. Where a search with more memory took
+        all the time, its best way to cut the batch comes first: it may be the only one.
         """
         by_size: dict[int, list[Split]] = {}
         for split in splits(self.graph, self.cluster, self.config):
@@ -128,6 +132,9 @@ class AlpaSearch:
         reached: dict[int, float] = {}
         if len(by_size) > 1 or not self.bench.alike:
             first = sorted(by_size) if self.bench.alike else self.bench.by_promise(by_size)
+            if self._before is not None:
+                best = self._before.split.local_batch
+                first = sorted(first, key=lambda size: size != best)
             reached = self._walk([(size, by_size[size]) for size in first], Wish(axes=1))
         if len(by_size) == 1 or self.bench.maker.most_axes > 1:
             order = sorted(by_size, key=lambda size: (reached.get(size, float("inf")), size))
@@ -142,9 +149,11 @@ class AlpaSearch:
         """
         worse = 0
         reached: dict[int, float] = {}
+        again = self._before.split if self._before else None
         for size, group in groups:
             before = self._limit()
-            for _, split, sizes in sorted(self._promising(group), key=lambda one: one[0]):
+            promising = sorted(self._promising(group), key=lambda one: (one[1] != again, one[0]))
+            for _, split, sizes in promising:
                 if self._over():
                     return reached
                 self._try(split, sizes, wish)
@@ -190,13 +199,19 @@ class AlpaSearch:
         smallest = min(sizes)
         if min(sizes.values()) >= self._worst():
             return
+        again = set()
+        if self._before is not None and self._before.split == split:
+            again = {stage.devices for stage in self._before.pipeline.stages}
         # The most promising come first: time may be over before all sizes have their tables.
-        for size, least in sorted(sizes.items(), key=lambda item: (item[1], item[0])):
+        for size, least in sorted(
+            sizes.items(), key=lambda item: (item[0] not in again, item[1], item[0])
+        ):
             if size > self.bench.per_node and self._stays_inside():
                 continue  # over nodes only where that was best before
             if least >= self._worst() and split.devices // smallest > MIXED_SLOTS:
                 continue
-            if (self.kept or tables) and time.perf_counter() > self._deadline:
+            late = time.perf_counter() > self._deadline
+            if (self.kept or tables) and late and size not in again:
                 break
             found = self.bench.tables(split, size, smallest, wish)
             if found:
