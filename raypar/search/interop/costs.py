@@ -93,6 +93,7 @@ def unit_costs(
     n_units: int,
     machine: MeshMachine,
     settings: IntraSettings,
+    twins: Mapping[fx.Node, fx.Node] | None = None,
 ) -> UnitCosts:
     """Adds up the ops and conversions of every unit.
 
@@ -102,10 +103,11 @@ def unit_costs(
         n_units: Number of units.
         machine: The mesh.
         settings: As for the intra-op program; the recompute policy plays no part.
+        twins: As for `Prices`.
     """
     found = UnitCosts(largest=np.zeros(n_units))
     for policy in RECOMPUTE_POLICIES:
-        prices = Prices(sharded.graph, machine, replace(settings, recompute=policy))
+        prices = Prices(sharded.graph, machine, replace(settings, recompute=policy), twins)
         seconds, saved = np.zeros(n_units), np.zeros(n_units)
         _add_ops(sharded, prices, unit_of, seconds, saved, found.largest)
         n_axes = len(prices.mesh)

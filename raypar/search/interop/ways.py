@@ -35,6 +35,7 @@ from raypar.search.intra.allowed import allow
 from raypar.search.intra.forms import take_forms
 from raypar.search.intra.planner import OutOfTimeError, plan_intra
 from raypar.search.intra.settings import Graph, IntraSettings, read_graph
+from raypar.search.intra.ties import twins_of
 from raypar.sharding.blocks import annotate_blocks
 from raypar.sharding.rules.base import Strategy
 from raypar.sharding.strategies import whole
@@ -91,6 +92,7 @@ class _Short:
 
     graph: fx.Graph
     read: Graph
+    twins: dict[fx.Node, fx.Node]
     unit_of: dict[str, int]
     crossing: np.ndarray
 
@@ -232,7 +234,9 @@ class WayMaker:
             share = local_batch / self.graph.global_batch
             crossing = np.array(self.units.crossing[:-1], dtype=float) * share
             read = read_graph(graph, self._trainable)
-            known = self._short[local_batch] = _Short(graph, read, unit_of, crossing)
+            known = self._short[local_batch] = _Short(
+                graph, read, twins_of(read), unit_of, crossing
+            )
         return known
 
     def _shard(
@@ -287,7 +291,7 @@ class WayMaker:
             op: found.get(str(op.meta["id"])) or whole(op, len(axes)) for op in short.read.ops
         }
         sharded = Sharded.of(short.read, chosen, len(axes))
-        costs = unit_costs(sharded, short.unit_of, len(self.units), machine, settings)
+        costs = unit_costs(sharded, short.unit_of, len(self.units), machine, settings, short.twins)
         texts: dict[int, dict[str, str]] = {}
         for op, strategy in chosen.items():
             if any(s != "R" for spec in (*strategy.inputs, *strategy.outputs) for s in spec):

@@ -48,27 +48,37 @@ class _Reduction:
                  for r in x.readers], x.cost, x.saved)
             for x in problem.links
         ]  # fmt: skip
+        self.touching: list[list[Link]] = [[] for _ in self.decisions]
+        """Decision → its links, in their order."""
+        self.kept_apart: set[Link] = set()
+        """Links whose ends cannot be merged, as long as neither of them changes."""
 
     def run(self) -> None:
-        self._fold()
+        self._fold(self.links)
+        self.links = [link for link in self.links if self._matters(link)]
+        for link in self.links:
+            for at in link.members:
+                self.touching[at].append(link)
         for at in range(len(self.decisions)):
             self._shrink(at)
         while self._merge_once():
             pass
 
-    def _touching(self, at: int) -> list[Link]:
-        return [x for x in self.links if at in x.members]
+    def _matters(self, link: Link) -> bool:
+        return bool(np.any(link.cost)) or (self.memory and any(r.saves for r in link.readers))
 
-    def _fold(self) -> None:
-        """Links that depend on one decision become part of its costs."""
-        rest = []
-        for link in self.links:
+    def _fold(self, links: list[Link]) -> None:
+        """Those of some links that depend on one decision become part of its costs."""
+        gone = set()
+        for link in links:
             own = link.members == {link.source}
             if own and (self.tied or link.count == self.decisions[link.source].count == 1):
                 self._fold_one(link)
-            elif np.any(link.cost) or (self.memory and any(r.saves for r in link.readers)):
-                rest.append(link)
-        self.links = rest
+                gone.add(link)
+        if gone:
+            self.links = [x for x in self.links if x not in gone]
+            for at in {link.source for link in gone}:
+                self.touching[at] = [x for x in self.touching[at] if x not in gone]
 
     def _fold_one(self, link: Link) -> None:
         decision = self.decisions[link.source]
@@ -81,7 +91,7 @@ class _Reduction:
     def _signature(self, at: int, without: Link | None = None) -> Indices:
         """Per option the states that links see."""
         columns: list[Indices] = []
-        for link in self._touching(at):
+        for link in self.touching[at]:
             if link is without:
                 continue
             if link.source == at:
@@ -107,7 +117,7 @@ class _Reduction:
             return
         decision.seconds, decision.nbytes = decision.seconds[kept], decision.nbytes[kept]
         decision.picks = {d: p[kept] for d, p in decision.picks.items()}
-        for link in self._touching(at):
+        for link in self.touching[at]:
             if link.source == at:
                 link.states = link.states[kept]
             for reader in link.readers:
@@ -139,7 +149,7 @@ class _Reduction:
         # worse[a, b]: most that b costs more than a; heavier: the same for bytes.
         worse = decision.seconds[None, :] - decision.seconds[:, None]
         heavier = decision.nbytes[None, :] - decision.nbytes[:, None]
-        for link in self._touching(at):
+        for link in self.touching[at]:
             more, bytes_more = _worst(link, at)
             worse = worse + more
             heavier = heavier + bytes_more
@@ -155,12 +165,15 @@ class _Reduction:
 
     def _merge_once(self) -> bool:
         for link in self.links:
-            if len(link.readers) != 1 or link.source == link.readers[0].decision:
+            if len(link.readers) != 1 or link in self.kept_apart:
+                continue
+            if link.source == link.readers[0].decision:
                 continue
             a, b = link.source, link.readers[0].decision
             counts = {link.count, self.decisions[a].count, self.decisions[b].count}
             if not self.tied and len(counts) > 1:
                 continue
+            self.kept_apart.add(link)
             left = _number(self._signature(a, link))
             right = _number(self._signature(b, link))
             pairs = (int(left.max()) + 1) * (int(right.max()) + 1)
@@ -188,7 +201,9 @@ class _Reduction:
         picks = {d: p[i] for d, p in one.picks.items()}
         picks |= {d: p[j] for d, p in two.picks.items()}
         self.links.remove(link)
-        for other in self.links:
+        theirs = [x for x in self.touching[a] if x is not link]
+        theirs += [x for x in self.touching[b] if x is not link and x not in theirs]
+        for other in theirs:
             if other.source == a:
                 other.states = other.states[i]
             elif other.source == b:
@@ -200,8 +215,11 @@ class _Reduction:
                     reader.wants, reader.decision = reader.wants[j], a
         self.decisions[a] = Decision(one.name, one.count, seconds[kept], nbytes[kept], picks)
         self.decisions[b] = Decision(two.name, two.count, np.zeros(0), np.zeros(0), {})
-        self._fold()
+        at = {x: i for i, x in enumerate(self.links)}
+        self.touching[a], self.touching[b] = sorted(theirs, key=at.__getitem__), []
+        self._fold(self.touching[a])
         self._shrink(a)
+        self.kept_apart.difference_update(self.touching[a])
 
 
 def _number(signature: Indices) -> Indices:

@@ -8,28 +8,58 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import fx
 
 from raypar.graph.costs import size_of
 from raypar.graph.passes.emit import op_name
 from raypar.search.cost.machine import MeshMachine
-from raypar.search.cost.quick import op_work, seconds_of
+from raypar.search.cost.quick import OpWork, op_work, seconds_of
 from raypar.search.cost.work import node_work
 from raypar.sharding.local_call import local_graph
 from raypar.sharding.rules.base import OpView, Strategy, find_localiser, is_tensor
 
 
-class Calls(NamedTuple):
-    """What stands in place of one op on a rank.
+class Leg(NamedTuple):
+    """A conversion among the calls.
 
     Attributes:
-        nodes: The calls in order, of local shape.
-        flowing: Those whose results get a gradient.
+        axis: The mesh axis.
+        there: What is done going forward.
+        back: What is done with the gradient.
+        before: Bytes of one rank's part before.
+        after: And after.
+        flows: Whether its result gets a gradient.
     """
 
-    nodes: tuple[fx.Node, ...]
-    flowing: frozenset[fx.Node]
+    axis: str
+    there: str
+    back: str
+    before: int
+    after: int
+    flows: bool
+
+
+class Done(NamedTuple):
+    """A call that computes.
+
+    Attributes:
+        work: What it does.
+        product: Whether it is a matrix product.
+        flows: Whether its result gets a gradient.
+    """
+
+    work: OpWork
+    product: bool
+    flows: bool
+
+
+Calls = tuple[Leg | Done, ...]
+"""What stands in place of one op on a rank, in order."""
+
+_known: WeakKeyDictionary[fx.Graph, dict[object, Calls | None]] = WeakKeyDictionary()
+"""Graph → calls of its ops: the same for all kinds of devices, links and policies."""
 
 
 def local_calls(
@@ -54,6 +84,19 @@ def local_calls(
         return None
     if not all(is_tensor(a.meta.get("val")) and _sized(a) for a in (node, *node.all_input_nodes)):
         return None
+    known = _known.setdefault(node.graph, {})
+    key = node, strategy, tuple(axes), tuple(wants_gradient)
+    if key not in known:
+        known[key] = _written(node, strategy, axes, wants_gradient)
+    return known[key]
+
+
+def _written(
+    node: fx.Node,
+    strategy: Strategy,
+    axes: Sequence[tuple[str, int]],
+    wants_gradient: Sequence[bool],
+) -> Calls | None:
     graph = local_graph(OpView(node), strategy, axes)
     holders = graph.find_nodes(op="placeholder")
     flowing = {holder for holder, wants in zip(holders, wants_gradient, strict=True) if wants}
@@ -63,7 +106,18 @@ def local_calls(
     for call in nodes:
         if op_name(call) != "detach" and flowing.intersection(call.all_input_nodes):
             flowing.add(call)
-    return Calls(nodes, frozenset(flowing))
+    return tuple(_leg(n, flowing) if op_name(n) == "convert" else _done(n, flowing) for n in nodes)
+
+
+def _leg(node: fx.Node, flowing: set[fx.Node]) -> Leg:
+    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    before, after = size_of(source.meta["val"]), size_of(node.meta["val"])
+    axis, there, back = str(node.args[5]), str(node.args[1]), str(node.args[2])
+    return Leg(axis, there, back, before, after, node in flowing)
+
+
+def _done(node: fx.Node, flowing: set[fx.Node]) -> Done:
+    return Done(op_work(node, flowing), node_work(node).matmul, node in flowing)
 
 
 def price_of(
@@ -83,26 +137,21 @@ def price_of(
         for backward, those of products left out: who reads a product holds it.
     """
     forward = backward = again = saved = 0.0
-    for node in calls.nodes:
-        if op_name(node) == "convert":
-            source: fx.Node = node.args[0]  # type: ignore[assignment]
-            before, after = size_of(source.meta["val"]), size_of(node.meta["val"])
-            axis, there, back = str(node.args[5]), str(node.args[1]), str(node.args[2])
-            seconds = leg_s(axis, there, before, after)
+    for call in calls:
+        if isinstance(call, Leg):
+            seconds = leg_s(call.axis, call.there, call.before, call.after)
             forward += seconds
             again += seconds if recompute == "full" else 0.0
-            if node in calls.flowing:
-                backward += leg_s(axis, back, after, before)
+            if call.flows:
+                backward += leg_s(call.axis, call.back, call.after, call.before)
             continue
-        work = op_work(node, calls.flowing)
-        own = seconds_of(work, machine)
-        product = node_work(node).matmul
+        own = seconds_of(call.work, machine)
         forward += own.forward
-        if recompute == "full" or (recompute == "selective" and not product):
+        if recompute == "full" or (recompute == "selective" and not call.product):
             again += own.forward
-        if node in calls.flowing:
+        if call.flows:
             backward += own.backward_input + own.backward_weight
-            saved += 0.0 if product else work.saved_bytes
+            saved += 0.0 if call.product else call.work.saved_bytes
     return forward, backward + again, saved if recompute == "none" else 0.0
 
 

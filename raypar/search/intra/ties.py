@@ -57,27 +57,44 @@ def split(classes: Sequence[Sequence[fx.Node]], parts: int) -> list[list[fx.Node
     return found
 
 
+def twins_of(graph: Graph) -> dict[fx.Node, fx.Node]:
+    """Op → the first op that does the same on tensors that lie the same, itself perhaps."""
+    first: dict[Hashable, fx.Node] = {}
+    found: dict[fx.Node, fx.Node] = {}
+    for op in graph.ops:
+        reads = graph.reads[op]
+        same = tuple(reads.index(value) for value in reads)
+        lie = tuple(str(value.tensor.stride()) for value in (*reads, *graph.makes[op]))
+        found[op] = first.setdefault((_deed(graph, op), same, lie), op)
+    return found
+
+
 def _own_colours(
     graph: Graph, options: Mapping[fx.Node, Sequence[Strategy]]
 ) -> dict[fx.Node, Hashable]:
     """What an op does by itself; its module path without numbers."""
-    number: dict[tuple[object, ...], int] = {}
+    number: dict[Hashable, int] = {}
     found: dict[fx.Node, Hashable] = {}
     for op in graph.ops:
         pattern = pattern_of(str(op.meta["id"]))
         # Which of several like it an op is counts from the start of its module: of a numbered one.
         path = pattern if "*" in pattern else pattern.partition("/")[0]
-        lists: list[Hashable] = [op.target, path]
-        lists.append(tuple(options[op]) if len(options[op]) < 2 else id(options[op]))
-        for leaf in pytree.tree_leaves((op.args, op.kwargs)):
-            lists.append(None if isinstance(leaf, fx.Node) else str(leaf))
-        for value in graph.reads[op]:
-            kind = value.id.partition(":")[0] if value.node.op == "placeholder" else "op"
-            lists.append((kind, value.form, value in graph.flow))
-        lists.append(any(v in graph.flow for v in graph.makes[op]))
-        key = tuple(lists)
+        choices = tuple(options[op]) if len(options[op]) < 2 else id(options[op])
+        key = path, choices, _deed(graph, op)
         found[op] = number.setdefault(key, len(number))
     return found
+
+
+def _deed(graph: Graph, op: fx.Node) -> Hashable:
+    """What an op does, on which shapes, and which gradients it makes."""
+    parts: list[Hashable] = [op.target, str(op.meta.get("autocast"))]
+    for leaf in pytree.tree_leaves((op.args, op.kwargs)):
+        parts.append(None if isinstance(leaf, fx.Node) else str(leaf))
+    for value in graph.reads[op]:
+        kind = value.id.partition(":")[0] if value.node.op == "placeholder" else "op"
+        parts.append((kind, value.form, value in graph.flow))
+    parts.append(any(v in graph.flow for v in graph.makes[op]))
+    return tuple(parts)
 
 
 def _refine(graph: Graph, colours: Mapping[fx.Node, Hashable]) -> dict[fx.Node, Hashable]:
