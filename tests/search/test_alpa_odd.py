@@ -16,6 +16,7 @@ from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster, Node
 from raypar.mesh.devices import DeviceKind, Link, device_kind
 from raypar.search.interop import ways
+from raypar.search.interop.space import Split
 from raypar.search.intra.planner import OutOfTimeError
 from raypar.search.planners.alpa import AlpaSearch
 from raypar.search.simulate import simulate
@@ -144,6 +145,42 @@ def test_a_search_whose_time_is_over_gives_what_it_has(monkeypatch: pytest.Monke
     hasty = alpa(cluster, budget_s=1e-9)
     assert len(tried) == 1 < count
     assert hasty.predicted["step_s"] >= whole.predicted["step_s"]
+
+
+def test_a_second_search_without_time_begins_with_the_best_of_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With less memory: what is otherwise tried first may fit, and be far slower."""
+    tried: list[tuple[Split, list[int]]] = []
+    real = AlpaSearch._try
+
+    def noted(self: AlpaSearch, split: Any, sizes: Any, wish: Any) -> None:
+        solved: list[int] = []
+        tables = self.bench.tables
+
+        def counted(of: Split, size: int, *rest: Any) -> Any:
+            solved.append(size)
+            return tables(of, size, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(self.bench, "tables", counted)
+            real(self, split, sizes, wish)
+        tried.append((split, solved))
+
+    monkeypatch.setattr(AlpaSearch, "_try", noted)
+    search = AlpaSearch(captured("gpt"), nodes((slow("one"), 4)), rp.SearchConfig())
+    search.search()
+    best = search.kept[-1]  # not the one that every search begins with
+    sizes = {stage.devices for stage in best.pipeline.stages}
+    assert best.split != tried[0][0]
+    tried.clear()
+    search.kept, search._deadline = [best], 0.0
+    search._plans(0.9)
+    (split, solved), *rest = tried
+    assert split == best.split
+    assert not rest
+    assert set(solved) == sizes
+    assert search.kept[0].split == split
 
 
 def test_meshes_with_two_axes_are_tried_last_from_the_best_microbatches_on(

@@ -21,9 +21,11 @@ from raypar.search.cost.machine import MeshMachine, machine_of
 from raypar.search.intra.prices import OpPrice, Prices
 from raypar.search.intra.rewritten import local_calls, price_of
 from raypar.search.intra.settings import IntraSettings, read_graph
+from raypar.search.intra.ties import twins_of
 from raypar.sharding.lower import lower
 from raypar.sharding.rules.base import OpView, Strategy
 from raypar.sharding.strategies import strategies, whole
+from tests.search.test_alpa_odd import captured
 
 ROWS, CLASSES = 4096, 8192
 FOUR = MeshSlice((0, 1, 2, 3), (1, 4), ("data", "x"))
@@ -126,6 +128,35 @@ def test_an_op_on_smaller_tensors_is_not_written_anew() -> None:
         cuts_classes = str(strategy.inputs[0]) == "S1"
         assert (calls is not None) == cuts_classes
     assert found.price.saved >= ROWS * CLASSES / 4 * 4
+
+
+def test_calls_are_written_once_for_all_devices_and_policies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = case(softmax, "softmax")
+    read = read_graph(found.clean, None)
+    prices = {r: Prices(read, ON, IntraSettings(recompute=r)) for r in ("none", "full")}
+    strategy = _by_classes(found.op)
+    first = {r: p.op(found.op, strategy) for r, p in prices.items()}
+    slower = Prices(read, SLOW, IntraSettings()).op(found.op, strategy)
+    monkeypatch.setattr("raypar.search.intra.rewritten.local_graph", None)
+    again = Prices(read_graph(found.clean, None), ON, IntraSettings()).op(found.op, strategy)
+    assert again == first["none"]
+    assert first["full"].backward_s > first["none"].backward_s
+    assert slower.forward_s > first["none"].forward_s
+    with pytest.raises(TypeError):  # another gradient: other calls
+        local_calls(found.op, strategy, (("x", 4),), (False,))
+
+
+def test_twins_cost_the_same() -> None:
+    graph = captured("gpt", 4)
+    read = read_graph(graph.at(4).graph, None)
+    twins = twins_of(read)
+    assert len(set(twins.values())) < len(twins) / 2
+    prices = Prices(read, ON, IntraSettings(microbatches=2))
+    for op, twin in twins.items():
+        for strategy in strategies(op, (4,)):
+            assert prices.op(op, strategy) == prices.op(twin, strategy), op
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
