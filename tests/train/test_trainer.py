@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import raypar as rp
 from raypar.errors import ConfigError
 from raypar.graph.autocast import under_autocast
-from raypar.search.plan import Found, search
+from raypar.search.plan import Found, Progress, search
 from raypar.search.record import SearchRecord
 from raypar.stages import compiled
 from raypar.testing import random_plan
@@ -124,9 +124,14 @@ def test_a_plan_of_the_model_without_its_precision_is_told_as_such(
 def test_an_interrupted_search_ends_the_run_and_keeps_its_best_plan(
     fit: Callable[..., rp.Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*given: Any, measurer: Any, profiler: Any) -> Found:
+    told: list[str] = []
+    monkeypatch.setattr("raypar.train.display._QUIET_S", -1.0)
+    monkeypatch.setattr("raypar.train.display.Display.say", lambda _, text: told.append(text))
+
+    def interrupted(*given: Any, measurer: Any, profiler: Any, progress: Progress) -> Found:
         assert measurer is profiler is None  # nothing is measured where there is no Ray
         found = search(*given)
+        progress(found.record.trials[0], found.record.trials[0])
         return Found(found.plan, replace(found.record, stopped="interrupted"))
 
     monkeypatch.setattr("raypar.search.plan.search", interrupted)
@@ -134,6 +139,8 @@ def test_an_interrupted_search_ends_the_run_and_keeps_its_best_plan(
         fit()
     (path,) = tmp_path.glob("**/plan.json")
     assert rp.Plan.load(path).planner == "uniform"
+    assert told[-2].startswith("planning for 2 devices")
+    assert told[-1].startswith("planning for 2 devices: 1 trial in 0 s")
     assert SearchRecord.from_json((path.parent / "search.json").read_text()).stopped
     assert "KeyboardInterrupt" in (path.parent / "result.json").read_text()
 
