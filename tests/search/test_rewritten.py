@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +20,7 @@ from raypar.plan import MeshSlice
 from raypar.search.cost.base import StageCode
 from raypar.search.cost.exact import piece_cost, stage_pieces
 from raypar.search.cost.machine import MeshMachine, machine_of
+from raypar.search.intra import rewritten
 from raypar.search.intra.prices import OpPrice, Prices
 from raypar.search.intra.rewritten import local_calls, price_of
 from raypar.search.intra.settings import IntraSettings, read_graph
@@ -146,6 +149,18 @@ def test_calls_are_written_once_for_all_devices_and_policies(
     assert slower.forward_s > first["none"].forward_s
     with pytest.raises(TypeError):  # another gradient: other calls
         local_calls(found.op, strategy, (("x", 4),), (False,))
+
+
+def test_calls_are_forgotten_with_their_graph() -> None:
+    inputs = torch.empty(ROWS, 16, device="meta"), torch.empty(ROWS, device="meta").long()
+    clean = raypar.capture(lambda: Ends(softmax), inputs, batch_dims=(0, 0)).at(ROWS)
+    (op,) = [n for n in read_graph(clean, None).ops if OpView(n).name == "softmax"]
+    assert local_calls(op, _by_classes(op), (("x", 4),), (True,)) is not None
+    graph = weakref.ref(op.graph)
+    assert graph() in rewritten._known
+    del clean, op
+    gc.collect()
+    assert graph() is None
 
 
 def test_twins_cost_the_same() -> None:

@@ -85,7 +85,8 @@ def local_calls(
     if not all(is_tensor(a.meta.get("val")) and _sized(a) for a in (node, *node.all_input_nodes)):
         return None
     known = _known.setdefault(node.graph, {})
-    key = node, strategy, tuple(axes), tuple(wants_gradient)
+    # By its name: a node would keep its graph alive, and with it this entry.
+    key = node.name, strategy, tuple(axes), tuple(wants_gradient)
     if key not in known:
         known[key] = _written(node, strategy, axes, wants_gradient)
     return known[key]
