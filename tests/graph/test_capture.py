@@ -18,7 +18,7 @@ from tests._tiers import examples
 CASES = models.cases(hf=False)
 # Models of the ops of others, which are tried.
 REPEATED = {
-    "gpt_dropout", "gpt_shared_mask", "lstm", "lstm_time_first", "gru_time_major", "torch_encoder",
+    "gpt_dropout", "gpt_shared_mask", "lstm_time_first", "gru_time_major", "torch_encoder",
     "bert_own", "albert", "vit_drop_path", "two_losses", "autoencoder", "partly_frozen",
 }  # fmt: skip
 every_case = pytest.mark.parametrize(

@@ -44,7 +44,8 @@ def _told(node: fx.Node) -> Any:
     return node.op, str(node.target), repr(args), repr(kwargs), like, meta
 
 
-FIRST = {("gpt_dropout", 1), ("siamese", 2), ("vit_drop_path", 4), ("dlrm", 2)}
+FIRST = {("gpt_dropout", 1), ("siamese", 2), ("vit_drop_path", 4), ("dlrm", 2), ("lstm", 1)}
+"""Cases of the first tier: every size, dropout, samples in pairs, tables, a recurrent op."""
 
 
 @pytest.mark.parametrize(

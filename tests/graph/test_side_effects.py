@@ -257,7 +257,7 @@ class KeyMask(nn.Module):
         (Spectral, False),
         (Distribution, True),
         (ClassWeights, True),
-        pytest.param(KeyMask, True, marks=pytest.mark.thorough),  # LooksAtAMask does
+        (KeyMask, True),
     ],
 )
 def test_it_trains_like_the_unsplit_model(model, exact):

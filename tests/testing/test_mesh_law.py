@@ -43,8 +43,6 @@ MODELS = (
 )  # fmt: skip
 
 
-REPEATED = {"gpt_dropout", "unet", "masked_mean", "lstm"}
-"""Models of ops that another one has."""
 SLOW = {("gpt_dropout", 3): 8, ("cnn", 5): 14, ("moe_dense", 7): 8, ("lstm", 10): 14}
 """Plans that take long, and the seed of a quicker one for the model."""
 CASES = [(n, i + 1) for i, n in enumerate(MODELS)]
@@ -53,12 +51,7 @@ CASES = [(n, i + 1) for i, n in enumerate(MODELS)]
 @pytest.mark.parametrize(
     ("name", "seed"),
     [
-        *(
-            pytest.param(
-                n, SLOW.get((n, seed), seed), marks=[pytest.mark.thorough] * (n in REPEATED)
-            )
-            for n, seed in CASES
-        ),
+        *((n, SLOW.get((n, seed), seed)) for n, seed in CASES),
         *(pytest.param(*case, marks=pytest.mark.thorough) for case in SLOW),
     ],
 )

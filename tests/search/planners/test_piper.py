@@ -14,14 +14,14 @@ from raypar.testing import PLANNER_CHECKS, assert_plan_equivalent, models
 from raypar.testing.planners import plans_repeat, plans_train_exactly
 from tests.search.test_alpa_odd import captured, nodes, slow
 
-# The search around the program is alpa's, whose test runs the slow checks too.
 SHOWN = (plans_train_exactly, plans_repeat)
+"""The test below trains plans of it as well; that plans repeat is shown of alpa."""
+# The search around the program is alpa's, whose test runs the slow checks too.
 CHECKS = [c for c in PLANNER_CHECKS if c.__name__ not in ("plans_fit", "plans_without_ray")]
 
 
 @pytest.mark.parametrize(
     "check",
-    # The test below trains plans of it as well; that plans repeat is shown of alpa.
     [pytest.param(check, marks=[pytest.mark.thorough] * (check in SHOWN)) for check in CHECKS],
     ids=lambda check: check.__name__,
 )

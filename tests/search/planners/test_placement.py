@@ -36,11 +36,11 @@ def _noncontiguous(case: models.Case, devices: int, microbatches: int) -> Plan:
 
 
 SHOWN = (plans_without_ray, plans_repeat)
+"""Each starts a process, or searches again: once is enough for planners of one package."""
 
 
 @pytest.mark.parametrize(
     "check",
-    # It starts a process each time, and another search: once is enough for one package.
     [
         pytest.param(check, marks=[pytest.mark.thorough] * (check in SHOWN))
         for check in PLANNER_CHECKS
