@@ -139,8 +139,8 @@ def test_an_interrupted_search_ends_the_run_and_keeps_its_best_plan(
         fit()
     (path,) = tmp_path.glob("**/plan.json")
     assert rp.Plan.load(path).planner == "uniform"
-    assert told[-2].startswith("planning for 2 devices")
-    assert told[-1].startswith("planning for 2 devices: 1 trial in 0 s")
+    assert re.fullmatch(r"planning for \d+ devices?", told[-2])
+    assert re.match(rf"{told[-2]}: 1 trial in \d+ s; ", told[-1])
     assert SearchRecord.from_json((path.parent / "search.json").read_text()).stopped
     assert "KeyboardInterrupt" in (path.parent / "result.json").read_text()
 
