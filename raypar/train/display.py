@@ -99,7 +99,9 @@ class Display:
             yield say
         else:
             with self._bar.console.status(Text(text)) as status:
-                yield lambda more: status.update(Text(f"{text}: {more}", overflow="ellipsis"))
+                yield lambda more: status.update(
+                    Text(f"{text}: {more}", overflow="ellipsis", no_wrap=True)
+                )
 
     def __enter__(self) -> Self:
         if self._bar is not None:

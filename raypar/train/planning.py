@@ -17,7 +17,6 @@ from raypar.train.metrics_file import told
 from raypar.train.settings import Settings
 
 if TYPE_CHECKING:
-    from raypar.search.record import TrialRecord
     from raypar.train.measure import RayMeasurer
 
 
@@ -25,8 +24,8 @@ def find_plan(
     settings: Settings,
     made: Prepared,
     cluster: Cluster,
-    before: Plan | None = None,
-    tell: Callable[[str], None] | None = None,
+    before: Plan | None,
+    tell: Callable[[str], None],
 ) -> Plan:
     """Searches a plan, and writes ``search.json`` into the run's folder.
 
@@ -47,11 +46,6 @@ def find_plan(
     from raypar.search.progress import SoFar
 
     so_far = SoFar()
-
-    def progress(trial: TrialRecord, best: TrialRecord | None) -> None:
-        if tell is not None:
-            tell(so_far.line(trial, best))
-
     config = settings.search or SearchConfig()
     before = before or (made.resume.plan if made.resume is not None else None)
     if before is not None and made.graph.feels_microbatches:
@@ -74,7 +68,12 @@ def find_plan(
                 warm.prepare()
         measurer = warm if measures else None
         found = search(
-            made.graph, cluster, config, measurer=measurer, profiler=warm, progress=progress
+            made.graph,
+            cluster,
+            config,
+            measurer=measurer,
+            profiler=warm,
+            progress=lambda trial, best: tell(so_far.line(trial, best)),
         )
     with told(made.folder):
         (made.folder / "search.json").write_text(found.record.to_json() + "\n")
