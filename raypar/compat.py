@@ -302,6 +302,16 @@ def ray_free_by_node() -> dict[str, dict[str, float]]:
     }
 
 
+def ray_workers() -> set[str]:
+    """Ids of the cluster's worker processes that are alive; drivers are none.
+
+    The public call (`ray.util.state.list_workers`) asks the dashboard, which need not run.
+    """
+    from ray._private.state import workers
+
+    return set(workers())
+
+
 def ray_autoscaler() -> tuple[bool, int]:
     """Whether an autoscaler runs for this cluster, and how many nodes it is bringing up.
 

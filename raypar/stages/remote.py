@@ -25,7 +25,7 @@ from raypar.mesh.bundles import BundleRange
 from raypar.mesh.cluster import Cluster
 from raypar.mesh.discover import lost_head
 from raypar.plan import Plan
-from raypar.stages._orphans import driver_name, remove_groups_of
+from raypar.stages.orphans import driver_name, remove_groups_of
 from raypar.stages.actor import actor_class
 from raypar.stages.driver import Driver, DriverSettings, Ended, Rows, RunFailure
 from raypar.stages.faults import KILLED, Failure, cause_of, to_exception

@@ -26,6 +26,7 @@ from raypar.mesh.device_mesh import DeviceMesh
 from raypar.mesh.placement import acquire, check_nodes, release
 from raypar.search.cost.stage_job import StageJob
 from raypar.search.measure import ProfiledStage
+from raypar.stages.orphans import of_this_process, remove_orphans
 from raypar.stages.actor import ActorInfo, Joining, actor_class
 from raypar.stages.faults import Failure, Positions, RankInfo, failure_of, to_exception
 from raypar.stages.rescue import ACTOR_LOST, await_exit, lost_call
@@ -269,7 +270,9 @@ class WarmPool:
     def _reserve(self, devices: Sequence[int], patience_s: float) -> None:
         if not devices:
             return
-        name = f"raypar/{self._name}/devices-{devices[0]}-to-{devices[-1]}"
+        remove_orphans()
+        holder = of_this_process(self._name)
+        name = f"raypar/{holder}/devices-{devices[0]}-to-{devices[-1]}"
         mesh = DeviceMesh(name, tuple(devices), (len(devices),))
         request = mesh.request(self._cluster, cpus_per_device=self._settings.cpus_per_rank)
         try:
