@@ -25,10 +25,10 @@ from raypar.mesh.bundles import BundleRange
 from raypar.mesh.cluster import Cluster
 from raypar.mesh.discover import lost_head
 from raypar.plan import Plan
-from raypar.stages.orphans import driver_name, remove_groups_of
 from raypar.stages.actor import actor_class
 from raypar.stages.driver import Driver, DriverSettings, Ended, Rows, RunFailure
 from raypar.stages.faults import KILLED, Failure, cause_of, to_exception
+from raypar.stages.orphans import driver_name, remove_groups_of
 from raypar.stages.rescue import ACTOR_LOST
 from raypar.stages.run import (
     OnReport,

@@ -12,8 +12,8 @@ from raypar.mesh.cluster import Cluster
 from raypar.mesh.device_mesh import PlacementRequest, device_meshes
 from raypar.mesh.placement import acquire, check_nodes, release
 from raypar.plan import Plan
-from raypar.stages.orphans import remove_orphans
 from raypar.stages.faults import RankInfo
+from raypar.stages.orphans import remove_orphans
 
 _DEADLINE_KEY = "ScalingConfig.placement_timeout_s or mesh.placement_timeout_s"
 

@@ -26,9 +26,9 @@ from raypar.mesh.device_mesh import DeviceMesh
 from raypar.mesh.placement import acquire, check_nodes, release
 from raypar.search.cost.stage_job import StageJob
 from raypar.search.measure import ProfiledStage
-from raypar.stages.orphans import of_this_process, remove_orphans
 from raypar.stages.actor import ActorInfo, Joining, actor_class
 from raypar.stages.faults import Failure, Positions, RankInfo, failure_of, to_exception
+from raypar.stages.orphans import of_this_process, remove_orphans
 from raypar.stages.rescue import ACTOR_LOST, await_exit, lost_call
 from raypar.stages.run import merge_reports
 from raypar.stages.spec import RankSpec

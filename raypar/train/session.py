@@ -48,6 +48,10 @@ class _Connection:
         self.users = 0
 
     def end(self) -> None:
+        global _left
+        if self._folder is None and ray.is_initialized() and discover.lost_head():
+            _left = True  # a head that hangs is waited for without end
+            return
         ray.shutdown()  # also where ray.init was interrupted: it ends the daemons begun so far
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -56,6 +60,12 @@ class _Connection:
 
 
 _begun: _Connection | None = None
+_left = False
+
+
+def exit_would_hang() -> bool:
+    """Whether a connection was left as it was, since its head hangs: Ray's own end waits for it."""
+    return _left
 
 
 class RaySession:

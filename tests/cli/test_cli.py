@@ -1,6 +1,7 @@
 """The command line as a user meets it; planning runs for real, training is told to tests/train."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -349,3 +350,14 @@ def test_bench_tells_measured_and_predicted(config_file: Path, tmp_path: Path) -
     assert "measured ÷ predicted" in done.stdout
     assert "(costs: uncalibrated: device table)" in done.stdout
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("left", "code"), [(True, 2), (False, None)])
+def test_a_process_whose_end_would_wait_for_a_head_that_hangs_ends_at_once(
+    monkeypatch: pytest.MonkeyPatch, left: bool, code: int | None
+) -> None:
+    ends = list[int]()
+    monkeypatch.setattr("raypar.train.session.exit_would_hang", lambda: left)
+    monkeypatch.setattr(os, "_exit", ends.append)
+    assert run("config", "check", "no-such.yaml").exit_code == 2
+    assert ends == ([code] if left else [])

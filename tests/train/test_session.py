@@ -115,3 +115,15 @@ def test_a_ray_that_was_there_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
     fake = Fake(monkeypatch, up=True)
     session.connect("local").close()
     assert fake.told == []
+
+
+def test_a_cluster_whose_head_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(monkeypatch)
+    monkeypatch.setattr(session.discover, "connect", lambda _: fake._init())
+    monkeypatch.setattr(session, "_left", False)
+    for answer, told in (("", ["init", "shutdown"]), ("it says nothing", ["init"])):
+        monkeypatch.setattr(session.discover, "lost_head", lambda answer=answer: answer)
+        fake.told.clear()
+        session.connect("head:6379").close()
+        assert fake.told == told
+        assert session.exit_would_hang() == bool(answer)
