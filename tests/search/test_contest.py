@@ -17,7 +17,8 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.search._sim_setting import setting_of
 from raypar.search.config import SearchConfig
-from raypar.search.interop.contest import SCHEDULES, contest, likely_s
+from raypar.search.interop.contest import SCHEDULES, contest
+from raypar.search.interop.likely import likely
 from raypar.search.planners.uniform import UniformPlanner
 from raypar.search.simulate import simulate
 
@@ -48,7 +49,10 @@ def test_a_step_is_continued_from_short_ones(stages: int, schedule: str) -> None
     lowered = lower_plan(graph, plan)
     setting = setting_of(graph, plan, lowered, CLUSTER, calibration, "analytic", None, 2)
     whole = simulate(graph, plan, CLUSTER, calibration=calibration, lowered=lowered)
-    assert likely_s(lowered, setting, schedule) == pytest.approx(whole.step_s, rel=0.01)
+    told = likely(plan, lowered, setting)
+    assert told.step_s == pytest.approx(whole.step_s, rel=0.01)
+    assert not told.whole
+    assert all(a <= b for a, b in zip(told.played.peak_bytes, whole.peak_bytes, strict=True))
 
 
 def test_the_winner_was_played_whole() -> None:

@@ -7,25 +7,24 @@ by the exact figures wins.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from raypar.errors import ScheduleError
 from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
-from raypar.lowered import LoweredPlan, with_schedule
+from raypar.lowered import LoweredPlan
 from raypar.mesh.calibration import Calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
-from raypar.schedules.instructions import Instruction
-from raypar.schedules.registry import get_schedule
 from raypar.search._sim_input import Setting
 from raypar.search._sim_setting import setting_of
 from raypar.search.config import SearchConfig
 from raypar.search.cost.base import total_s
+from raypar.search.interop.likely import Likely, likely, played_whole
 from raypar.search.lowering import lowered_for_search
 from raypar.search.need import does_not_fit
-from raypar.search.simulate import simulate_lists
 from raypar.search.simulation import Simulation
 
 SCHEDULES = ("1f1b", "eager_1f1b", "zero_bubble_h1", "gpipe")
@@ -50,7 +49,8 @@ class Entry:
 
     Attributes:
         plan: The plan, with what the simulation says about it.
-        step_s: Seconds of a step.
+        step_s: Seconds of a step; what it likely takes, where few microbatches show that the plan
+            does not fit.
         overfull: Most bytes that a device holds, as a multiple of what it may fill.
     """
 
@@ -85,15 +85,19 @@ def contest(
         for plan in plans[: most_played(graph)]
         for run in _runs_of(plan, graph, cluster, calibration, schedule, optimizer_states)
     ]
-    runs.sort(key=lambda run: run.likely_s)
+    runs.sort(key=lambda run: run.likely.step_s)
     found: list[Entry] = []
     for run in runs:
         fits = any(entry.overfull <= 1.0 for entry in found)
-        if fits and (len(found) >= _PLAYED or run.likely_s > _CLOSE * runs[0].likely_s):
+        if fits and (len(found) >= _PLAYED or run.likely.step_s > _CLOSE * runs[0].likely.step_s):
             break
-        lists = _lists(run.lowered, run.plan.schedule.name, run.plan.microbatches)
-        played = simulate_lists(lists, run.setting, global_batch=run.plan.global_batch)
-        found.append(entry_of(run.plan, played, memory_fraction))
+        entry = entry_of(run.plan, run.likely.played, memory_fraction)
+        # What a few microbatches overfill, all of them do; that they fit is seen from all alone.
+        if entry.overfull <= 1.0 and not run.likely.whole:
+            entry = entry_of(
+                run.plan, played_whole(run.plan, run.lowered, run.setting), memory_fraction
+            )
+        found.append(entry)
     return sorted(found, key=lambda e: (e.overfull > 1.0, e.step_s))
 
 
@@ -152,12 +156,12 @@ def best_that_fits(
 
 @dataclass(frozen=True)
 class _Run:
-    """A plan under one schedule: what it would be played with, and the seconds it likely takes."""
+    """A plan under one schedule: what it would be played with, and what it likely comes to."""
 
     plan: Plan
     lowered: LoweredPlan
     setting: Setting
-    likely_s: float
+    likely: Likely
 
 
 def _runs_of(
@@ -173,51 +177,9 @@ def _runs_of(
         graph, plan, lowered, cluster, calibration, "analytic", None, optimizer_states
     )
     for name in _schedules(plan, schedule):
-        try:
-            seconds = likely_s(lowered, setting, name)
-        except ScheduleError:
-            continue
         tried = replace(plan, schedule=replace(plan.schedule, name=name))
-        yield _Run(tried, lowered, setting, seconds)
-
-
-def likely_s(lowered: LoweredPlan, setting: Setting, schedule: str) -> float:
-    """Seconds of a step under a schedule, from two steps of few microbatches.
-
-    Once a pipeline is full, every further microbatch adds the same time: a step of M of them is
-    continued from one with two and one with four times as many as fill it. What is chosen is
-    played whole.
-
-    Args:
-        lowered: The lowered plan.
-        setting: What it is played with; M is taken from it.
-        schedule: The schedule.
-
-    Raises:
-        ScheduleError: The schedule does not take the plan's placement.
-    """
-    whole = setting.microbatches
-    groups = len(setting.meshes)
-    fill = get_schedule(schedule).rounds_under_way * groups
-    few, more = 2 * fill, 4 * fill  # multiples of the groups, as interleaving asks
-    if whole <= 2 * more:
-        return simulate_lists(_lists(lowered, schedule, whole), setting).step_s
-    short, longer = (
-        simulate_lists(
-            _lists(lowered, schedule, count),
-            replace(
-                setting,
-                microbatches=count,
-                globals_s={s: t * count / whole for s, t in setting.globals_s.items()},
-            ),
-        ).step_s
-        for count in (few, more)
-    )
-    return longer + (whole - more) * (longer - short) / (more - few)
-
-
-def _lists(lowered: LoweredPlan, schedule: str, microbatches: int) -> list[list[Instruction]]:
-    return with_schedule(lowered, schedule, microbatches).lists
+        with contextlib.suppress(ScheduleError):
+            yield _Run(tried, lowered, setting, likely(tried, lowered, setting))
 
 
 def _schedules(plan: Plan, schedule: str) -> list[str]:

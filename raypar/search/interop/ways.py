@@ -63,6 +63,14 @@ class Wish:
 
 
 ANY = Wish()
+LEAN = "lean"
+"""Mode of an axis: free, but what is stored counts as if the step had a single microbatch.
+
+With many microbatches, whole parameters on every device save a little of each of them, and cost
+little by the step: what is fastest may hold several times of what would do.
+"""
+_TIGHT = 0.5
+"""Of the memory of all stages: where the fastest shardings store more, lean ones are looked at."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,8 @@ class WayMaker:
             )
             machine = machine_of(self.cluster, mesh, self.calibration)
             wanted = _modes(shape) if wish.modes is None else [(wish.modes,) * len(shape)]
+            if wish.modes is None and len(shape) == 1 and self._is_tight(split, size, machine):
+                wanted.append((LEAN,))
             for modes in wanted:
                 solved = self._shard(split, shape, modes, machine, wish.forms)
                 for zero in self._zeros(split.replicas * size, wish):
@@ -184,6 +194,17 @@ class WayMaker:
                     key = WayKey(shape, modes, wish.forms, zero, "", solved.texts)
                     found += self._assemble(split, size, machine, key, solved, state, wish)
         return found
+
+    def _is_tight(self, split: Split, size: int, machine: MeshMachine) -> bool:
+        """Whether the fastest sharding over one axis may store more than stages have room for."""
+        solved = self._shard(split, (size,), ("free",), machine)
+        state = self._state(split, solved, machine, zero=min(1, split.replicas * size - 1))
+        stored = float(state.resident[np.asarray(self.units.twin)].sum())
+        return stored > _TIGHT * self._room(machine) * (split.devices // size)
+
+    def _room(self, machine: MeshMachine) -> float:
+        memory = machine.memory_bytes * self.config.memory_fraction
+        return memory - machine.reserved_bytes(machine.memory_bytes)
 
     def alone_s(self, split: Split, device: int) -> np.ndarray:
         """Per unit, seconds of one microbatch on a device for itself, nothing recomputed.
@@ -266,9 +287,9 @@ class WayMaker:
         zero: int = 0,
         forms: tuple[tuple[str, str], ...] = (),
     ) -> IntraSettings:
-        allowed = None if set(modes) <= {"free"} else allow(modes)
+        allowed = None if set(modes) <= {"free", LEAN} else allow(modes)
         return IntraSettings(
-            microbatches=split.microbatches,
+            microbatches=1 if LEAN in modes else split.microbatches,
             zero=zero,
             optimizer_states=self.config.optimizer_states,
             allowed=take_forms(forms, allowed) if forms else allowed,
@@ -284,7 +305,7 @@ class WayMaker:
         forms: tuple[tuple[str, str], ...],
     ) -> _Solved:
         short = self.short(split.local_batch)
-        settings = self._settings(split, modes, forms=forms)
+        settings = self._settings(split, forms=forms)
         axes = machine.mesh.inner
         found = self._choices(split, modes, machine, forms) if axes else {}
         chosen = {
@@ -342,8 +363,6 @@ class WayMaker:
         wish: Wish,
     ) -> list[Way]:
         costs, short = solved.costs, self.short(split.local_batch)
-        memory = machine.memory_bytes * self.config.memory_fraction
-        memory -= machine.reserved_bytes(machine.memory_bytes)
         entry = self._entry(short.crossing / size, machine)
         fixed_policies = [p for p in (self.config.recompute, wish.recompute) if p != "auto"]
         policies = fixed_policies[:1] or list(RECOMPUTE_POLICIES)
@@ -357,7 +376,7 @@ class WayMaker:
             key = replace(like, recompute=policy)
             way = Way(
                 key,
-                memory,
+                self._room(machine),
                 seconds=seconds[twins],
                 once=state.once[twins],
                 fixed=fixed[twins],

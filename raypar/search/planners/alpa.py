@@ -124,7 +124,8 @@ class AlpaSearch:
         sizes that were best. A single size needs no such order, unless devices differ: every place
         has tables of its own then, so that there may be no time for two axes, nor for all sizes of
         microbatches, of which the most promising come first. Where a search with more memory took
-        all the time, its best way to cut the batch comes first: it may be the only one.
+        all the time, its best way to cut the batch comes first, and in smaller microbatches, which
+        hold less: they may be the only ones.
         """
         by_size: dict[int, list[Split]] = {}
         for split in splits(self.graph, self.cluster, self.config):
@@ -134,7 +135,7 @@ class AlpaSearch:
             first = sorted(by_size) if self.bench.alike else self.bench.by_promise(by_size)
             if self._before is not None:
                 best = self._before.split.local_batch
-                first = sorted(first, key=lambda size: size != best)
+                first = sorted(first, key=lambda size: (size > best, size < best))
             reached = self._walk([(size, by_size[size]) for size in first], Wish(axes=1))
         if len(by_size) == 1 or self.bench.maker.most_axes > 1:
             order = sorted(by_size, key=lambda size: (reached.get(size, float("inf")), size))
@@ -149,14 +150,14 @@ class AlpaSearch:
         """
         worse = 0
         reached: dict[int, float] = {}
-        again = self._before.split if self._before else None
         for size, group in groups:
             before = self._limit()
-            promising = sorted(self._promising(group), key=lambda one: (one[1] != again, one[0]))
-            for _, split, sizes in promising:
-                if self._over():
-                    return reached
-                self._try(split, sizes, wish)
+            promising = self._promising([s for s in group if not self._too_late(s, wish)])
+            for _, split, sizes in sorted(
+                promising, key=lambda p: (not self._led_before(p[1]), p[0])
+            ):
+                if not self._too_late(split, wish):
+                    self._try(split, sizes, wish)
             own = [c.step_s for c in self.kept if c.split.local_batch == size]
             reached[size] = min(own, default=float("inf"))
             # Two sizes in a row without gain end the search: larger microbatches only pay up to a
@@ -169,6 +170,16 @@ class AlpaSearch:
     def _over(self) -> bool:
         """Whether there is a pipeline, and no time to look for a better one."""
         return bool(self.kept) and time.perf_counter() > self._deadline
+
+    def _too_late(self, split: Split, wish: Wish) -> bool:
+        return self._over() and (wish == ANY or not self._led_before(split))
+
+    def _led_before(self, split: Split) -> bool:
+        """Whether it was the best with more memory; or is that in smaller microbatches."""
+        best = self._before and self._before.split
+        return bool(
+            best and split.replicas == best.replicas and split.local_batch <= best.local_batch
+        )
 
     def _stays_inside(self) -> bool:
         """Whether the stages of the best pipeline, if there is one, stay inside nodes."""
@@ -200,7 +211,7 @@ class AlpaSearch:
         if min(sizes.values()) >= self._worst():
             return
         again = set()
-        if self._before is not None and self._before.split == split:
+        if self._before is not None and self._led_before(split):
             again = {stage.devices for stage in self._before.pipeline.stages}
         # The most promising come first: time may be over before all sizes have their tables.
         for size, least in sorted(

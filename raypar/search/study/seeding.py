@@ -23,7 +23,7 @@ _REGULAR_SHARE = 0.8
 """Of the budget, at which no further regular plan is drafted."""
 _REGULAR_LEAST_SHARE = 0.12
 """Of the budget, that drafting them may take in any case."""
-_LATEST_LOOK, _LATEST_SEED = 1.25, 1.1
+_LATEST_LOOK, _LATEST_SEED = 1.05, 1.1
 """Shares of the budget at which no further regular plan is looked at, and no planner asked."""
 
 Write = Callable[[Asked, list[tuple[str, Outcome]]], None]
@@ -90,11 +90,12 @@ class Seeding:
         if self.judge.bench.config.seeds != "auto" or self._regular:
             return
         self._regular = True
+        if self._is_over() and not self.judge.bench.alike:
+            return  # where devices are alike the first one mostly wins: it is looked at in any case
         least = time.perf_counter() + _REGULAR_LEAST_SHARE * self.budget_s
         deadline = max(least, self.began + _REGULAR_SHARE * self.budget_s)
         for index, decisions in enumerate(regular_plans(self.judge.drafter, deadline)):
-            over = time.perf_counter() > self.began + _LATEST_LOOK * self.budget_s
-            if self.room() <= 0 or (index and over):
+            if self.room() <= 0 or (index and self._is_over()):
                 return
             outcome = self.judge.look(decisions, axes=self._axes)
             if outcome.plan is None:
@@ -108,6 +109,9 @@ class Seeding:
             self.write(self.proposals.near_plan(outcome.plan, REGULAR), looked)
             if self.best() is self.known[decisions].plan:
                 self._other_schedules(decisions, axes)
+
+    def _is_over(self) -> bool:
+        return time.perf_counter() > self.began + _LATEST_LOOK * self.budget_s
 
     def _other_schedules(self, decisions: Decisions, axes: int | None) -> None:
         """Looks at the best plan under other schedules, while there is time.
