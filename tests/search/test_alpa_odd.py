@@ -15,7 +15,7 @@ from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster, Node
 from raypar.mesh.devices import DeviceKind, Link, device_kind
-from raypar.search.interop import ways
+from raypar.search.interop import shardings
 from raypar.search.interop.space import Split
 from raypar.search.intra.planner import OutOfTimeError
 from raypar.search.planners.alpa import AlpaSearch
@@ -219,7 +219,7 @@ def test_meshes_with_two_axes_are_tried_last_from_the_best_microbatches_on(
 def test_a_mesh_whose_program_takes_too_long_does_not_end_the_search(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    solve = ways.plan_intra
+    solve = shardings.plan_intra
 
     def hasty(graph: Any, machine: Any, settings: Any) -> Any:
         if len(machine.mesh.inner) == 2:
@@ -228,7 +228,7 @@ def test_a_mesh_whose_program_takes_too_long_does_not_end_the_search(
 
     graph = captured("mlp")
     monkeypatch.setattr(graph, "memo", {})
-    monkeypatch.setattr(ways, "plan_intra", hasty)
+    monkeypatch.setattr(shardings, "plan_intra", hasty)
     config = rp.SearchConfig(planner="alpa", zero=0, recompute="none")
     cluster = nodes((slow("one"), 4))
     check_plan(AlpaSearch(graph, cluster, config).run(), graph, cluster)

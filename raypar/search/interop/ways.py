@@ -1,7 +1,7 @@
 """Ways to run units on a mesh: a sharding for every mesh shape, then ZeRO levels and recomputation.
 
-Shardings come from the intra-op integer program on the short graph, once for every microbatch
-size, mesh shape and kind of link; ZeRO and recomputation only change what is added up.
+Shardings come from the intra-op integer program on the short graph
+(`raypar.search.interop.shardings`); ZeRO and recomputation only change what is added up.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from torch import fx
 
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.calibration import Calibration
@@ -20,25 +19,11 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import DATA, RECOMPUTE_POLICIES, MeshSlice
 from raypar.search.config import SearchConfig
 from raypar.search.cost.machine import MeshMachine, machine_of, p2p_s
-from raypar.search.interop.costs import (
-    Sharded,
-    StateCosts,
-    UnitCosts,
-    state_costs,
-    unit_costs,
-)
+from raypar.search.interop.costs import StateCosts, state_costs
 from raypar.search.interop.pipeline import Way
-from raypar.search.interop.scaled import short_at
+from raypar.search.interop.shardings import LEAN, Sharding, Shardings
 from raypar.search.interop.space import AXIS_NAMES, Split, mesh_shapes
 from raypar.search.interop.units import Units
-from raypar.search.intra.allowed import allow
-from raypar.search.intra.forms import take_forms
-from raypar.search.intra.planner import OutOfTimeError, plan_intra
-from raypar.search.intra.settings import Graph, IntraSettings, read_graph
-from raypar.search.intra.ties import twins_of
-from raypar.sharding.blocks import annotate_blocks
-from raypar.sharding.rules.base import Strategy
-from raypar.sharding.strategies import whole
 
 
 @dataclass(frozen=True)
@@ -63,12 +48,6 @@ class Wish:
 
 
 ANY = Wish()
-LEAN = "lean"
-"""Mode of an axis: free, but what is stored counts as if the step had a single microbatch.
-
-With many microbatches, whole parameters on every device save a little of each of them, and cost
-little by the step: what is fastest may hold several times of what would do.
-"""
 _TIGHT = 0.5
 """Of the memory of all stages: where the fastest shardings store more, lean ones are looked at."""
 
@@ -79,7 +58,7 @@ class WayKey:
 
     Attributes:
         shape: Shape of the stage's mesh without the replicas' axis.
-        modes: What the integer program was free to do on each axis.
+        modes: What the integer program was free to do on each axis, or `LEAN`.
         forms: What it was told besides; see `Wish`.
         zero: ZeRO level.
         recompute: Recompute policy.
@@ -92,26 +71,6 @@ class WayKey:
     zero: int
     recompute: str
     sharding: Mapping[int, Mapping[str, str]]
-
-
-@dataclass
-class _Short:
-    """The short graph of one microbatch size."""
-
-    graph: fx.Graph
-    read: Graph
-    twins: dict[fx.Node, fx.Node]
-    unit_of: dict[str, int]
-    crossing: np.ndarray
-
-
-@dataclass
-class _Solved:
-    """A sharding of a short graph, and what it costs per microbatch."""
-
-    sharded: Sharded
-    costs: UnitCosts
-    texts: dict[int, dict[str, str]]
 
 
 class WayMaker:
@@ -138,15 +97,12 @@ class WayMaker:
         self.calibration = calibration
         self.config = config
         self.units = units
-        self._trainable = frozenset(n for n, (_, _, trained) in graph.params.items() if trained)
-        self._short: dict[int, _Short] = {}
-        self._solved: dict[object, _Solved] = {}
-        self._chosen: dict[object, Mapping[str, Strategy]] = {}
+        self._shardings = Shardings(graph, units, config.optimizer_states)
 
     @property
     def solved(self) -> int:
         """How many integer programs were solved."""
-        return len(self._chosen)
+        return self._shardings.solved
 
     @property
     def most_axes(self) -> int:
@@ -188,7 +144,7 @@ class WayMaker:
             if wish.modes is None and len(shape) == 1 and self._is_tight(split, size, machine):
                 wanted.append((LEAN,))
             for modes in wanted:
-                solved = self._shard(split, shape, modes, machine, wish.forms)
+                solved = self._shardings.find(split, shape, modes, machine, wish.forms)
                 for zero in self._zeros(split.replicas * size, wish):
                     state = self._state(split, solved, machine, zero)
                     key = WayKey(shape, modes, wish.forms, zero, "", solved.texts)
@@ -197,7 +153,7 @@ class WayMaker:
 
     def _is_tight(self, split: Split, size: int, machine: MeshMachine) -> bool:
         """Whether the fastest sharding over one axis may store more than stages have room for."""
-        solved = self._shard(split, (size,), ("free",), machine)
+        solved = self._shardings.find(split, (size,), ("free",), machine)
         state = self._state(split, solved, machine, zero=min(1, split.replicas * size - 1))
         stored = float(state.resident[np.asarray(self.units.twin)].sum())
         return stored > _TIGHT * self._room(machine) * (split.devices // size)
@@ -216,7 +172,7 @@ class WayMaker:
         curves = [curve for _, rates in machine.kinds for curve in rates.memory.values()]
         if any(curve.near > curve.far for curve in curves):
             return np.zeros(len(self.units))
-        seconds = self._shard(split, (), (), machine).costs.seconds["none"]
+        seconds = self._shardings.find(split, (), (), machine).costs.seconds["none"]
         return seconds[np.asarray(self.units.twin)]
 
     def sharding(
@@ -227,7 +183,7 @@ class WayMaker:
             tuple(devices), (split.replicas, *shape), (DATA, *AXIS_NAMES[: len(shape)])
         )
         machine = machine_of(self.cluster, mesh, self.calibration)
-        return self._shard(split, shape, modes, machine).texts
+        return self._shardings.find(split, shape, modes, machine).texts
 
     def _shapes(self, size: int) -> list[tuple[int, ...]]:
         per_node = max(node.devices for node in self.cluster.nodes)
@@ -242,114 +198,9 @@ class WayMaker:
             return (0,)  # there is nobody to share with
         return (0, 1, 2, 3) if wish.zero == "auto" else (wish.zero,)
 
-    def short(self, local_batch: int) -> _Short:
-        """The short graph at a microbatch size."""
-        known = self._short.get(local_batch)
-        if known is None:
-            graph, members = short_at(self.graph, self.units, local_batch)
-            annotate_blocks(graph)
-            unit_of = {n.meta["id"]: u for u, ops in enumerate(members) for n in ops}
-            for node in graph.find_nodes(op="placeholder"):
-                readers = [unit_of[n.meta["id"]] for n in node.users if n.op == "call_function"]
-                unit_of[str(node.meta["id"])] = min(readers, default=0)
-            share = local_batch / self.graph.global_batch
-            crossing = np.array(self.units.crossing[:-1], dtype=float) * share
-            read = read_graph(graph, self._trainable)
-            known = self._short[local_batch] = _Short(
-                graph, read, twins_of(read), unit_of, crossing
-            )
-        return known
-
-    def _shard(
-        self,
-        split: Split,
-        shape: tuple[int, ...],
-        modes: tuple[str, ...],
-        machine: MeshMachine,
-        forms: tuple[tuple[str, str], ...] = (),
-    ) -> _Solved:
-        links = tuple(
-            machine.collective_s(name, "all_reduce", 1e6) for name, _ in machine.mesh.inner
-        )
-        kinds = tuple(kind.name for kind, _ in machine.kinds)
-        forms = forms if shape else ()
-        several = split.microbatches > 1  # their gradients are added up
-        key = (split.local_batch, several, shape, modes, forms, links, kinds)
-        known = self._solved.get(key)
-        if known is None:
-            known = self._solved[key] = self._solve(split, modes, machine, forms)
-        return known
-
-    def _settings(
-        self,
-        split: Split,
-        modes: tuple[str, ...] = (),
-        zero: int = 0,
-        forms: tuple[tuple[str, str], ...] = (),
-    ) -> IntraSettings:
-        allowed = None if set(modes) <= {"free", LEAN} else allow(modes)
-        return IntraSettings(
-            microbatches=1 if LEAN in modes else split.microbatches,
-            zero=zero,
-            optimizer_states=self.config.optimizer_states,
-            allowed=take_forms(forms, allowed) if forms else allowed,
-            trainable=self._trainable,
-            time_limit_s=30.0,  # they take well under a second; a busy machine may be slow
-        )
-
-    def _solve(
-        self,
-        split: Split,
-        modes: tuple[str, ...],
-        machine: MeshMachine,
-        forms: tuple[tuple[str, str], ...],
-    ) -> _Solved:
-        short = self.short(split.local_batch)
-        settings = self._settings(split, forms=forms)
-        axes = machine.mesh.inner
-        found = self._choices(split, modes, machine, forms) if axes else {}
-        chosen = {
-            op: found.get(str(op.meta["id"])) or whole(op, len(axes)) for op in short.read.ops
-        }
-        sharded = Sharded.of(short.read, chosen, len(axes))
-        costs = unit_costs(sharded, short.unit_of, len(self.units), machine, settings, short.twins)
-        texts: dict[int, dict[str, str]] = {}
-        for op, strategy in chosen.items():
-            if any(s != "R" for spec in (*strategy.inputs, *strategy.outputs) for s in spec):
-                unit = short.unit_of[op.meta["id"]]
-                texts.setdefault(unit, {})[op.meta["id"]] = str(strategy)
-        return _Solved(sharded, costs, texts)
-
-    def _choices(
-        self,
-        split: Split,
-        modes: tuple[str, ...],
-        machine: MeshMachine,
-        forms: tuple[tuple[str, str], ...],
-    ) -> Mapping[str, Strategy]:
-        """What the integer program chooses: once for meshes whose axes cross nodes alike.
-
-        How many devices of an axis share a node changes what a collective costs, which is priced
-        for each mesh, but seldom what is best to do.
-        """
-        axes = machine.mesh.inner
-        crossing = tuple(machine.crosses_nodes(name) for name, _ in axes)
-        kinds = tuple(sorted(kind.name for kind, _ in machine.kinds))
-        key = (split.local_batch, tuple(n for _, n in axes), modes, forms, crossing, kinds)
-        known = self._chosen.get(key)
-        if known is None:
-            settings = self._settings(split, modes, forms=forms)
-            short = self.short(split.local_batch)
-            try:
-                known = plan_intra(short.graph, machine, settings).choices
-            except OutOfTimeError:
-                known = {}  # every op runs whole: a poor way, but the others are not lost for it
-            self._chosen[key] = known
-        return known
-
-    def _state(self, split: Split, solved: _Solved, machine: MeshMachine, zero: int) -> StateCosts:
-        short = self.short(split.local_batch)
-        settings = self._settings(split, zero=zero)
+    def _state(self, split: Split, solved: Sharding, machine: MeshMachine, zero: int) -> StateCosts:
+        short = self._shardings.short(split.local_batch)
+        settings = self._shardings.settings(split, zero=zero)
         return state_costs(solved.sharded, short.unit_of, len(self.units), machine, settings)
 
     def _assemble(
@@ -358,11 +209,11 @@ class WayMaker:
         size: int,
         machine: MeshMachine,
         like: WayKey,
-        solved: _Solved,
+        solved: Sharding,
         state: StateCosts,
         wish: Wish,
     ) -> list[Way]:
-        costs, short = solved.costs, self.short(split.local_batch)
+        costs, short = solved.costs, self._shardings.short(split.local_batch)
         entry = self._entry(short.crossing / size, machine)
         fixed_policies = [p for p in (self.config.recompute, wish.recompute) if p != "auto"]
         policies = fixed_policies[:1] or list(RECOMPUTE_POLICIES)
