@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from raypar.search.config import SearchConfig
 from raypar.search.interop.pipeline import Way
 from raypar.search.interop.shardings import LEAN
 from raypar.search.interop.space import Split
+from raypar.search.interop.ways import WayKey
 from raypar.search.interop.workbench import Workbench
 
 WIDTH, LAYERS, SAMPLES, DEVICES, MICROBATCHES = 1024, 6, 8192, 4, 128
@@ -39,7 +41,8 @@ def _ways(memory: int) -> dict[str, Way]:
     bench = Workbench(_graph(), cluster, config, table_calibration(cluster))
     split = Split(1, MICROBATCHES, SAMPLES // MICROBATCHES, DEVICES)
     found = bench.maker.ways(split, DEVICES, bench.line)
-    return {way.key.modes[0]: way for way in found if len(way.key.shape) == 1}
+    keys = [(way, cast(WayKey, way.key)) for way in found]
+    return {key.modes[0]: way for way, key in keys if len(key.shape) == 1}
 
 
 def test_where_memory_is_tight_some_ways_store_less() -> None:
