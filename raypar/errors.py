@@ -38,6 +38,13 @@ class PlanError(RayparError):
     """A plan is malformed, or does not fit the graph or the cluster it is used with."""
 
 
+class NothingFitsError(PlanError):
+    """A planner found no plan that fits the memory.
+
+    `raypar.search.plan.search` says why in its place, which takes plans of its own.
+    """
+
+
 class ScheduleError(RayparError):
     """An instruction list deadlocks, leaks a value or uses one that does not exist."""
 

@@ -24,6 +24,8 @@ from raypar.search.simulation import LaneReport, MemoryTimeline
 
 _HELD = ("parameters", "gradients", "optimizer")
 _CROSSING = ("edges", "transit")
+_MOST_STAGES = 128
+"""Of a pipeline that is tried: more, of which each has its microbatches, take minutes to lower."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,12 @@ def frugal_plans(graph: OpGraph, cluster: Cluster, config: SearchConfig) -> Iter
 
     All devices are used, parameters are cut over replicas (ZeRO-3), forward passes are computed
     again, and microbatches are as small as they get: as one stage, as a pipeline of one device a
-    stage, and half-way. What cannot be made of the model is left out.
+    stage (of as many stages as are still planned soon), and half-way. What cannot be made of the
+    model is left out.
     """
     count = cluster.n_devices
-    for stages in sorted({1, 2 ** (int(math.log2(count)) // 2), count}):
+    most = max(n for n in range(1, _MOST_STAGES + 1) if count % n == 0)
+    for stages in sorted({1, 2 ** (int(math.log2(count)) // 2), most}):
         try:
             yield _frugal(graph, cluster, config, stages)
         except PlanError:

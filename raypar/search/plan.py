@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from typing import NamedTuple
 
+from raypar.errors import NothingFitsError
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.calibration_files import load_calibration
 from raypar.mesh.cluster import Cluster
@@ -16,7 +17,7 @@ from raypar.search.cache import PlanCache, Question, question_of
 from raypar.search.config import SearchConfig
 from raypar.search.lowering import forget_lowered
 from raypar.search.measure import Measurer, StageProfiler
-from raypar.search.need import check_state
+from raypar.search.need import check_state, does_not_fit
 from raypar.search.planners.base import get_planner
 from raypar.search.record import INTERRUPTED, SearchRecord, TrialRecord
 
@@ -106,7 +107,10 @@ def search(
             )  # fmt: skip
             return study.run()
         began = time.perf_counter()
-        made = get_planner(config.chosen_planner).plan(graph, cluster, config)
+        try:
+            made = get_planner(config.chosen_planner).plan(graph, cluster, config)
+        except NothingFitsError:
+            raise does_not_fit(graph, cluster, config, load_calibration(cluster)) from None
         return Found(made, _alone(made, cluster, time.perf_counter() - began))
 
     if config.seeds != "auto":

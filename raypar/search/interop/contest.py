@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from raypar.errors import ScheduleError
+from raypar.errors import NothingFitsError, ScheduleError
 from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
 from raypar.lowered import LoweredPlan
@@ -24,7 +24,6 @@ from raypar.search.config import SearchConfig
 from raypar.search.cost.base import total_s
 from raypar.search.interop.likely import Likely, likely, played_whole
 from raypar.search.lowering import lowered_for_search
-from raypar.search.need import does_not_fit
 from raypar.search.simulation import Simulation
 
 SCHEDULES = ("1f1b", "eager_1f1b", "zero_bubble_h1", "gpipe")
@@ -130,7 +129,7 @@ def best_that_fits(
         calibration: What the devices reach.
 
     Raises:
-        PlanError: Nothing is found, or nothing fits; tells what binds.
+        NothingFitsError: Nothing is found, or nothing fits.
     """
     share = 1.0
     for _ in range(_ATTEMPTS):
@@ -151,7 +150,7 @@ def best_that_fits(
             check_plan(plan, graph, cluster)
             return plan
         share *= _MARGIN / min(entry.overfull for entry in entries)
-    raise does_not_fit(graph, cluster, config, calibration)
+    raise NothingFitsError(f"no plan that planner {config.chosen_planner} found fits the memory")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from raypar.errors import PlanError, ScheduleError
+from raypar.errors import NothingFitsError, PlanError, ScheduleError
 from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
 from raypar.lowered import LoweredPlan, lower_plan, with_schedule
@@ -36,7 +36,6 @@ from raypar.search.interop.contest import Entry, entry_of, winner
 from raypar.search.interop.space import AXIS_NAMES, Split, check_options, mesh_shapes, splits
 from raypar.search.interop.ways import op_sharding
 from raypar.search.interop.workbench import Workbench
-from raypar.search.need import does_not_fit
 from raypar.search.planners.base import Planner, register_planner
 from raypar.search.simulate import simulate
 from raypar.sharding.strategies import fold_patterns
@@ -135,7 +134,7 @@ class ExhaustiveSearch:
                 entries.sort(key=lambda e: e.step_s)
                 del entries[_KEPT:]
         if not entries:
-            raise does_not_fit(self.graph, self.cluster, self.config, self.bench.calibration)
+            raise NothingFitsError("no plan of those that planner exhaustive tries fits the memory")
         plan = winner(entries)
         check_plan(plan, self.graph, self.cluster)
         return plan

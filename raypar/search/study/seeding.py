@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from raypar.errors import RayparError
 from raypar.plan import DATA, Plan
 from raypar.search.need import frugal_plans
 from raypar.search.study.judge import Judge, Outcome
@@ -54,7 +55,7 @@ class Seeding:
     budget_s: float
 
     def __post_init__(self) -> None:
-        self.refused: dict[str, str] = {}  # planner → why it had no plan
+        self.refused: dict[str, RayparError] = {}  # planner → why it had no plan
         self._regular = False  # whether regular plans were looked at
         # Where devices differ, programs of two axes are solved anew for every kind of place.
         self._axes = None if self.judge.bench.alike else 1
@@ -68,9 +69,9 @@ class Seeding:
         less = self.judge.bench.alike and has_regular(self.judge.bench)
         deadline = self.began + (_LESS_SEED_SHARE if less else _SEED_SHARE) * self.budget_s
         latest = self.began + _LATEST_SEED * self.budget_s
-        for name, plan, reason in seeds(self.judge.bench, deadline, latest, self.best):
-            if plan is None:
-                self.refused[name] = reason
+        for name, plan in seeds(self.judge.bench, deadline, latest, self.best):
+            if isinstance(plan, RayparError):
+                self.refused[name] = plan
                 continue
             asked = self.proposals.near_plan(plan, name)
             # Its own cuts and shardings are no decisions: what is told for these is the better.

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from raypar.errors import RayparError
+from raypar.errors import PlanError, RayparError
 from raypar.plan import Plan
 from raypar.search.config import Auto, SearchConfig
 from raypar.search.interop.workbench import Workbench
@@ -34,8 +34,8 @@ def seeds(
     deadline: float,
     latest: float = float("inf"),
     best: Callable[[], Plan | None] = lambda: None,
-) -> Iterator[tuple[str, Plan | None, str]]:
-    """(planner, its plan, why there is none) for every planner that is asked.
+) -> Iterator[tuple[str, Plan | RayparError]]:
+    """(planner, its plan or why there is none) for every planner that is asked.
 
     Where time is over, or the model long, a planner may still be asked for the replicas and
     microbatches of the plan before: the shardings of these are known by then. It is not where a
@@ -55,10 +55,10 @@ def seeds(
         narrow = index > 0 and last is not None and name in _NARROW and (slow or left <= 0)
         late = time.perf_counter() > latest
         if index and (late or (left <= 0 and not narrow)):
-            yield name, None, "no time was left for it"
+            yield name, PlanError("no time was left for it")
             continue
         if narrow and last is not None and not _cut_alike(last, best() or last):
-            yield name, None, "another cut of the batch than it would be asked for is better"
+            yield name, PlanError("another cut of the batch than it would take is better")
             continue
         budget: float | Auto = max(_LEAST_S, left) if left < float("inf") else "auto"
         config = replace(bench.config, planner=name, cache=False, budget_s=budget)
@@ -67,9 +67,9 @@ def seeds(
         try:
             last = get_planner(name).plan(bench.graph, bench.cluster, config)
         except RayparError as error:
-            yield name, None, str(error)
+            yield name, error
         else:
-            yield name, last, ""
+            yield name, last
 
 
 def _cut_alike(one: Plan, other: Plan) -> bool:

@@ -15,7 +15,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import replace
 
 from raypar._version import __version__
-from raypar.errors import ConfigError, PlanError
+from raypar.errors import ConfigError, NothingFitsError, PlanError
 from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.calibration import Calibration
@@ -294,8 +294,11 @@ class StudySearch:
         """The winner, with its certificate and what else was looked at."""
         number = self.finals.winner
         if not self.ledger.trials:
-            if self.seeding.refused:
-                raise PlanError(next(iter(self.seeding.refused.values())))
+            reasons = list(self.seeding.refused.values())
+            if any(isinstance(reason, NothingFitsError) for reason in reasons):
+                raise self._too_large()
+            if reasons:
+                raise PlanError(str(reasons[0]))
             budget = self._deadline - self.began
             raise PlanError(
                 f"search.budget_s {budget:g} was used up before a single plan was looked at; give "
@@ -342,6 +345,9 @@ class StudySearch:
                 f"all {len(self.ledger.trials)} plans that were looked at failed; the first: "
                 f"{self.ledger.trials[0].reason}"
             )
+        return self._too_large()
+
+    def _too_large(self) -> PlanError:
         return does_not_fit(
             self.bench.graph, self.bench.cluster, self.config, self.bench.calibration
         )
