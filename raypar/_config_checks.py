@@ -109,7 +109,7 @@ def contradictions(config: Sections) -> Iterator[str]:
             "mesh.device: gpu, or remove it"
         )
     if workers == 0:
-        for key in ("placement_timeout_s", "scale_up_timeout_s"):
+        for key in ("placement_timeout_s", "scale_up_timeout_s", "start_timeout_s"):
             if _given(config, "mesh", key):
                 yield (
                     f"mesh.{key} is given, but mesh.num_workers is 0: one process waits for no "

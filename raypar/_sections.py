@@ -105,6 +105,11 @@ class MeshConfig(Section):
         default=180.0,
         description="seconds to wait for the autoscaler's nodes, and after a failure for devices",
     )
+    start_timeout_s: Annotated[float, Gt(0)] | None = Field(
+        default=None,
+        description="seconds that ranks may take to build and compile their parts of the model; "
+        "null: 300, or 1800 where they are compiled",
+    )
     device: Literal["cpu", "gpu"] = Field(default="cpu", description="what a device is")
     cpus_per_worker: Annotated[float, Gt(0)] = Field(
         default=1.0, description="CPUs that Ray reserves for each device"

@@ -202,6 +202,7 @@ def scaling_of(config: Config) -> ScalingConfig:
         else mesh.num_workers,
         placement_timeout_s=mesh.placement_timeout_s,
         scale_up_timeout_s=mesh.scale_up_timeout_s,
+        start_timeout_s=mesh.start_timeout_s,
         use_gpu=mesh.device == "gpu",
         cpus_per_worker=mesh.cpus_per_worker,
         threads_per_worker=mesh.threads_per_worker,

@@ -36,6 +36,7 @@ __all__ = [
     "TorchDispatchMode",
     "argument_defaults",
     "argument_names",
+    "compile_fixed",
     "current_graph",
     "fake_around",
     "fake_mode",
@@ -78,6 +79,19 @@ def fake_mode() -> FakeTensorMode:
     """A fake tensor mode that knows data-dependent sizes (unbacked symbols)."""
     env = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=True)
     return FakeTensorMode(shape_env=env, allow_non_fake_inputs=True, static_shapes=True)
+
+
+def compile_fixed(graph: torch.fx.GraphModule) -> Callable[..., Any]:
+    """`torch.compile` of a whole graph, for the shapes that it is called with alone.
+
+    A call runs the graph as it is while another thread traces, where torch would raise: it takes
+    that thread's trace for one of the call.
+    """
+    from torch._dynamo import config
+
+    config.error_on_nested_fx_trace = False
+    found: Callable[..., Any] = torch.compile(graph, dynamic=False, fullgraph=True)
+    return found
 
 
 @contextlib.contextmanager

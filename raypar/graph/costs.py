@@ -33,6 +33,13 @@ def numel(value: torch.Tensor) -> int:
     return math.prod(n if isinstance(n, int) else 1 for n in value.shape)
 
 
+def data_dependent(value: Any) -> bool:
+    """Whether a fake value, or one of several, has a size that only the data tell."""
+    if isinstance(value, (tuple, list)):
+        return any(data_dependent(v) for v in value)
+    return isinstance(value, torch.Tensor) and not all(isinstance(n, int) for n in value.shape)
+
+
 def _dims(node: fx.Node) -> list[int]:
     return [n if isinstance(n, int) else 1 for n in node.meta["val"].shape]
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from raypar.graph.costs import data_dependent
 from raypar.graph.replay import replay
 from raypar.programs.codegen import Program, compile_piece
 from raypar.programs.joint import trace_joint
@@ -50,6 +51,8 @@ class StageProgram:
             edges and changing buffers that backward reads again).
         half_bytes: Predicted bytes held between the input half and the weight half of backward;
             0 where the stage has no input gradients and does all of backward at once.
+        data_dependent: Whether sizes in it depend on the data: a program that is made for the sizes
+            of one microbatch (compiled, or recorded) would be wrong for the next.
     """
 
     inputs: list[str]
@@ -68,6 +71,7 @@ class StageProgram:
     saved_bytes: int
     half_bytes: int = 0
     products: frozenset[str] = frozenset()
+    data_dependent: bool = False
 
 
 def compile_stage(
@@ -150,6 +154,7 @@ def compile_stage(
         saved_bytes=saved_bytes(held, free),
         half_bytes=saved_bytes([*later, *parts.between], free) if edges else 0,
         products=frozenset(keys[wrt[at]].removeprefix("param:") for at in early),
+        data_dependent=any(data_dependent(n.meta.get("val")) for n in joint.graph.nodes),
     )
 
 

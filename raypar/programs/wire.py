@@ -157,6 +157,12 @@ def torch_constant(name: str) -> Any:
     raise PlanError(f"malformed graph data: {('torch', name)!r}")
 
 
+def inputs_of(wire: Wire) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """(id, shape, dtype) of everything that a packed graph takes, in order."""
+    holders = (node[1:] for node in wire["nodes"] if node[0] == "in")
+    return [(str(key), tuple(shape), torch_constant(dtype[1])) for key, shape, dtype in holders]
+
+
 def unpack(wire: Wire, device: torch.device) -> fx.Graph:
     """Rebuilds a graph; placeholders carry fake values on `device`.
 

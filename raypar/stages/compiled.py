@@ -6,8 +6,8 @@ is compiled. Gradients that a program hands to a sink on its way, also as produc
 yet, are made and delivered at its end: what is compiled is one function. Fused kernels round
 differently: a compiled plan equals the uncompiled one up to rounding, not bit for bit.
 
-A program is compiled in the first step, which can take minutes, while other stages wait for what it
-makes: the deadline of transfers (``timeout_s``) has to be longer than that.
+A program is compiled at its first call, which can take minutes: it is called once before the first
+step (`raypar.stages.ahead`), so that no other stage waits for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from raypar.compat import fake_mode, make_fx
+from raypar.compat import compile_fixed, fake_mode, make_fx
 from raypar.errors import PlanError, RayparError
 from raypar.graph.turns import TRACING
 from raypar.programs.codegen import Program
@@ -43,7 +43,7 @@ def compiled(
         name: Name in errors.
         make: What compiles; default: `torch.compile`, for the shapes of the plan alone.
     """
-    chosen = make or _inductor
+    chosen = make or compile_fixed
 
     def fast(which: str) -> Program:
         return CompiledProgram(getattr(program, which), chosen, f"{name} {which}")
@@ -56,11 +56,6 @@ def compiled(
         backward_weight=fast("backward_weight"),
         products=frozenset(),  # they are made inside
     )
-
-
-def _inductor(graph: torch.fx.GraphModule) -> Callable[..., Any]:
-    found: Callable[..., Any] = torch.compile(graph, dynamic=False, fullgraph=True)
-    return found
 
 
 class CompiledProgram:

@@ -184,8 +184,7 @@ class Driver:
         except GetTimeoutError:
             raise RayparError(
                 f"{self._settings.name}: {what} from {len(refs)} stage actors within "
-                f"{self._settings.start_timeout_s:g} s; is the cluster overloaded? Raise "
-                "start_timeout_s"
+                f"{self._settings.start_timeout_s:g} s; is the cluster overloaded? {self._longer}"
             ) from None
         except RayError:
             for rank, ref in enumerate(refs):  # whose error was it?
@@ -196,6 +195,14 @@ class Driver:
                 except RayError as error:
                     raise _RankLost(lost_call(error, rank, None)) from None
             raise
+
+    @property
+    def _longer(self) -> str:
+        now = self._settings.start_timeout_s
+        return (
+            "If they are only slow, raise ScalingConfig.start_timeout_s or mesh.start_timeout_s, "
+            f"for example to {3 * now:g}"
+        )
 
     def _await_setup(self, calls: Calls) -> tuple[dict[int, Built], RunFailure | None]:
         deadline = time.monotonic() + self._settings.start_timeout_s
@@ -209,9 +216,12 @@ class Driver:
                 else:
                     built[rank] = value
             if time.monotonic() > deadline:
-                failures.append(
-                    Failure(None, None, "TrainingError", "the ranks did not start in time")
+                late = sorted(set(range(len(self._actors))) - set(built))
+                text = (
+                    f"of {len(self._actors)} ranks {late} did not build their parts of the model "
+                    f"within {self._settings.start_timeout_s:g} s. {self._longer}"
                 )
+                failures.append(Failure(None, None, "TrainingError", text))
         return built, self._fail(calls, failures, {}) if failures else None
 
     # ---- steps ----------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def graphs_for(device: torch.device) -> Graphs:
 def engaged(program: StageProgram, name: str, spec: RankSpec, device: torch.device) -> StageProgram:
     """A stage's programs as the rank's engine runs them.
 
-    A stage that cannot be graphed runs as it is, and the log says why.
+    A stage that cannot be compiled or graphed runs as it is, and the log says why.
 
     Args:
         program: As they were compiled; shared among ranks of one process.
@@ -51,6 +51,9 @@ def engaged(program: StageProgram, name: str, spec: RankSpec, device: torch.devi
     if spec.engine == "eager":
         return program
     if spec.engine == "compiled":
+        if program.data_dependent:
+            _log.warning("%s is not compiled: sizes in it depend on the data", name)
+            return program
         return compiled(program, name)
     if spec.engine != "cuda_graph":
         raise PlanError(

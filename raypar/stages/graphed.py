@@ -89,6 +89,8 @@ def reason_against(program: StageProgram, *, halves: bool, sharded: bool) -> str
         halves: Whether its schedule splits backward in two.
         sharded: Whether its programs exchange tensors with other ranks.
     """
+    if program.data_dependent:
+        return "sizes in it depend on the data"
     if "rng" in program.inputs:
         return "it draws random numbers, whose key is read by the host"
     if sharded:

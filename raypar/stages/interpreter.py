@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from math import isfinite
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 
 from raypar.comm.group import Group
 from raypar.graph.replay import replay
+from raypar.graph.turns import TRACING
 from raypar.plan import DATA
 from raypar.schedules.instructions import Instruction, Kind
 from raypar.sharding.collectives import set_context
+from raypar.stages.ahead import call_once
 from raypar.stages.batch import first_sample, microbatch_rows
 from raypar.stages.holdings import HeldStage, Workshop
 from raypar.stages.meters import FiniteWatch, SavedMeter
@@ -68,8 +71,30 @@ class RankRunner(Rank):
             Kind.NORM: self._norm,
             Kind.OPTIMIZER: self._optimize,
         }
+        if spec.engine == "compiled":
+            self._compile_ahead()
 
     # -- set-up -----------------------------------------------------------------------------
+
+    def _compile_ahead(self) -> None:
+        set_context(self._mesh)
+        kinds = {now.kind for now in self.spec.instructions}
+        alone = all(size == 1 for axis, size in self.spec.axes if axis != DATA)
+        # Ranks of one process compile in turn, unless they wait for each other on the way.
+        with torch.no_grad(), TRACING if alone else nullcontext():
+            for stage in self._holdings.stages.values():
+                call_once(stage, kinds, self._example)
+
+    def _example(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A forward argument as a step would give it, before there is a step."""
+        kind, _, name = key.partition(":")
+        if kind == "param":
+            return self._holdings.params[name].detach()
+        if kind in ("edge", "in"):
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+        if kind == "global":  # counts, that is, divisors
+            return torch.ones(shape, dtype=dtype, device=self._device)
+        return self._argument(key, 0)
 
     def _loss_tangents(self) -> dict[int, torch.Tensor]:
         """Stage → gradient of the scaled global loss by the stage's loss of one microbatch."""

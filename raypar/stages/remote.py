@@ -31,6 +31,7 @@ from raypar.stages.faults import KILLED, Failure, cause_of, to_exception
 from raypar.stages.orphans import driver_name, remove_groups_of
 from raypar.stages.rescue import ACTOR_LOST
 from raypar.stages.run import (
+    START_TIMEOUT_S,
     OnReport,
     Run,
     StepResult,
@@ -81,7 +82,7 @@ class RayRun(Run):
         use_gpu: bool = False,
         cpus_per_rank: float = 1.0,
         timeout_s: float = DEFAULT_TIMEOUT_S,
-        start_timeout_s: float = 300.0,
+        start_timeout_s: float = START_TIMEOUT_S,
         placement_timeout_s: float = 30.0,
         network: NetworkSettings | None = None,
         steps_per_call: int | None = None,

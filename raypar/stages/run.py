@@ -15,6 +15,9 @@ from raypar.stages.consolidate import assemble, consolidate
 from raypar.stages.faults import RankInfo
 from raypar.stages.spec import RankSpec, StepReport
 
+START_TIMEOUT_S = 300.0
+"""Deadline of bringing ranks up: they build their parts of the model."""
+
 
 @dataclass(frozen=True)
 class StepResult:

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from raypar._plan_text import count_of
-from raypar.comm.group import DEFAULT_TIMEOUT_S
 from raypar.errors import CheckpointError
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.stages.compile import compile_plan
 from raypar.stages.initial import InitialWeights
-from raypar.stages.run import Run
+from raypar.stages.run import START_TIMEOUT_S, Run
 from raypar.stages.spec import RankSpec
 from raypar.train._evaluation_io import EvaluationData
 from raypar.train.beside import Beside
@@ -38,7 +37,8 @@ from raypar.train.signals import Signals
 from raypar.train.state import TrainState
 from raypar.train.utilisation import model_flops, peak_flops, product_dtype
 
-_COMPILING_S = 1800.0  # a stage may be compiled for minutes, and stages one after the other
+_COMPILING_S = 1800.0
+"""Deadline of building ranks that compile their programs: a stage may take minutes."""
 
 
 class Clock:
@@ -188,7 +188,6 @@ class Attempt:
             return LocalRun(
                 specs,
                 feed=DataFeed(held, made.form, specs, start=start, epochs=epochs),
-                timeout_s=self._timeout_s,
             )
         from raypar.mesh.skew import check_skew
         from raypar.stages.remote import RayRun
@@ -207,16 +206,18 @@ class Attempt:
             name=f"raypar-{made.folder.name}",
             use_gpu=settings.scaling.use_gpu,
             cpus_per_rank=settings.scaling.cpus_per_worker,
-            timeout_s=self._timeout_s,
+            start_timeout_s=self._start_timeout_s,
             placement_timeout_s=settings.scaling.placement_timeout_s,
             network=settings.network,
             lent=settings.lent,
         )
 
     @property
-    def _timeout_s(self) -> float:
-        """Deadline of a transfer: a stage that is compiled lets the others wait for it."""
-        return _COMPILING_S if self._settings.engine == "compiled" else DEFAULT_TIMEOUT_S
+    def _start_timeout_s(self) -> float:
+        given = self._settings.scaling.start_timeout_s
+        if given is not None:
+            return given
+        return _COMPILING_S if self._settings.engine == "compiled" else START_TIMEOUT_S
 
     def _train(self, stack: ExitStack, run: Run, specs: list[RankSpec]) -> dict[str, Any]:
         settings, made = self._settings, self._prepared

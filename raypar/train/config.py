@@ -23,6 +23,7 @@ _SCALING = {
     "threads_per_worker": ((int, NONE), "a number of at least 1, or None"),
     "placement_timeout_s": (NUMBER, "seconds above 0, for example 60"),
     "scale_up_timeout_s": (NUMBER, "seconds above 0, for example 180"),
+    "start_timeout_s": ((NUMBER, NONE), "seconds above 0, for example 900, or None"),
 }
 _CHECKPOINT = {
     "storage": ((str, Path, NONE), "a folder, an fsspec URL, or None"),
@@ -52,6 +53,8 @@ class ScalingConfig:
         placement_timeout_s: How long to wait for devices that other jobs hold, in seconds.
         scale_up_timeout_s: How long to wait for the autoscaler's nodes, and after a failure for
             devices to start again on, in seconds.
+        start_timeout_s: How long ranks may take to build their parts of the model, and compile
+            them, in seconds; None: 300, or 1800 where they are compiled.
 
     Raises:
         ConfigError: A value is out of range.
@@ -63,6 +66,7 @@ class ScalingConfig:
     threads_per_worker: int | None = None
     placement_timeout_s: float = 30.0
     scale_up_timeout_s: float = 180.0
+    start_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         check_kinds("ScalingConfig.", self, _SCALING)
@@ -81,11 +85,12 @@ class ScalingConfig:
                 f"ScalingConfig.num_workers is {count!r}; give 'auto', 0 (one process, no Ray), a "
                 "number of devices, for example 2, or a range, for example (2, 8)"
             )
-        for name in ("placement_timeout_s", "scale_up_timeout_s"):
-            if not getattr(self, name) > 0:
+        for name in ("placement_timeout_s", "scale_up_timeout_s", "start_timeout_s"):
+            seconds = getattr(self, name)
+            if seconds is not None and not seconds > 0:
                 raise ConfigError(
-                    f"ScalingConfig.{name} is {getattr(self, name)!r}; it must be above 0 seconds, "
-                    "for example 60"
+                    f"ScalingConfig.{name} is {seconds!r}; it must be above 0 seconds, for example "
+                    "60"
                 )
         if self.cpus_per_worker <= 0:
             raise ConfigError(

@@ -42,6 +42,7 @@ _LONG_S = 5.0  # the first of such steps is not that much longer than the others
 _ROOM = 1.5  # free memory that a plan wants, as a multiple of what the last one took
 _CALL_S = 0.4  # disturbance is told for the steps of one call together
 _TURN = 3
+_START_S = 120.0  # of processes, and of loading a plan: one that takes longer is given up
 
 OnTurn = Callable[[int, list[Step]], None]
 
@@ -61,9 +62,8 @@ class RayMeasurer:
         seed: Seed of initialisation and of dropout.
         recipe: What else decides the numbers (`raypar.stages.recipe.Recipe`).
         scaling: What of the cluster a device is; default: a CPU core.
-        step_timeout_s: Deadline of one step (of loading a plan: `start_timeout_s`), in seconds. A
-            plan that takes longer is ended, and counts as failed.
-        start_timeout_s: Deadline of starting processes, and of loading a plan, in seconds.
+        step_timeout_s: Deadline of one step, in seconds (of loading a plan: the scaling's
+            ``start_timeout_s``, or 120). A plan that takes longer is ended, and counts as failed.
         at_once: Most plans that `measure_together` holds at a time.
         rounds: Turns that it gives each of them.
     """
@@ -79,7 +79,6 @@ class RayMeasurer:
         recipe: Recipe | None = None,
         scaling: ScalingConfig | None = None,
         step_timeout_s: float = 60.0,
-        start_timeout_s: float = 120.0,
         at_once: int = 8,
         rounds: int = 6,
     ) -> None:
@@ -97,7 +96,7 @@ class RayMeasurer:
             use_gpu=self._scaling.use_gpu,
             cpus_per_rank=self._scaling.cpus_per_worker,
             transfer_timeout_s=step_timeout_s,
-            start_timeout_s=start_timeout_s,
+            start_timeout_s=self._scaling.start_timeout_s or _START_S,
             placement_timeout_s=self._scaling.placement_timeout_s,
         )
         self._pool = WarmPool(cluster, tensors, settings)

@@ -329,6 +329,7 @@ SAID = {
         "threads_per_worker": "mesh.threads_per_worker=3",
         "placement_timeout_s": "mesh.placement_timeout_s=120.0",
         "scale_up_timeout_s": "mesh.scale_up_timeout_s=600.0",
+        "start_timeout_s": "mesh.start_timeout_s=900.0",
     },
     rp.CheckpointConfig: {
         "storage": "checkpoint.storage=elsewhere",
@@ -364,7 +365,7 @@ def test_what_a_program_can_ask_of_a_run_a_config_can(config_file: Path) -> None
             assert getattr(made, name) != getattr(default, name), f"{type(made).__name__}.{name}"
 
 
-@pytest.mark.parametrize("key", ["placement_timeout_s", "scale_up_timeout_s"])
+@pytest.mark.parametrize("key", ["placement_timeout_s", "scale_up_timeout_s", "start_timeout_s"])
 def test_devices_are_waited_for_wherever_there_are_some(config_file: Path, key: str) -> None:
     for workers in ("auto", "8", "[2,8]"):
         said = (f"mesh.num_workers={workers}", f"mesh.{key}=600")

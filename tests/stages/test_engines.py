@@ -12,7 +12,7 @@ import raypar as rp
 from raypar.errors import PlanError
 from raypar.search.config import SearchConfig
 from raypar.search.plan import plan as make_plan
-from raypar.stages import compiled, engines
+from raypar.stages import compiled, engines, interpreter
 from raypar.stages.compile import compile_plan
 from raypar.stages.graphed import GraphedStage, Graphs
 from raypar.stages.spec import RankSpec
@@ -163,16 +163,69 @@ def test_traced_programs_train_the_same(
         traced.append(graph)
         return graph
 
-    monkeypatch.setattr(compiled, "_inductor", keep)
+    monkeypatch.setattr(compiled, "compile_fixed", keep)
     assert_trains_the_same("mlp", shape, "compiled")
     assert traced
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *(("mlp", shape) for shape in SHAPES[3:]),
+        ("gpt_dropout", SHAPES[2]),  # a key for random numbers
+        ("masked_mean", SHAPES[2]),  # counts of the whole batch
+        ("cnn", SHAPES[4]),  # buffers that forward replaces
+    ],
+)
+def test_steps_give_programs_what_they_were_compiled_for(
+    name: str, shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is made before the first step, and no step comes with another form, to compile anew."""
+    forms: dict[int, list[Any]] = {}
+    steps: list[int] = []
+
+    def noting(graph: torch.fx.GraphModule) -> Callable[..., Any]:
+        assert not steps
+        own = forms.setdefault(len(forms), [])
+
+        def run(*tensors: torch.Tensor) -> Any:
+            own.append([(t.shape, t.stride(), t.dtype, t.requires_grad) for t in tensors])
+            return graph(*tensors)
+
+        return run
+
+    step = interpreter.RankRunner.step
+
+    def noted(runner: Any, number: int, inputs: Any) -> Any:
+        steps.append(number)
+        return step(runner, number, inputs)
+
+    monkeypatch.setattr(compiled, "compile_fixed", noting)
+    monkeypatch.setattr(interpreter.RankRunner, "step", noted)
+    assert_trains_the_same(name, shape, "compiled")
+    assert steps
+    for own in forms.values():
+        assert len(own) > 1
+        assert all(form == own[0] for form in own)
+
+
+@pytest.mark.parametrize("engine", ["compiled", "cuda_graph"])
+def test_what_has_data_dependent_sizes_runs_as_it_is(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that is made for one microbatch's sizes would be wrong for the next."""
+    told: list[str] = []
+    monkeypatch.setattr(engines._log, "warning", lambda text, *values: told.append(text % values))
+    monkeypatch.setattr(engines, "graphs_for", lambda device: StaticMemory())
+    monkeypatch.setattr(compiled, "compile_fixed", lambda graph: graph)
+    assert_trains_the_same("moe_sparse", SHAPES[1], engine)
+    assert any("sizes in it depend on the data" in text for text in told)
 
 
 @pytest.mark.thorough  # the compiler itself takes 25 s; what it is given is shown above
 @pytest.mark.slow
 def test_compiled_programs_train_the_same() -> None:
-    # One stage: others would wait while it is compiled, and miss deadlines on a busy machine.
-    assert_trains_the_same("mlp", {"stages": 1, "replicas": 1, "microbatches": 2}, "compiled")
+    assert_trains_the_same("mlp", {"stages": 2, "replicas": 1, "microbatches": 2}, "compiled")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +241,7 @@ def test_a_compiler_that_fails_is_told(
     def fail(graph: torch.fx.GraphModule) -> Any:
         raise RuntimeError(said)
 
-    monkeypatch.setattr(compiled, "_inductor", fail)
+    monkeypatch.setattr(compiled, "compile_fixed", fail)
     with pytest.raises(PlanError, match=rf"stage 0 forward.*{told}.*engine = 'eager'"):
         assert_trains_the_same("mlp", {"stages": 1, "replicas": 1, "microbatches": 1}, "compiled")
 
@@ -209,7 +262,7 @@ def test_what_is_traced_can_be_compiled_while_another_thread_compiles(
         kinds.extend(type(graph).__mro__)
         return graph
 
-    monkeypatch.setattr(compiled, "_inductor", keep)
+    monkeypatch.setattr(compiled, "compile_fixed", keep)
     monkeypatch.setattr("torch.fx._lazy_graph_module._use_lazy_graph_module_flag", True)
     assert_trains_the_same("mlp", {"stages": 1, "replicas": 1, "microbatches": 1}, "compiled")
     assert kinds
@@ -227,7 +280,7 @@ def test_the_backward_of_a_recurrent_layer_is_not_compiled(
         return graph
 
     told: list[str] = []
-    monkeypatch.setattr(compiled, "_inductor", keep)
+    monkeypatch.setattr(compiled, "compile_fixed", keep)
     monkeypatch.setattr(compiled._log, "warning", lambda text, *given: told.append(text % given))
     assert_trains_the_same("lstm", {"stages": 1, "replicas": 1, "microbatches": 1}, "compiled")
     (forward,) = ops

@@ -335,7 +335,7 @@ def test_an_engine_reaches_the_ranks_and_trains_the_same(
         traced.append(graph)
         return graph
 
-    monkeypatch.setattr(compiled, "_inductor", keep)
+    monkeypatch.setattr(compiled, "compile_fixed", keep)
     found = fit(engine="compiled")
     # Of two stages forward and backward; the first has no input to differentiate for.
     assert len(traced) == 4

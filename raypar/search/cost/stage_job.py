@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from raypar.programs.wire import Wire, pack, torch_constant
+from raypar.programs.wire import Wire, inputs_of, pack
 from raypar.search.cost.base import StageCode
 from raypar.sharding.collectives import join, part_of
 from raypar.sharding.convert import ALL_GATHER, ALL_TO_ALL, REDUCE_SCATTER
@@ -48,10 +48,9 @@ class StageJob:
     def inputs(self, device: torch.device) -> list[torch.Tensor]:
         """Values for all inputs, the same each time."""
         generator = torch.Generator().manual_seed(0)
-        holders = [node for node in self.wire["nodes"] if node[0] == "in"]
         return [
-            _random(str(key), tuple(shape), torch_constant(dtype[1]), bound, generator).to(device)
-            for (_, key, shape, dtype), bound in zip(holders, self.bounds, strict=True)
+            _random(key, shape, dtype, bound, generator).to(device)
+            for (key, shape, dtype), bound in zip(inputs_of(self.wire), self.bounds, strict=True)
         ]
 
 
