@@ -24,8 +24,9 @@ _REGULAR_SHARE = 0.8
 """Of the budget, at which no further regular plan is drafted."""
 _REGULAR_LEAST_SHARE = 0.12
 """Of the budget, that drafting them may take in any case."""
-_LATEST_LOOK, _LATEST_SEED = 1.05, 1.1
-"""Shares of the budget at which no further regular plan is looked at, and no planner asked."""
+_LATEST_LOOK, _LATEST_SEED, _LATEST_END = 1.05, 1.1, 1.25
+"""Shares of the budget: no further regular plan is looked at after the first, and none that would
+take until the third; no planner is asked after the second."""
 
 Write = Callable[[Asked, list[tuple[str, Outcome]]], None]
 
@@ -95,10 +96,13 @@ class Seeding:
             return  # where devices are alike the first one mostly wins: it is looked at in any case
         least = time.perf_counter() + _REGULAR_LEAST_SHARE * self.budget_s
         deadline = max(least, self.began + _REGULAR_SHARE * self.budget_s)
+        took = 0.0
         for index, decisions in enumerate(regular_plans(self.judge.drafter, deadline)):
-            if self.room() <= 0 or (index and self._is_over()):
+            if self.room() <= 0 or (index and self._is_over(took)):
                 return
+            began = time.perf_counter()
             outcome = self.judge.look(decisions, axes=self._axes)
+            took = max(took, time.perf_counter() - began)
             if outcome.plan is None:
                 continue
             looked, axes = [(REGULAR, outcome)], self._axes
@@ -111,8 +115,10 @@ class Seeding:
             if self.best() is self.known[decisions].plan:
                 self._other_schedules(decisions, axes)
 
-    def _is_over(self) -> bool:
-        return time.perf_counter() > self.began + _LATEST_LOOK * self.budget_s
+    def _is_over(self, takes_s: float = 0.0) -> bool:
+        """Whether it is too late for a look that takes some seconds."""
+        used = time.perf_counter() - self.began
+        return used > _LATEST_LOOK * self.budget_s or used + takes_s > _LATEST_END * self.budget_s
 
     def _other_schedules(self, decisions: Decisions, axes: int | None) -> None:
         """Looks at the best plan under other schedules, while there is time.
