@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from raypar.stages.actor import Built
 from raypar.stages.driver import Driver
 from raypar.stages.worker import _Gate
 
@@ -56,3 +59,20 @@ def test_a_stop_while_ranks_are_let_go_is_heard_by_all_or_by_none(
     driver.train(0, 5, 5)
     assert first.gate.admits(0) == last.gate.admits(0)
     assert driver._stop.is_set(), "the steps under way are to end"
+
+
+def test_a_rank_that_is_not_built_in_time_is_named_with_the_key_to_raise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = [[(None, 0, Built({}, None))]]
+    calls: Any = SimpleNamespace(ready=lambda: answers.pop() if answers else time.sleep(0.01) or [])
+    settings: Any = SimpleNamespace(start_timeout_s=0.2)
+    driver = Driver([], settings)
+    driver._actors = [None, None]
+    monkeypatch.setattr(driver, "_fail", lambda calls, failures, rows: failures)
+    built, failures = driver._await_setup(calls)
+    assert list(built) == [0]
+    assert isinstance(failures, list)
+    (failure,) = failures
+    assert "of 2 ranks [1] did not build their parts of the model within 0.2 s" in failure.message
+    assert "mesh.start_timeout_s, for example to 0.6" in failure.message

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import raypar as rp
+from raypar.errors import PlanError
 from raypar.fit import check_plan
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster, Node
@@ -168,7 +170,8 @@ def test_regular_plans_come_before_planners_that_are_asked_although_time_is_over
     (first, *_) = regular_plans(judge.drafter)
     plan = judge.look(first).plan
     assert plan is not None
-    found = [("alpa", plan, ""), ("piper", None, "it is odd"), ("placement", plan, "")]
+    odd = PlanError("it is odd")
+    found = [("alpa", plan), ("piper", odd), ("placement", plan)]
     monkeypatch.setattr(seeding, "seeds", lambda *_: iter(found))
     orders = []
     for ago_s in (60.0, 0.0):
@@ -177,7 +180,7 @@ def test_regular_plans_come_before_planners_that_are_asked_although_time_is_over
         its.exact()
         its.regular()
         orders.append([name for name, _ in written])
-        assert its.refused == {"piper": "it is odd"}
+        assert its.refused == {"piper": odd}
     over, plenty = orders
     assert over[0] == plenty[0] == "alpa"
     assert "regular" in over
@@ -205,6 +208,29 @@ def test_other_schedules_are_left_out_when_time_is_over() -> None:
     its, written = _that_tells_the_best(_judge(), ago_s=76.0)
     its.regular()
     assert [name for name, _ in written] == ["regular"]
+
+
+@pytest.mark.parametrize(("takes_s", "looks"), [(20.0, 1), (8.0, 3)])
+def test_no_plan_is_begun_that_would_take_too_long(
+    monkeypatch: pytest.MonkeyPatch, takes_s: float, looks: int
+) -> None:
+    """Of 60 s, 40 are over: 63 is when none is begun any more, 75 when all are to be looked at."""
+    judge = _judge()
+    its = _seeding(judge, [])
+    its.room = lambda: 100
+    over, looked, real = 40.0, 0, Judge.look
+
+    def look(judge: Judge, decisions: Decisions, *, axes: int | None = None) -> Outcome:
+        nonlocal over, looked
+        over, looked = over + takes_s, looked + 1
+        return real(judge, decisions, axes=axes)
+
+    monkeypatch.setattr(Judge, "look", look)
+    clock = SimpleNamespace(perf_counter=lambda: its.began + over)
+    monkeypatch.setattr(seeding, "time", clock)
+    monkeypatch.setattr(seeding, "_two_axes", lambda plan: False)
+    its.regular()
+    assert looked == looks
 
 
 @pytest.mark.parametrize("faster", [1, None])
