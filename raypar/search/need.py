@@ -216,17 +216,11 @@ def check_state(
     Raises:
         PlanError: It has none; no search is needed to know.
     """
-    params = trained = 0
-    largest: tuple[int, str, tuple[int, ...]] = (0, "", ())
-    for name, (shape, dtype, learns) in graph.params.items():
-        nbytes = math.prod(shape) * getattr(torch, dtype.removeprefix("torch.")).itemsize
-        params += nbytes
-        trained += nbytes * learns
-        largest = max(largest, (nbytes, name, tuple(shape)))
-    state = params + trained * (1 + config.optimizer_states)
-    room = sum(usable_bytes(cluster, calibration, config))
+    state, room = state_bytes(graph, config), sum(usable_bytes(cluster, calibration, config))
     if state <= room:
         return
+    sizes = [(n, name, tuple(graph.params[name][0])) for name, n in _param_bytes(graph).items()]
+    params, largest = sum(n for n, *_ in sizes), max(sizes)
     count = cluster.n_devices
     change = "larger devices"
     if room > 0:
@@ -242,6 +236,22 @@ def check_state(
         f"leaves {size(room)} on {count_of(count, 'device')} together. The largest parameter is "
         f"{name} {list(shape)} ({size(nbytes)}). Use {change}{lighter}"
     )
+
+
+def state_bytes(graph: OpGraph, config: SearchConfig) -> int:
+    """Bytes of all parameters, and of the gradients and optimizer states of those that learn."""
+    learns = 1 + config.optimizer_states
+    return sum(
+        nbytes * (1 + learns * graph.params[name][2])
+        for name, nbytes in _param_bytes(graph).items()
+    )
+
+
+def _param_bytes(graph: OpGraph) -> dict[str, int]:
+    return {
+        name: math.prod(shape) * getattr(torch, dtype.removeprefix("torch.")).itemsize
+        for name, (shape, dtype, _) in graph.params.items()
+    }
 
 
 def _smaller(plan: Plan, graph: OpGraph) -> str:

@@ -232,3 +232,17 @@ def test_a_mesh_whose_program_takes_too_long_does_not_end_the_search(
     config = rp.SearchConfig(planner="alpa", zero=0, recompute="none")
     cluster = nodes((slow("one"), 4))
     check_plan(AlpaSearch(graph, cluster, config).run(), graph, cluster)
+
+
+def test_of_splits_that_promise_the_same_one_replica_comes_first_where_memory_is_tight() -> None:
+    graph = captured("mlp")
+    orders = []
+    for memory in (16 << 30, 40_000):
+        cluster = nodes((slow("one", memory=memory), 4))
+        search = AlpaSearch(graph, cluster, rp.SearchConfig(planner="alpa", memory_fraction=1.0))
+        many, one = Split(4, 2, 1, 1), Split(1, 8, 1, 4)
+        order = sorted([(1.0, many), (1.01, one)], key=lambda p: search._turn(p[1], p[0]))
+        orders.append([split for _, split in order])
+        far = sorted([(1.0, many), (1.5, one)], key=lambda p: search._turn(p[1], p[0]))
+        assert [split for _, split in far] == [many, one]
+    assert orders == [[many, one], [one, many]]

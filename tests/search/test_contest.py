@@ -66,3 +66,14 @@ def test_the_winner_was_played_whole() -> None:
     )
     assert entries[0].overfull <= 1.0
     assert entries[0].step_s == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize(("memory_fraction", "played"), [(0.9, {2}), (1e-6, {2, 3})])
+def test_once_time_is_over_plans_are_played_until_one_fits(
+    memory_fraction: float, played: set[int]
+) -> None:
+    plans, calibration = [_plan(2), _plan(3)], table_calibration(CLUSTER)
+    entries = contest(
+        plans, _graph(), CLUSTER, calibration, memory_fraction=memory_fraction, until=0.0
+    )
+    assert {len(entry.plan.stages) for entry in entries} == played

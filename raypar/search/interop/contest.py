@@ -8,6 +8,8 @@ by the exact figures wins.
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -67,6 +69,7 @@ def contest(
     schedule: str = "auto",
     optimizer_states: int = 2,
     memory_fraction: float = 0.9,
+    until: float = math.inf,
 ) -> list[Entry]:
     """Plays plans, the fastest that fits first; those that do not fit come last.
 
@@ -78,19 +81,21 @@ def contest(
         schedule: The schedule of all plans, or ``auto``: each of `SCHEDULES` that takes them.
         optimizer_states: Tensors that the optimizer keeps per parameter (Adam: 2).
         memory_fraction: Share of a device's memory that may be filled.
+        until: `time.perf_counter()` after which no further plan is played, once one fits.
     """
-    runs = [
-        run
-        for plan in plans[: most_played(graph)]
-        for run in _runs_of(plan, graph, cluster, calibration, schedule, optimizer_states)
-    ]
+    runs: list[_Run] = []
+    for plan in plans[: most_played(graph)]:
+        late = time.perf_counter() > until
+        if late and any(_entry(run, memory_fraction).overfull <= 1.0 for run in runs):
+            break
+        runs += _runs_of(plan, graph, cluster, calibration, schedule, optimizer_states)
     runs.sort(key=lambda run: run.likely.step_s)
     found: list[Entry] = []
     for run in runs:
         fits = any(entry.overfull <= 1.0 for entry in found)
         if fits and (len(found) >= _PLAYED or run.likely.step_s > _CLOSE * runs[0].likely.step_s):
             break
-        entry = entry_of(run.plan, run.likely.played, memory_fraction)
+        entry = _entry(run, memory_fraction)
         # What a few microbatches overfill, all of them do; that they fit is seen from all alone.
         if entry.overfull <= 1.0 and not run.likely.whole:
             entry = entry_of(
@@ -116,6 +121,7 @@ def best_that_fits(
     cluster: Cluster,
     config: SearchConfig,
     calibration: Calibration,
+    until: float = math.inf,
 ) -> Plan:
     """Plays what a search finds; where nothing fits, it searches again with as much less memory.
 
@@ -127,6 +133,7 @@ def best_that_fits(
         cluster: The devices.
         config: Schedule, optimizer states, and what may be filled.
         calibration: What the devices reach.
+        until: See `contest`.
 
     Raises:
         NothingFitsError: Nothing is found, or nothing fits.
@@ -144,6 +151,7 @@ def best_that_fits(
             schedule=config.schedule,
             optimizer_states=config.optimizer_states,
             memory_fraction=config.memory_fraction,
+            until=until,
         )
         if entries[0].overfull <= 1.0:
             plan = winner(entries)
@@ -161,6 +169,10 @@ class _Run:
     lowered: LoweredPlan
     setting: Setting
     likely: Likely
+
+
+def _entry(run: _Run, memory_fraction: float) -> Entry:
+    return entry_of(run.plan, run.likely.played, memory_fraction)
 
 
 def _runs_of(

@@ -10,6 +10,7 @@ search, devices may differ, some may stay idle, and what is found is simulated b
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from raypar.graph.opgraph import OpGraph
 from raypar.mesh.calibration import Calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
+from raypar.search.bounds.memory import usable_bytes
 from raypar.search.config import SearchConfig
 from raypar.search.interop.contest import best_that_fits, most_played
 from raypar.search.interop.pipeline import Pipeline, WayTable, best_pipeline
@@ -30,9 +32,13 @@ from raypar.search.interop.space import (
 )
 from raypar.search.interop.ways import ANY, Wish
 from raypar.search.interop.workbench import MOST_STAGES, Workbench
+from raypar.search.need import state_bytes
 from raypar.search.planners.base import Planner, register_planner
 
 _KEPT = 8  # pipelines that are looked at closely
+_TIGHT, _ABOUT = 0.4, 1.1
+"""Of all memory, filled by parameters, gradients and optimizer states alone: beyond that, bounds of
+the time count as equal within such a factor."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,8 @@ class AlpaSearch:
         self.config = config
         self.most_stages = max(MOST_STAGES, least)
         self.kept: list[Candidate] = []
+        room = sum(usable_bytes(cluster, self.bench.calibration, config))
+        self._tight = state_bytes(graph, config) > _TIGHT * room
         self._before: Candidate | None = None  # the best of a search with more memory
         budget_s = float("inf") if config.budget_s == "auto" else config.budget_s
         self._deadline = time.perf_counter() + budget_s
@@ -98,7 +106,12 @@ class AlpaSearch:
             PlanError: The options leave nothing, or nothing fits the memory.
         """
         return best_that_fits(
-            self._plans, self.graph, self.cluster, self.config, self.bench.calibration
+            self._plans,
+            self.graph,
+            self.cluster,
+            self.config,
+            self.bench.calibration,
+            self._deadline,
         )
 
     def _plans(self, share: float) -> list[Plan]:
@@ -153,9 +166,7 @@ class AlpaSearch:
         for size, group in groups:
             before = self._limit()
             promising = self._promising([s for s in group if not self._too_late(s, wish)])
-            for _, split, sizes in sorted(
-                promising, key=lambda p: (not self._led_before(p[1]), p[0])
-            ):
+            for _, split, sizes in sorted(promising, key=lambda p: self._turn(p[1], p[0])):
                 if not self._too_late(split, wish):
                     self._try(split, sizes, wish)
             own = [c.step_s for c in self.kept if c.split.local_batch == size]
@@ -166,6 +177,17 @@ class AlpaSearch:
             if worse == 2:
                 break
         return reached
+
+    def _turn(self, split: Split, least_s: float) -> tuple[bool, float, int]:
+        """What the splits of a size are tried in the order of: the most promising first.
+
+        Where the model alone fills much of the memory, of splits that promise about the same that
+        of the fewest replicas comes first: the others may leave no room.
+        """
+        led = self._led_before(split)
+        if not self._tight:
+            return not led, least_s, 0
+        return not led, round(math.log(least_s, _ABOUT)), split.replicas
 
     def _over(self) -> bool:
         """Whether there is a pipeline, and no time to look for a better one."""
