@@ -28,8 +28,11 @@ if TYPE_CHECKING:
     metavar="N",
     help="Measure this machine with N processes; without a cluster: one per core.",
 )
+@click.option(
+    "--gpu", is_flag=True, help="Measure this machine's GPUs, without Ray; with --local: N of them."
+)
 @written_option("--out", "Also write the constants here (JSON).")
-def probe(address: str | None, processes: int | None, out: str | None) -> None:
+def probe(address: str | None, processes: int | None, gpu: bool, out: str | None) -> None:
     """Measure devices and links, and keep what was found.
 
     Plans and predictions then go by that instead of a device table. It takes under a minute, and
@@ -37,15 +40,22 @@ def probe(address: str | None, processes: int | None, out: str | None) -> None:
     """
     if address is not None and processes is not None:
         raise click.UsageError("give --address or --local, not both")
+    if address is not None and gpu:
+        raise click.UsageError(
+            "give --address or --gpu, not both: a cluster's GPUs are known to it"
+        )
     from raypar.mesh.cluster import Cluster
+    from raypar.mesh.local_gpus import local_gpus
     from raypar.mesh.probe import probe as measure
     from raypar.mesh.probe import save_calibration
     from raypar.report.calibration import calibration_text
 
-    if processes is None and address is None:  # as runs do, which go by what is found here
+    if processes is None and address is None and not gpu:
+        # As runs do, which go by what is found here.
         address = os.environ.get("RAY_ADDRESS") or None
     local = address in (None, "local")
-    cluster = Cluster.local(processes) if local else Cluster.from_ray(address)
+    here = local_gpus if gpu else Cluster.local
+    cluster = here(processes) if local else Cluster.from_ray(address)
     found = measure(cluster, address=None if local else address, keep=_learner(cluster))
     click.echo(calibration_text(found, cluster))
     click.echo(f"kept in {save_calibration(found)}")

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from raypar.comm.gloo import GlooGroup
 from raypar.comm.group import Group
 from raypar.comm.registry import backend_for, get_backend
 from raypar.comm.rendezvous import Address, Rendezvous
@@ -140,12 +139,13 @@ def probe_local(cluster: Cluster) -> list[RankSamples]:
     """Measures this machine with one process for each device of a local cluster.
 
     Raises:
-        ClusterError: The cluster has several nodes or GPUs, or a rank failed.
+        ClusterError: The cluster has several nodes or other GPUs than are here, or a rank failed.
     """
-    if len(cluster.nodes) > 1 or cluster.nodes[0].device.is_gpu:
+    gpu = cluster.nodes[0].device.is_gpu
+    if len(cluster.nodes) > 1 or (gpu and cluster.n_devices > torch.cuda.device_count()):
         raise ClusterError(
-            f"cluster {cluster.name!r} is not this machine's CPUs ({cluster.describe()}): start "
-            "Ray on it and run `raypar probe --address HOST:6379`"
+            f"cluster {cluster.name!r} is not this machine ({cluster.describe()}): start Ray on it "
+            "and run `raypar probe --address HOST:6379`"
         )
     devices = tuple(range(cluster.n_devices))
     context = multiprocessing.get_context("spawn")
@@ -156,7 +156,7 @@ def probe_local(cluster: Cluster) -> list[RankSamples]:
         for rank in devices:
             mine, its = context.Pipe(duplex=False)
             process = context.Process(
-                target=_local_rank, args=(rank, devices, meeting.address, its), daemon=True
+                target=_local_rank, args=(rank, devices, gpu, meeting.address, its), daemon=True
             )
             process.start()
             its.close()
@@ -194,14 +194,19 @@ def _collect(pipes: Sequence[Connection]) -> list[RankSamples]:
     return found
 
 
-def _local_rank(rank: int, devices: tuple[int, ...], address: Address, results: Connection) -> None:
+def _local_rank(
+    rank: int, devices: tuple[int, ...], gpu: bool, address: Address, results: Connection
+) -> None:
     """A rank in a process of its own; sends its samples, or the text of its error."""
     torch.set_num_threads(1)
     world = None
     try:
-        world = GlooGroup.create("probe", rank, len(devices), address, timeout_s=_DEADLINE_S)
-        nodes = [0] * len(devices)
-        results.send(measure_rank(world, devices, nodes, torch.device("cpu")))
+        place = torch.device("cuda", rank) if gpu else torch.device("cpu")
+        if gpu:
+            torch.cuda.set_device(place)
+        backend: Any = get_backend(backend_for(place))
+        world = backend.create("probe", rank, len(devices), address, timeout_s=_DEADLINE_S)
+        results.send(measure_rank(world, devices, [0] * len(devices), place))
     except (RayparError, RuntimeError) as error:
         results.send(f"{type(error).__name__}: {error}")
     finally:

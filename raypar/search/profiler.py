@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from raypar.errors import ClusterError
-from raypar.mesh.devices import DEVICES, DeviceKind, device_kind
+from raypar.mesh.devices import DEVICES, DeviceKind
+from raypar.mesh.local_gpus import gpu_kind
 from raypar.search.cost.profiled import profile_job
 from raypar.search.cost.stage_job import StageJob
 from raypar.search.measure import ProfiledStage
@@ -13,8 +13,6 @@ from raypar.search.measure import ProfiledStage
 REPEATED_S = 0.3
 """How long the programs of a stage are repeated: the quickest quarter of runs counts."""
 _CPU = DEVICES["CPU"]
-_OTHERS = {"PCIE", "NVL", "MIG"}
-"""Words of forms that are slower than those of the device table."""
 
 
 class LocalProfiler:
@@ -42,20 +40,3 @@ class LocalProfiler:
 def _gpu() -> DeviceKind | None:
     """The kind of this process's GPU; None where there is none that the device table knows."""
     return gpu_kind(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-
-
-def gpu_kind(name: str) -> DeviceKind | None:
-    """The device kind that a driver's name stands for; None: the table does not have it.
-
-    Args:
-        name: For example ``NVIDIA H100 80GB HBM3`` or ``NVIDIA A100-SXM4-80GB``.
-    """
-    words = name.removeprefix("NVIDIA ").replace("-", " ").split()
-    if not words or _OTHERS & {word.upper() for word in words}:
-        return None
-    for known in (f"{words[0]}-{words[-1]}", words[0]):
-        try:
-            return device_kind(known)
-        except ClusterError:
-            continue
-    return None

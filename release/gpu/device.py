@@ -3,9 +3,9 @@
     python release/gpu/device.py [--out DIR]         # also writes DIR/calibration.json
     python release/gpu/device.py --device cpu --smoke
 
-What `raypar probe` measures on a rank, without Ray. NCCL runs with one rank (its own loopback) and,
-with NCCL 2.30 or newer, with two that share the GPU: both ends of a message are then the same
-memory, so these figures bound what NCCL costs and say nothing about links.
+What `raypar probe --gpu` measures, beside the device table. NCCL runs with one rank (its own
+loopback) and, with NCCL 2.30 or newer, with two that share the GPU: both ends of a message are then
+the same memory, so these figures bound what NCCL costs and say nothing about links.
 """
 
 from __future__ import annotations

@@ -198,6 +198,8 @@ def test_a_plan_alone_has_no_lists(folder: Path, options: list[str]) -> None:
 def test_probe_is_told_where_to_measure_once() -> None:
     refused(run("probe", "--address", "a:1", "--local", 2), 2, "give --address or --local")
     refused(run("probe", "--local", 0), 2, "0 is not in the range")
+    refused(run("probe", "--address", "a:1", "--gpu"), 2, "give --address or --gpu")
+    refused(run("probe", "--gpu", "--local", 99), 1, "99 GPUs of this machine")
 
 
 def test_what_is_told_cannot_be_written_is_said_before_the_work(

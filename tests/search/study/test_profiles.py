@@ -17,6 +17,7 @@ from raypar.errors import ConfigError, TrainingError
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
 from raypar.mesh.devices import DEVICES, DeviceKind
+from raypar.mesh.local_gpus import gpu_kind
 from raypar.plan import Plan
 from raypar.search.config import SearchConfig
 from raypar.search.cost.rows import ALONE
@@ -24,7 +25,7 @@ from raypar.search.cost.stage_job import StageJob
 from raypar.search.cost.store import MeasurementStore
 from raypar.search.measure import Measured, ProfiledStage
 from raypar.search.plan import Found, search
-from raypar.search.profiler import LocalProfiler, gpu_kind
+from raypar.search.profiler import LocalProfiler
 from raypar.search.record import FIDELITIES, SearchRecord, TrialRecord
 from raypar.testing import models
 
