@@ -34,6 +34,7 @@ class ExchangeGroup(Group):
         name: Name in errors, for example ``"stage 1"``.
         timeout_s: Deadline of every wait, in seconds.
         path: Path of the group's messages.
+        parent: The group that this one is a part of, whose deadline it follows.
     """
 
     def __init__(
@@ -44,18 +45,33 @@ class ExchangeGroup(Group):
         name: str,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         path: bytes = b"/",
+        parent: ExchangeGroup | None = None,
     ) -> None:
+        self._parent = parent
         self._endpoint = endpoint
         self._members = tuple(members)
         self.name = name
         self.rank = self._members.index(endpoint.rank)
         self.size = len(self._members)
-        self.timeout_s = timeout_s
+        self._own_timeout_s = None if parent is not None else timeout_s
         self._path = path
         self._closed = False
         self._children = itertools.count()
         self._calls = itertools.count()
         self._others = [r for r in range(self.size) if r != self.rank]
+
+    @property
+    def timeout_s(self) -> float:  # type: ignore[override]
+        """Deadline of every wait, in seconds: its own if it was set, else its parent's."""
+        own, parent = self._own_timeout_s, self._parent
+        if own is None:
+            assert parent is not None
+            return parent.timeout_s
+        return own
+
+    @timeout_s.setter
+    def timeout_s(self, seconds: float) -> None:
+        self._own_timeout_s = seconds
 
     # ---- point to point -------------------------------------------------------------------
 
@@ -313,8 +329,8 @@ class ExchangeGroup(Group):
             self._endpoint,
             members,
             name=name,
-            timeout_s=self.timeout_s,
             path=self._path + b"%d/" % number,
+            parent=self,
         )
 
     def abort(self, reason: str = "") -> None:

@@ -52,7 +52,6 @@ class NcclGroup(Group):
 
     def __init__(self, control: ExchangeGroup, device: torch.device) -> None:
         self.name, self.rank, self.size = control.name, control.rank, control.size
-        self.timeout_s = control.timeout_s
         self._control = control
         self._device = device
         self._nccl = _nccl_api.load()
@@ -125,6 +124,15 @@ class NcclGroup(Group):
             control.abort("its NCCL communicator could not be made")
             control.close()
             raise
+
+    @property
+    def timeout_s(self) -> float:  # type: ignore[override]
+        """Deadline of every wait, in seconds: the CPU group's."""
+        return self._control.timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, seconds: float) -> None:
+        self._control.timeout_s = seconds
 
     # ---- point to point -------------------------------------------------------------------
 

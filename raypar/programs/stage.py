@@ -51,8 +51,8 @@ class StageProgram:
             edges and changing buffers that backward reads again).
         half_bytes: Predicted bytes held between the input half and the weight half of backward;
             0 where the stage has no input gradients and does all of backward at once.
-        data_dependent: Whether sizes in it depend on the data: a program that is made for the sizes
-            of one microbatch (compiled, or recorded) would be wrong for the next.
+        data_dependent: Whether sizes of what it saves may depend on the data: a program made for
+            those of one microbatch (compiled, or recorded) would be wrong for the next.
     """
 
     inputs: list[str]

@@ -163,6 +163,11 @@ def inputs_of(wire: Wire) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     return [(str(key), tuple(shape), torch_constant(dtype[1])) for key, shape, dtype in holders]
 
 
+def communicates(wire: Wire) -> bool:
+    """Whether a packed graph exchanges values with other ranks while it runs."""
+    return any(n[0] == "call" and n[2].startswith("raypar::convert.") for n in wire["nodes"])
+
+
 def unpack(wire: Wire, device: torch.device) -> fx.Graph:
     """Rebuilds a graph; placeholders carry fake values on `device`.
 

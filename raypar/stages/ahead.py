@@ -1,57 +1,63 @@
 """Programs that are compiled at their first call are called once before the first step.
 
-A compiler may take minutes. Within a step other stages would wait that long for what a stage
-makes, and miss the deadline of transfers.
+A compiler may take minutes. Within a step it would be one stage after the other, since each waits
+for what the one before makes; ahead of it all ranks compile at once.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Set
 
 import torch
 
 from raypar.programs.products import Gradient
-from raypar.programs.wire import inputs_of
+from raypar.programs.wire import communicates, inputs_of
 from raypar.schedules.instructions import Kind
+from raypar.stages.compiled import CompiledProgram
 from raypar.stages.holdings import HeldStage
 
 Argument = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]
 """Makes the forward argument of an id, a shape and a dtype."""
+_log = logging.getLogger(__name__)
 
 
-def call_once(stage: HeldStage, kinds: Set[Kind], argument: Argument) -> None:
+def compile_ahead(stage: HeldStage, kinds: Set[Kind], argument: Argument) -> None:
     """Calls the programs of a stage that its instructions use; what they give is dropped.
 
-    The ranks of a mesh do this together, since programs hold collectives. Shapes and strides are
-    those of a step, for which alone compiled programs are made.
+    Shapes and strides are those of a step, for which alone compiled programs are made. A stage is
+    left to the first step whose programs exchange values, for which all its ranks would have to be
+    here, or that cannot run on values that are made up.
 
     Args:
         stage: The stage, its programs as the rank's engine runs them.
-        kinds: Which instructions its rank has.
+        kinds: Which instructions its rank has for it.
         argument: Makes the arguments of forward.
-
-    Raises:
-        PlanError: A program cannot be compiled.
     """
+    wire = stage.spec.nodes["graph"]
+    if not isinstance(stage.program.forward, CompiledProgram) or communicates(wire):
+        return
+    try:
+        _call(stage, kinds, [argument(*given) for given in inputs_of(wire)])
+    except Exception as error:
+        _log.info("stage %d is compiled in the first step: %s", stage.spec.index, error)
+
+
+def _call(stage: HeldStage, kinds: Set[Kind], box: list[torch.Tensor]) -> None:
     program = stage.program
-    inputs = inputs_of(stage.spec.nodes["graph"])
-    box = [argument(key, shape, dtype) for key, shape, dtype in inputs]
     kept = [box[i] for i in program.kept]
     results = program.forward(box)
-    if not program.tangent_outputs or not kinds & _BACKWARD:
-        return
     tangents = [torch.zeros_like(results[i]).contiguous() for i in program.tangent_outputs]
     held = [*kept, *results[program.n_outputs :], *tangents]
-    del kept, results, tangents
-    if Kind.BACKWARD_INPUT not in kinds or not program.input_gradients:
-        program.backward(held, _drop)
+    if not tangents:
         return
-    later = [held[i] for i in program.weight_kept]
-    halves = program.backward_input(held)
-    program.backward_weight([*later, *halves[program.n_inputs_grad :]], _drop)
-
-
-_BACKWARD = {Kind.BACKWARD, Kind.BACKWARD_INPUT}
+    halves = Kind.BACKWARD_INPUT in kinds
+    if Kind.BACKWARD in kinds or (halves and not program.input_gradients):
+        program.backward(list(held), _drop)
+    if halves and program.input_gradients:
+        later = [held[i] for i in program.weight_kept]
+        between = program.backward_input(held)[program.n_inputs_grad :]
+        program.backward_weight([*later, *between], _drop)
 
 
 def _drop(index: int, gradient: Gradient) -> None:

@@ -6,8 +6,9 @@ is compiled. Gradients that a program hands to a sink on its way, also as produc
 yet, are made and delivered at its end: what is compiled is one function. Fused kernels round
 differently: a compiled plan equals the uncompiled one up to rounding, not bit for bit.
 
-A program is compiled at its first call, which can take minutes: it is called once before the first
-step (`raypar.stages.ahead`), so that no other stage waits for it.
+A program is compiled at its first call, which can take minutes: where that is possible, it is
+called once before the first step (`raypar.stages.ahead`); until the first step is over, messages
+are waited for as long as `COMPILING_S`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from raypar.programs.codegen import Program
 from raypar.programs.products import as_tensor
 from raypar.programs.stage import Sink, StageProgram
 
+COMPILING_S = 1800.0
+"""Deadline of what waits for a stage that is being compiled, in seconds."""
 _log = logging.getLogger(__name__)
 
 Compile = Callable[[torch.fx.GraphModule], Callable[..., Any]]
@@ -90,6 +93,7 @@ class CompiledProgram:
         except Exception as error:
             if not first:
                 raise
+            self._run = None
             raise PlanError(
                 f"{self._name} cannot be compiled ({_reason(error)}): run its plan with engine = "
                 "'eager' (train.engine: eager)"

@@ -45,7 +45,8 @@ class DriverSettings:
         name: Unique name of the run.
         backend: Comm backend of the ranks.
         timeout_s: Deadline of every transfer, in seconds.
-        start_timeout_s: Deadline of bringing all ranks up, in seconds.
+        start_timeout_s: Deadline of bringing all ranks up and together, in seconds.
+        build_timeout_s: Deadline of their building what they hold, in seconds.
         seats: What to reserve on the cluster.
         network: Interface, ports and NCCL's environment of every rank.
         steps_per_call: Steps in one actor call; None to fit calls of about 1.5 s.
@@ -55,6 +56,7 @@ class DriverSettings:
     backend: str
     timeout_s: float
     start_timeout_s: float
+    build_timeout_s: float
     seats: SeatSettings
     network: NetworkSettings = field(default_factory=NetworkSettings)
     steps_per_call: int | None = None
@@ -184,7 +186,8 @@ class Driver:
         except GetTimeoutError:
             raise RayparError(
                 f"{self._settings.name}: {what} from {len(refs)} stage actors within "
-                f"{self._settings.start_timeout_s:g} s; is the cluster overloaded? {self._longer}"
+                f"{self._settings.start_timeout_s:g} s; is the cluster overloaded? "
+                f"{_longer(self._settings.start_timeout_s)}"
             ) from None
         except RayError:
             for rank, ref in enumerate(refs):  # whose error was it?
@@ -196,16 +199,8 @@ class Driver:
                     raise _RankLost(lost_call(error, rank, None)) from None
             raise
 
-    @property
-    def _longer(self) -> str:
-        now = self._settings.start_timeout_s
-        return (
-            "If they are only slow, raise ScalingConfig.start_timeout_s or mesh.start_timeout_s, "
-            f"for example to {3 * now:g}"
-        )
-
     def _await_setup(self, calls: Calls) -> tuple[dict[int, Built], RunFailure | None]:
-        deadline = time.monotonic() + self._settings.start_timeout_s
+        deadline = time.monotonic() + self._settings.build_timeout_s
         built: dict[int, Built] = {}
         failures: list[Failure] = []
         while calls and not failures:
@@ -219,7 +214,8 @@ class Driver:
                 late = sorted(set(range(len(self._actors))) - set(built))
                 text = (
                     f"of {len(self._actors)} ranks {late} did not build their parts of the model "
-                    f"within {self._settings.start_timeout_s:g} s. {self._longer}"
+                    f"within {self._settings.build_timeout_s:g} s. "
+                    f"{_longer(self._settings.build_timeout_s)}"
                 )
                 failures.append(Failure(None, None, "TrainingError", text))
         return built, self._fail(calls, failures, {}) if failures else None
@@ -364,6 +360,13 @@ class _RankLost(RayparError):
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)
         self.failure = failure
+
+
+def _longer(now_s: float) -> str:
+    return (
+        "If they are only slow, raise ScalingConfig.start_timeout_s or mesh.start_timeout_s, for "
+        f"example to {3 * now_s:g}"
+    )
 
 
 class _Pace:

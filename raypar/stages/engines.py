@@ -8,8 +8,8 @@ from typing import get_args
 import torch
 
 from raypar.errors import PlanError, did_you_mean
-from raypar.plan import DATA
 from raypar.programs.stage import StageProgram
+from raypar.programs.wire import Wire, communicates
 from raypar.schedules.instructions import Kind
 from raypar.stages.compiled import compiled
 from raypar.stages.graphed import CudaGraphs, Graphs, graphed, reason_against
@@ -34,13 +34,16 @@ def graphs_for(device: torch.device) -> Graphs:
     return CudaGraphs(device)
 
 
-def engaged(program: StageProgram, name: str, spec: RankSpec, device: torch.device) -> StageProgram:
+def engaged(
+    program: StageProgram, wire: Wire, name: str, spec: RankSpec, device: torch.device
+) -> StageProgram:
     """A stage's programs as the rank's engine runs them.
 
     A stage that cannot be compiled or graphed runs as it is, and the log says why.
 
     Args:
         program: As they were compiled; shared among ranks of one process.
+        wire: The stage's graph as shipped.
         name: Name in errors.
         spec: The rank.
         device: Where it runs.
@@ -64,7 +67,7 @@ def engaged(program: StageProgram, name: str, spec: RankSpec, device: torch.devi
     reason = reason_against(
         program,
         halves=any(now.kind in _HALVES for now in spec.instructions),
-        sharded=any(size > 1 for axis, size in spec.axes if axis != DATA),
+        exchanges=communicates(wire),
     )
     if reason is not None:
         _log.warning("%s runs without CUDA graphs: %s", name, reason)

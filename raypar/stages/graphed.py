@@ -81,19 +81,19 @@ def graphed(program: StageProgram, graphs: Graphs, device: torch.device) -> Stag
     return replace(program, forward=stage.forward, backward=stage.backward, products=made)
 
 
-def reason_against(program: StageProgram, *, halves: bool, sharded: bool) -> str | None:
+def reason_against(program: StageProgram, *, halves: bool, exchanges: bool) -> str | None:
     """Why a stage cannot be graphed, or None.
 
     Args:
         program: The stage.
         halves: Whether its schedule splits backward in two.
-        sharded: Whether its programs exchange tensors with other ranks.
+        exchanges: Whether its programs exchange tensors with other ranks.
     """
     if program.data_dependent:
         return "sizes in it depend on the data"
     if "rng" in program.inputs:
         return "it draws random numbers, whose key is read by the host"
-    if sharded:
+    if exchanges:
         return "its programs communicate, and communication stays outside of graphs"
     if halves:
         return "its schedule splits backward in two; use 1f1b, gpipe or interleaved_1f1b"

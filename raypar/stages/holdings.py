@@ -83,7 +83,9 @@ class Holdings:
             self.stages = {s.index: workshop.stage(s, device) for s in spec.stages}
             self._build(spec, device)
         for index, held in self.stages.items():
-            held.program = engaged(held.program, f"stage {index}", spec, device)
+            held.program = engaged(
+                held.program, held.spec.nodes["graph"], f"stage {index}", spec, device
+            )
 
     def _build(self, spec: RankSpec, device: torch.device) -> None:
         names = {*spec.owned_params, *spec.params}

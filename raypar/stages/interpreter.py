@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from math import isfinite
 from typing import Any
 
@@ -20,8 +19,9 @@ from raypar.graph.turns import TRACING
 from raypar.plan import DATA
 from raypar.schedules.instructions import Instruction, Kind
 from raypar.sharding.collectives import set_context
-from raypar.stages.ahead import call_once
+from raypar.stages.ahead import compile_ahead
 from raypar.stages.batch import first_sample, microbatch_rows
+from raypar.stages.compiled import COMPILING_S
 from raypar.stages.holdings import HeldStage, Workshop
 from raypar.stages.meters import FiniteWatch, SavedMeter
 from raypar.stages.pinned import Inputs
@@ -71,19 +71,20 @@ class RankRunner(Rank):
             Kind.NORM: self._norm,
             Kind.OPTIMIZER: self._optimize,
         }
+        self._usual_timeout_s: float | None = None
         if spec.engine == "compiled":
+            self._usual_timeout_s = world.timeout_s
+            world.timeout_s = max(world.timeout_s, COMPILING_S)
             self._compile_ahead()
 
     # -- set-up -----------------------------------------------------------------------------
 
     def _compile_ahead(self) -> None:
         set_context(self._mesh)
-        kinds = {now.kind for now in self.spec.instructions}
-        alone = all(size == 1 for axis, size in self.spec.axes if axis != DATA)
-        # Ranks of one process compile in turn, unless they wait for each other on the way.
-        with torch.no_grad(), TRACING if alone else nullcontext():
-            for stage in self._holdings.stages.values():
-                call_once(stage, kinds, self._example)
+        with torch.no_grad(), TRACING:  # ranks of one process take turns
+            for index, stage in self._holdings.stages.items():
+                kinds = {now.kind for now in self.spec.instructions if now.stage == index}
+                compile_ahead(stage, kinds, self._example)
 
     def _example(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A forward argument as a step would give it, before there is a step."""
@@ -166,6 +167,8 @@ class RankRunner(Rank):
             self._meter.close()
         self._old_buffers = {}
         self._at = -1
+        if self._usual_timeout_s is not None:  # all that is to be compiled is
+            self._world.timeout_s, self._usual_timeout_s = self._usual_timeout_s, None
         return self._report
 
     def _forward(self, now: Instruction) -> None:

@@ -62,7 +62,8 @@ class RayRun(Run):
         use_gpu: Whether a device is a GPU, else a CPU core.
         cpus_per_rank: CPUs reserved for each rank.
         timeout_s: Deadline of every transfer, in seconds.
-        start_timeout_s: Deadline of bringing all ranks up, in seconds.
+        start_timeout_s: Deadline of bringing all ranks up and together, in seconds.
+        build_timeout_s: Deadline of their building what they hold, in seconds; None: the same.
         placement_timeout_s: Deadline of reserving the devices, in seconds.
         network: Interface, ports and NCCL's environment; default: the address that Ray uses.
         steps_per_call: Steps in one actor call; None to fit calls of about 1.5 s.
@@ -83,6 +84,7 @@ class RayRun(Run):
         cpus_per_rank: float = 1.0,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         start_timeout_s: float = START_TIMEOUT_S,
+        build_timeout_s: float | None = None,
         placement_timeout_s: float = 30.0,
         network: NetworkSettings | None = None,
         steps_per_call: int | None = None,
@@ -110,6 +112,7 @@ class RayRun(Run):
             "nccl" if use_gpu else "gloo",
             timeout_s,
             start_timeout_s,
+            build_timeout_s or start_timeout_s,
             seats,
             network or NetworkSettings(),
             steps_per_call,

@@ -256,8 +256,7 @@ class WarmPool:
             raise RayparError(
                 f"{self._name}: no answer from the processes of devices "
                 f"{sorted(refs[ref] for ref in late)} within {seconds:g} s; is the cluster "
-                "overloaded? Raise ScalingConfig.start_timeout_s or mesh.start_timeout_s, for "
-                f"example to {3 * seconds:g}"
+                "overloaded? search.measure: 0 plans without running anything"
             )
         found: dict[int, ActorInfo] = {}
         for ref in done:

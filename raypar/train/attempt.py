@@ -17,6 +17,7 @@ from raypar.graph.opgraph import OpGraph
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.stages.compile import compile_plan
+from raypar.stages.compiled import COMPILING_S
 from raypar.stages.initial import InitialWeights
 from raypar.stages.run import START_TIMEOUT_S, Run
 from raypar.stages.spec import RankSpec
@@ -36,9 +37,6 @@ from raypar.train.settings import Settings
 from raypar.train.signals import Signals
 from raypar.train.state import TrainState
 from raypar.train.utilisation import model_flops, peak_flops, product_dtype
-
-_COMPILING_S = 1800.0
-"""Deadline of building ranks that compile their programs: a stage may take minutes."""
 
 
 class Clock:
@@ -206,18 +204,17 @@ class Attempt:
             name=f"raypar-{made.folder.name}",
             use_gpu=settings.scaling.use_gpu,
             cpus_per_rank=settings.scaling.cpus_per_worker,
-            start_timeout_s=self._start_timeout_s,
+            start_timeout_s=settings.scaling.start_timeout_s or START_TIMEOUT_S,
+            build_timeout_s=self._build_timeout_s,
             placement_timeout_s=settings.scaling.placement_timeout_s,
             network=settings.network,
             lent=settings.lent,
         )
 
     @property
-    def _start_timeout_s(self) -> float:
+    def _build_timeout_s(self) -> float | None:
         given = self._settings.scaling.start_timeout_s
-        if given is not None:
-            return given
-        return _COMPILING_S if self._settings.engine == "compiled" else START_TIMEOUT_S
+        return COMPILING_S if given is None and self._settings.engine == "compiled" else given
 
     def _train(self, stack: ExitStack, run: Run, specs: list[RankSpec]) -> dict[str, Any]:
         settings, made = self._settings, self._prepared

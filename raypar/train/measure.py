@@ -42,7 +42,6 @@ _LONG_S = 5.0  # the first of such steps is not that much longer than the others
 _ROOM = 1.5  # free memory that a plan wants, as a multiple of what the last one took
 _CALL_S = 0.4  # disturbance is told for the steps of one call together
 _TURN = 3
-_START_S = 120.0  # of processes, and of loading a plan: one that takes longer is given up
 
 OnTurn = Callable[[int, list[Step]], None]
 
@@ -62,8 +61,8 @@ class RayMeasurer:
         seed: Seed of initialisation and of dropout.
         recipe: What else decides the numbers (`raypar.stages.recipe.Recipe`).
         scaling: What of the cluster a device is; default: a CPU core.
-        step_timeout_s: Deadline of one step, in seconds (of loading a plan: the scaling's
-            ``start_timeout_s``, or 120). A plan that takes longer is ended, and counts as failed.
+        step_timeout_s: Deadline of one step, in seconds (of loading a plan: 120). A plan that takes
+            longer is ended, and counts as failed.
         at_once: Most plans that `measure_together` holds at a time.
         rounds: Turns that it gives each of them.
     """
@@ -96,7 +95,6 @@ class RayMeasurer:
             use_gpu=self._scaling.use_gpu,
             cpus_per_rank=self._scaling.cpus_per_worker,
             transfer_timeout_s=step_timeout_s,
-            start_timeout_s=self._scaling.start_timeout_s or _START_S,
             placement_timeout_s=self._scaling.placement_timeout_s,
         )
         self._pool = WarmPool(cluster, tensors, settings)

@@ -66,7 +66,7 @@ def test_a_rank_that_is_not_built_in_time_is_named_with_the_key_to_raise(
 ) -> None:
     answers = [[(None, 0, Built({}, None))]]
     calls: Any = SimpleNamespace(ready=lambda: answers.pop() if answers else time.sleep(0.01) or [])
-    settings: Any = SimpleNamespace(start_timeout_s=0.2)
+    settings: Any = SimpleNamespace(build_timeout_s=0.2)
     driver = Driver([], settings)
     driver._actors = [None, None]
     monkeypatch.setattr(driver, "_fail", lambda calls, failures, rows: failures)

@@ -10,6 +10,7 @@ import torch
 
 import raypar as rp
 from raypar.errors import PlanError
+from raypar.programs.wire import communicates
 from raypar.search.config import SearchConfig
 from raypar.search.plan import plan as make_plan
 from raypar.stages import compiled, engines, interpreter
@@ -34,6 +35,7 @@ SHAPES: tuple[dict[str, Any], ...] = (
     {"stages": 2, "replicas": 1, "microbatches": 2, "recompute": "full"},
     {"stages": 2, "replicas": 1, "microbatches": 4, "schedule": "zero_bubble_h1"},
     {"stages": 1, "replicas": 1, "tensor": 2, "microbatches": 2},
+    {"stages": 1, "replicas": 2, "zero": 3, "microbatches": 2},  # forward gathers parameters
 )
 
 
@@ -95,7 +97,7 @@ def test_graphs_train_the_same(shape: dict[str, Any], monkeypatch: pytest.Monkey
     monkeypatch.setattr(engines, "graphs_for", fake)
     assert_trains_the_same("mlp", shape, "cuda_graph")
     graphs = sum(g.replays for g in made)
-    plain = shape.get("schedule") == "zero_bubble_h1" or "tensor" in shape
+    plain = shape.get("schedule") == "zero_bubble_h1" or shape.get("zero") == 3
     assert (graphs == 0) == plain
 
 
@@ -171,7 +173,7 @@ def test_traced_programs_train_the_same(
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        *(("mlp", shape) for shape in SHAPES[3:]),
+        *(("mlp", shape) for shape in SHAPES[3:6]),
         ("gpt_dropout", SHAPES[2]),  # a key for random numbers
         ("masked_mean", SHAPES[2]),  # counts of the whole batch
         ("cnn", SHAPES[4]),  # buffers that forward replaces
@@ -207,6 +209,66 @@ def test_steps_give_programs_what_they_were_compiled_for(
     for own in forms.values():
         assert len(own) > 1
         assert all(form == own[0] for form in own)
+
+
+def test_what_cannot_run_on_made_up_values_is_compiled_in_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A division by integers of the batch, which are made up as zeros."""
+
+    class Averaged(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(16, 4)
+
+        def forward(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            return self.table(ids // lengths).square().mean()
+
+    made: list[torch.fx.GraphModule] = []
+    monkeypatch.setattr(compiled, "compile_fixed", lambda graph: made.append(graph) or graph)
+    batch = (torch.arange(8) + 3, torch.full((8,), 2))
+    graph = rp.capture(Averaged, batch)
+    chosen = make_plan(graph, rp.Cluster.local(1), SearchConfig(stages=1, microbatches=2))
+    specs = compile_plan(graph, chosen, optimizer=default_optimizer, engine="compiled")
+    record = RunRecord()
+    with start_run("local", specs, models.tensors(batch)) as run:
+        assert len(made) == 1
+        run.train(0, 2, lambda result: _note(record, result))
+    reference = reference_run(graph, batch, chosen)
+    assert record.losses == pytest.approx(reference.losses[:2], rel=1e-5)
+    assert len(made) == 3  # forward again, and backward
+
+
+@pytest.mark.parametrize("shape", [{"stages": 1, "zero": 3}, {"stages": 2, "zero": 3}])
+def test_stages_that_exchange_values_wait_for_the_first_step(
+    shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under ZeRO-3 forward gathers parameters: all its ranks have to be there."""
+    monkeypatch.setattr(compiled, "compile_fixed", lambda graph: graph)
+    shape = {"replicas": 2, "microbatches": 2, **shape}
+    _, _, _, specs = specs_of("mlp", shape, "compiled")
+    assert all(communicates(stage.nodes["graph"]) for spec in specs for stage in spec.stages)
+    assert_trains_the_same("mlp", shape, "compiled")
+
+
+def test_the_usual_deadline_holds_after_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "compile_fixed", lambda graph: graph)
+    _, batch, _, specs = specs_of("mlp", SHAPES[1], "compiled")
+    seen: list[tuple[float, float]] = []
+    step = interpreter.RankRunner.step
+
+    def noted(runner: Any, number: int, inputs: Any) -> Any:
+        before = runner._world.timeout_s
+        report = step(runner, number, inputs)
+        seen.append((before, runner._world.timeout_s))
+        return report
+
+    monkeypatch.setattr(interpreter.RankRunner, "step", noted)
+    with start_run("local", specs, models.tensors(batch)) as run:
+        run.train(0, 2)
+    usual = min(after for _, after in seen)
+    assert usual < compiled.COMPILING_S
+    assert sorted(seen) == [(usual, usual)] * 2 + [(compiled.COMPILING_S, usual)] * 2
 
 
 @pytest.mark.parametrize("engine", ["compiled", "cuda_graph"])
