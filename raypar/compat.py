@@ -317,13 +317,17 @@ def ray_free_by_node() -> dict[str, dict[str, float]]:
 
 
 def ray_workers() -> set[str]:
-    """Ids of the cluster's worker processes that are alive; drivers are none.
+    """Ids of the worker processes that are alive on the cluster's nodes; drivers are none.
+
+    Those of a node that died stay in Ray's table as they were.
 
     The public call (`ray.util.state.list_workers`) asks the dashboard, which need not run.
     """
+    import ray
     from ray._private.state import workers
 
-    return set(workers())
+    there = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    return {worker for worker, info in workers().items() if info["node_ip_address"] in there}
 
 
 def ray_autoscaler() -> tuple[bool, int]:

@@ -52,7 +52,7 @@ def test_a_step_is_continued_from_short_ones(stages: int, schedule: str) -> None
     told = likely(plan, lowered, setting)
     assert told.step_s == pytest.approx(whole.step_s, rel=0.01)
     assert not told.whole
-    assert all(a <= b for a, b in zip(told.played.peak_bytes, whole.peak_bytes, strict=True))
+    assert told.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.02)
 
 
 def test_the_winner_was_played_whole() -> None:

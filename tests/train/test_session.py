@@ -127,3 +127,17 @@ def test_a_cluster_whose_head_hangs_is_not_waited_for(monkeypatch: pytest.Monkey
         session.connect("head:6379").close()
         assert fake.told == told
         assert session.exit_would_hang() == bool(answer)
+
+
+def test_no_run_begins_on_a_connection_whose_head_still_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hangs = [True, False]
+    monkeypatch.setattr(session, "_left", True)
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(session.discover, "lost_head", lambda: hangs.pop(0))
+    with pytest.raises(ClusterError, match="in a new process"):
+        session.connect()
+    assert session.exit_would_hang()
+    session.connect().close()  # it answers again
+    assert not session.exit_would_hang()

@@ -34,6 +34,9 @@ _PLAYED = 3
 """So many plans (with their schedules) are played whole, more where none of them fits."""
 _CLOSE = 1.1
 """Plans that likely take so much longer than the best are not played."""
+_SURE = 1.05
+"""A plan that fills so much of what it may, by a few microbatches, is not played whole to know that
+it does not fit. What is chosen was played whole."""
 _MOST_OPS = 2000
 """Plans are lowered as long as they have so many ops together. Tracing the stages of a plan takes
 milliseconds for each op, so that a large model's plan takes seconds."""
@@ -96,8 +99,7 @@ def contest(
         if fits and (len(found) >= _PLAYED or run.likely.step_s > _CLOSE * runs[0].likely.step_s):
             break
         entry = _entry(run, memory_fraction)
-        # What a few microbatches overfill, all of them do; that they fit is seen from all alone.
-        if entry.overfull <= 1.0 and not run.likely.whole:
+        if entry.overfull <= _SURE and not run.likely.whole:
             entry = entry_of(
                 run.plan, played_whole(run.plan, run.lowered, run.setting), memory_fraction
             )
@@ -125,7 +127,7 @@ def best_that_fits(
 ) -> Plan:
     """Plays what a search finds; where nothing fits, it searches again with as much less memory.
 
-    The figures of memory that a search goes by are rough, those of a played plan are exact.
+    The figures of memory that a search goes by are rough, those of a played plan are near.
 
     Args:
         plans_of: Searches: share of the memory that may be filled → plans, most promising first.
@@ -172,7 +174,7 @@ class _Run:
 
 
 def _entry(run: _Run, memory_fraction: float) -> Entry:
-    return entry_of(run.plan, run.likely.played, memory_fraction)
+    return entry_of(run.plan, run.likely.played, memory_fraction, run.likely.peak_bytes)
 
 
 def _runs_of(
@@ -201,17 +203,24 @@ def _schedules(plan: Plan, schedule: str) -> list[str]:
     return [own, *(name for name in SCHEDULES if name != own)]
 
 
-def entry_of(plan: Plan, played: Simulation, memory_fraction: float) -> Entry:
+def entry_of(
+    plan: Plan,
+    played: Simulation,
+    memory_fraction: float,
+    peak_bytes: Sequence[int] | None = None,
+) -> Entry:
     """The plan with what its simulation says.
 
     Args:
         plan: What was played.
         played: Its simulation.
         memory_fraction: Share of a device's memory that may be filled.
+        peak_bytes: By lane, what is held at most; None: as it was played.
     """
     setting = played.setting
+    most = played.peak_bytes if peak_bytes is None else peak_bytes
     peaks: dict[int, int] = {}
-    for lane, peak in zip(played.lanes, played.peak_bytes, strict=True):
+    for lane, peak in zip(played.lanes, most, strict=True):
         for stage in lane.stages:
             peaks[stage] = max(peaks.get(stage, 0), peak)
     stages = []
@@ -225,10 +234,10 @@ def entry_of(plan: Plan, played: Simulation, memory_fraction: float) -> Entry:
     figures = {
         "step_s": played.step_s,
         "bubble": played.bubble,
-        "peak_bytes": float(max(played.peak_bytes)),
+        "peak_bytes": float(max(most)),
     }
     limits = [memory_fraction * lane.memory_limit for lane in played.lanes]
-    overfull = max(p / m for p, m in zip(played.peak_bytes, limits, strict=True))
+    overfull = max(p / m for p, m in zip(most, limits, strict=True))
     return Entry(replace(plan, stages=tuple(stages), predicted=figures), played.step_s, overfull)
 
 

@@ -17,12 +17,13 @@ class Likely:
     """What a step likely comes to.
 
     Attributes:
-        played: A step of as few microbatches as tell, with the seconds that one of all takes. A
-            step of all of them holds at least as much.
+        played: A step of as few microbatches as tell, with the seconds that one of all takes.
+        peak_bytes: By lane, most bytes that a device holds in a step of all of them.
         whole: Whether it was played with all of them.
     """
 
     played: Simulation
+    peak_bytes: tuple[int, ...]
     whole: bool
 
     @property
@@ -34,8 +35,9 @@ class Likely:
 def likely(plan: Plan, lowered: LoweredPlan, setting: Setting) -> Likely:
     """Continues two steps of few microbatches.
 
-    Once a pipeline is full, every further microbatch adds the same time: a step of M of them is
-    continued from one with two and one with four times as many as fill it.
+    Once a pipeline is full, every further microbatch adds the same time, and where a schedule holds
+    them all, the same bytes: a step of M of them is continued from one with two and one with four
+    times as many as fill it.
 
     Args:
         plan: The plan, with the schedule to play.
@@ -48,10 +50,16 @@ def likely(plan: Plan, lowered: LoweredPlan, setting: Setting) -> Likely:
     fill = get_schedule(plan.schedule.name).rounds_under_way * len(setting.meshes)
     few, more = 2 * fill, 4 * fill  # multiples of the groups, as interleaving asks
     if plan.microbatches <= 2 * more:
-        return Likely(played_whole(plan, lowered, setting), True)
+        played = played_whole(plan, lowered, setting)
+        return Likely(played, tuple(played.peak_bytes), True)
     short, longer = (_played(plan, lowered, setting, count) for count in (few, more))
-    rest = (plan.microbatches - more) * (longer.step_s - short.step_s) / (more - few)
-    return Likely(replace(longer, step_s=longer.step_s + rest), False)
+    further = (plan.microbatches - more) / (more - few)
+    step_s = longer.step_s + further * (longer.step_s - short.step_s)
+    peaks = tuple(
+        high + round(further * max(0, high - low))
+        for low, high in zip(short.peak_bytes, longer.peak_bytes, strict=True)
+    )
+    return Likely(replace(longer, step_s=step_s), peaks, False)
 
 
 def played_whole(plan: Plan, lowered: LoweredPlan, setting: Setting) -> Simulation:

@@ -154,7 +154,8 @@ class WayMaker:
     def _is_tight(self, split: Split, size: int, machine: MeshMachine) -> bool:
         """Whether the fastest sharding over one axis may store more than stages have room for."""
         solved = self._shardings.find(split, (size,), ("free",), machine)
-        state = self._state(split, solved, machine, zero=min(1, split.replicas * size - 1))
+        zero = min(1, max(self._zeros(split.replicas * size, ANY)))
+        state = self._state(split, solved, machine, zero)
         stored = float(state.resident[np.asarray(self.units.twin)].sum())
         return stored > _TIGHT * self._room(machine) * (split.devices // size)
 

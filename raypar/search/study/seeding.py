@@ -110,6 +110,7 @@ class Seeding:
             if self.room() > 1 and _two_axes(outcome.plan):
                 looked.append((REGULAR, self.judge.look(decisions, axes=1)))
                 axes = axes if best_of(looked) is outcome else 1
+                took = max(took, time.perf_counter() - began)
             self.known[decisions] = best_of(looked)
             self.write(self.proposals.near_plan(outcome.plan, REGULAR), looked)
             if self.best() is self.known[decisions].plan:
