@@ -26,6 +26,7 @@ NAMES = [
     "LossScale",
     "NetworkSettings",
     "NonFiniteError",
+    "NothingFitsError",
     "OpGraph",
     "OptimizerError",
     "PadTo",

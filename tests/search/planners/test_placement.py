@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raypar import Cluster, capture
-from raypar.errors import PlanError
+from raypar.errors import NothingFitsError, PlanError
 from raypar.graph.opgraph import OpGraph
 from raypar.plan import Plan
 from raypar.search.config import SearchConfig
@@ -116,5 +116,5 @@ def test_what_it_cannot_do_is_refused():
     with pytest.raises(PlanError, match=r"search\.chunks is 2"):
         PlacementPlanner().plan(graph, Cluster.local(2), replace(TOLD, chunks=2))
     poor = replace(TOLD, memory_fraction=1e-9)
-    with pytest.raises(PlanError, match="does not fit"):
+    with pytest.raises(NothingFitsError, match=r"planner placement .* memory"):
         PlacementPlanner().plan(graph, Cluster.local(2), poor)

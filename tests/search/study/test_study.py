@@ -171,7 +171,7 @@ def test_what_a_planner_of_seeds_says_is_told_where_no_time_is_left(
 ) -> None:
     monkeypatch.setattr(
         "raypar.search.study.seeding.seeds",
-        lambda bench, *times: iter([("alpa", None, "it needs 9 GB of 1 GB")]),
+        lambda bench, *times: iter([("alpa", PlanError("it needs 9 GB of 1 GB"))]),
     )
     with pytest.raises(PlanError, match="it needs 9 GB of 1 GB"):
         search(graph(), rp.Cluster.local(2), SearchConfig(planner="optuna", budget_s=1e-6))
