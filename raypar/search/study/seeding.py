@@ -24,9 +24,9 @@ _REGULAR_SHARE = 0.8
 """Of the budget, at which no further regular plan is drafted."""
 _REGULAR_LEAST_SHARE = 0.12
 """Of the budget, that drafting them may take in any case."""
-_LATEST_LOOK, _LATEST_SEED, _LATEST_END = 1.05, 1.1, 1.25
-"""Shares of the budget: no further regular plan is looked at after the first, and none that would
-take until the third; no planner is asked after the second."""
+_LATEST_SEED, _LATEST_END = 1.1, 1.3
+"""Shares of the budget: no planner is asked after the first, and no further regular plan looked at
+that would take until the second."""
 
 Write = Callable[[Asked, list[tuple[str, Outcome]]], None]
 
@@ -92,13 +92,14 @@ class Seeding:
         if self.judge.bench.config.seeds != "auto" or self._regular:
             return
         self._regular = True
-        if self._is_over() and not self.judge.bench.alike:
+        if time.perf_counter() > self.began + self.budget_s and not self.judge.bench.alike:
             return  # where devices are alike the first one mostly wins: it is looked at in any case
         least = time.perf_counter() + _REGULAR_LEAST_SHARE * self.budget_s
         deadline = max(least, self.began + _REGULAR_SHARE * self.budget_s)
         took = 0.0
         for index, decisions in enumerate(regular_plans(self.judge.drafter, deadline)):
-            if self.room() <= 0 or (index and self._is_over(took)):
+            latest = self.began + _LATEST_END * self.budget_s - took
+            if self.room() <= 0 or (index and time.perf_counter() > latest):
                 return
             began = time.perf_counter()
             outcome = self.judge.look(decisions, axes=self._axes)
@@ -115,11 +116,6 @@ class Seeding:
             self.write(self.proposals.near_plan(outcome.plan, REGULAR), looked)
             if self.best() is self.known[decisions].plan:
                 self._other_schedules(decisions, axes)
-
-    def _is_over(self, takes_s: float = 0.0) -> bool:
-        """Whether it is too late for a look that takes some seconds."""
-        used = time.perf_counter() - self.began
-        return used > _LATEST_LOOK * self.budget_s or used + takes_s > _LATEST_END * self.budget_s
 
     def _other_schedules(self, decisions: Decisions, axes: int | None) -> None:
         """Looks at the best plan under other schedules, while there is time.
