@@ -8,6 +8,8 @@
 * A side stream waits for an event of the caller's current stream before it touches a tensor, and
   `Work.wait` makes the current stream wait for the side stream: the host goes on. Tensors are
   recorded on the streams that use them, so that torch's allocator does not reuse them early.
+* Every group bootstraps its own communicator among its members. Splitting the parent's
+  (`ncclCommSplit`) would be a call of all its ranks for each group, and groups are made one by one.
 * NCCL carries no tags: it matches the messages of an ordered pair in the order in which both sides
   issue them. Tags only name a call in errors. Both sides must therefore issue a pair's sends and
   receives in the same order, which raypar's compiler of instruction lists guarantees.
