@@ -205,7 +205,7 @@ def test_the_best_is_looked_at_under_the_other_schedules_at_once() -> None:
 
 
 def test_other_schedules_are_left_out_when_time_is_over() -> None:
-    its, written = _that_tells_the_best(_judge(), ago_s=76.0)
+    its, written = _that_tells_the_best(_judge(), ago_s=79.0)
     its.regular()
     assert [name for name, _ in written] == ["regular"]
 
