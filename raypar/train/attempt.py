@@ -143,7 +143,8 @@ class Attempt:
             stack.callback(run.close)
             ranks = count_of(len(specs), "rank")
             where = "threads here" if self._settings.scaling.in_process else "Ray actors"
-            with made.display.doing(f"starting {ranks} as {where}"):
+            longer = ", compiling, which can take minutes" * (self._settings.engine == "compiled")
+            with made.display.doing(f"starting {ranks} as {where}{longer}"):
                 parts = run.start()
             made.display.say(f"started {ranks} in {clock.mark('start'):.1f} s{_building(parts)}")
             for name, seconds in parts.items():
@@ -223,9 +224,6 @@ class Attempt:
         display = stack.enter_context(Display(made.steps, settings.run.log_every))
         for note in (*made.notes, *run.notes):
             display.say(note)
-        compiled = self._settings.engine == "compiled"
-        if compiled:
-            display.say("compiling in the first step, which can take minutes")
         made.callbacks.on_start(self._facts(run))
         beside = Beside(
             run=run,
@@ -245,8 +243,7 @@ class Attempt:
             beside,
             samples=made.form.spec.size,
             on_first=lambda: display.say(
-                f"first step{' compiled and' * compiled} done in "
-                f"{made.clock.mark('first_step'):.1f} s"
+                f"first step done in {made.clock.mark('first_step'):.1f} s"
             ),
         )
         try:
