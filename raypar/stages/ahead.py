@@ -17,12 +17,17 @@ from raypar.schedules.instructions import Kind
 from raypar.stages.compiled import CompiledProgram
 from raypar.stages.holdings import HeldStage
 
-Argument = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]
-"""Makes the forward argument of an id, a shape and a dtype."""
+_MADE_UP = {"edge": 0, "in": 0, "global": 1}
+"""Kind of argument that there is in a step alone → its values; globals are counts, and divisors."""
 _log = logging.getLogger(__name__)
 
 
-def compile_ahead(stage: HeldStage, kinds: Set[Kind], argument: Argument) -> None:
+def compile_ahead(
+    stage: HeldStage,
+    kinds: Set[Kind],
+    device: torch.device,
+    argument: Callable[[str], torch.Tensor],
+) -> None:
     """Calls the programs of a stage that its instructions use; what they give is dropped.
 
     Shapes and strides are those of a step, for which alone compiled programs are made. A stage is
@@ -32,13 +37,21 @@ def compile_ahead(stage: HeldStage, kinds: Set[Kind], argument: Argument) -> Non
     Args:
         stage: The stage, its programs as the rank's engine runs them.
         kinds: Which instructions its rank has for it.
-        argument: Makes the arguments of forward.
+        device: Where values are made up.
+        argument: Gives what forward takes that a rank holds, by its id.
     """
     wire = stage.spec.nodes["graph"]
     if not isinstance(stage.program.forward, CompiledProgram) or communicates(wire):
         return
+    box = []
+    for key, shape, dtype in inputs_of(wire):
+        value = _MADE_UP.get(key.partition(":")[0])
+        if value is None:
+            box.append(argument(key))
+        else:
+            box.append(torch.full(shape, value, dtype=dtype, device=device))
     try:
-        _call(stage, kinds, [argument(*given) for given in inputs_of(wire)])
+        _call(stage, kinds, box)
     except Exception as error:
         _log.info("stage %d is compiled in the first step: %s", stage.spec.index, error)
 

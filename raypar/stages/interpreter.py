@@ -81,21 +81,14 @@ class RankRunner(Rank):
 
     def _compile_ahead(self) -> None:
         set_context(self._mesh)
+        self._params = self._parameters()
         with torch.no_grad(), TRACING:  # ranks of one process take turns
             for index, stage in self._holdings.stages.items():
                 kinds = {now.kind for now in self.spec.instructions if now.stage == index}
-                compile_ahead(stage, kinds, self._example)
+                compile_ahead(stage, kinds, self._device, lambda key: self._argument(key, 0))
 
-    def _example(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A forward argument as a step would give it, before there is a step."""
-        kind, _, name = key.partition(":")
-        if kind == "param":
-            return self._holdings.params[name].detach()
-        if kind in ("edge", "in"):
-            return torch.zeros(shape, dtype=dtype, device=self._device)
-        if kind == "global":  # counts, that is, divisors
-            return torch.ones(shape, dtype=dtype, device=self._device)
-        return self._argument(key, 0)
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        return {f"param:{k}": p.detach() for k, p in self._holdings.params.items()}
 
     def _loss_tangents(self) -> dict[int, torch.Tensor]:
         """Stage → gradient of the scaled global loss by the stage's loss of one microbatch."""
@@ -141,7 +134,7 @@ class RankRunner(Rank):
         self._seconds = dict.fromkeys(("compute", "recv", "sync", "optimizer"), 0.0)
         self._passes = {index: [0.0, 0.0] for index in self._holdings.stages}
         self._old_buffers = dict(self._holdings.buffers)
-        self._params = {f"param:{k}": p.detach() for k, p in self._holdings.params.items()}
+        self._params = self._parameters()
         self._gradients.begin()
         set_context(self._mesh)
         began = time.perf_counter()
