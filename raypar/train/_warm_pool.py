@@ -256,7 +256,7 @@ class WarmPool:
             raise RayparError(
                 f"{self._name}: no answer from the processes of devices "
                 f"{sorted(refs[ref] for ref in late)} within {seconds:g} s; is the cluster "
-                "overloaded? search.measure: 0 plans without running anything"
+                "overloaded? search.measure: 0 and search.profile: 0 plan without running any"
             )
         found: dict[int, ActorInfo] = {}
         for ref in done:

@@ -188,13 +188,13 @@ def connect(address: str | None = None, *, num_cpus: int = 1) -> RaySession:
     """
     global _left
     with _TURN:
+        if _left and ray.is_initialized() and discover.lost_head():
+            raise ClusterError(
+                "the head of the cluster that this process is connected to does not answer, and "
+                "the connection cannot be ended without it: begin the run in a new process"
+            )
+        _left = False
         if ray.is_initialized():
-            if _left and discover.lost_head():
-                raise ClusterError(
-                    "the head of the cluster that this process is connected to does not answer, "
-                    "and the connection cannot be ended without it: begin the run in a new process"
-                )
-            _left = False
             return RaySession(_begun)
         address = address or os.environ.get("RAY_ADDRESS") or "local"
         if address == "local":
