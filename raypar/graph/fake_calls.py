@@ -13,10 +13,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from raypar.compat import FakeTensor, OpOverload, fake_around, is_mutable, storage_id
-from raypar.graph.passes.emit import Emitter, autocast_of, fake_call
+from raypar.compat import FakeTensor, OpOverload, fake_around, is_mutable, pytree, storage_id
+from raypar.graph.passes.emit import Emitter, aten, autocast_of, fake_call, value_of
 
 _MOST = 50_000
+_PLAIN = frozenset(
+    {
+        aten.slice.Tensor,
+        aten.cat.default,
+        aten.reshape.default,
+        aten.new_full.default,
+        aten.constant_pad_nd.default,
+    }
+)
+"""Calls whose results lie the same wherever their tensors are."""
 
 
 class _Lie(NamedTuple):
@@ -62,13 +72,35 @@ def remembered_call(
     lie = _known.get(key) if tensors else None
     if key is not None and lie is not None:
         return _fake(lie, tensors)
-    with autocast_of(place):
-        value = fake_call(target, args, kwargs, graph)
+    plain = target in _PLAIN and not kwargs and place.meta.get("autocast") is None
+    if key is not None and plain and tensors:
+        value = _on_meta(target, args, tensors)
+    else:
+        with autocast_of(place):
+            value = fake_call(target, args, kwargs, graph)
     if key is not None and tensors and key not in _known:
         if len(_known) >= _MOST:
             _known.clear()
         _known[key] = _lie_of(value, tensors)
     return value
+
+
+def _on_meta(target: Any, args: Any, tensors: Sequence[FakeTensor]) -> FakeTensor:
+    """A call on meta tensors that lie as the fake ones do: the same result, many times faster."""
+
+    def meta_of(value: Any) -> Any:
+        value = value_of(value)
+        return _meta(value) if isinstance(value, FakeTensor) else value
+
+    with torch.no_grad():
+        made = target(*pytree.tree_map(meta_of, args))
+    return fake_around(tensors[0].fake_mode, made, tensors[0].device)
+
+
+def _meta(value: FakeTensor) -> torch.Tensor:
+    meta = torch.empty(0, dtype=value.dtype, device="meta")
+    storage, offset = value.untyped_storage(), value.storage_offset()
+    return meta.set_(storage, offset, tuple(value.shape), value.stride())
 
 
 def fake_like(value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

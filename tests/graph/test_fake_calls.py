@@ -28,6 +28,12 @@ def _calls(kind: type[Emitter]) -> list[fx.Node]:
     found += [view, emit(aten.slice.Tensor, view, 0, 2, 5), emit(aten.slice.Tensor, view, 0, 2, 5)]
     found += [emit(aten.clone.default, view), emit(aten.cat.default, [x, x], 1)]
     found += [emit(aten.split.Tensor, x, 2), emit(aten.mul.Tensor, x, x)]
+    found += [emit(aten.reshape.default, x, [-1]), emit(aten.reshape.default, view, [-1])]
+    found += [emit(aten.new_full.default, x, [2, 3], 0.5)]
+    there = torch.device("cpu")
+    found += [emit(aten.new_full.default, x, [2, 3], 0.5, device=there, dtype=torch.float16)]
+    found += [emit(aten.cat.default, [view, view], 0), emit(aten.slice.Tensor, x, 1, 2, 9, 2)]
+    found += [emit(aten.constant_pad_nd.default, view, [1, 0])]
     return found
 
 
@@ -38,7 +44,9 @@ def _told(nodes: list[fx.Node]) -> list[Any]:
         value = node.meta["val"]
         for item in value if isinstance(value, (list, tuple)) else [value]:
             own = places.setdefault(storage_id(item), len(places))
-            found.append((*item.shape, item.stride(), item.dtype, item.device, own))
+            found.append(
+                (*item.shape, item.stride(), item.storage_offset(), item.dtype, item.device, own)
+            )
     return found
 
 
