@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from raypar import capture
 from raypar.graph.opgraph import OpGraph
-from raypar.lowered import lower_plan
+from raypar.lowered import LoweredPlan, lower_plan
 from raypar.mesh.calibration import table_calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
@@ -19,6 +19,7 @@ from raypar.search._sim_setting import setting_of
 from raypar.search.config import SearchConfig
 from raypar.search.interop.contest import SCHEDULES, contest
 from raypar.search.interop.likely import likely
+from raypar.search.lowering import lowered_for_search
 from raypar.search.planners.uniform import UniformPlanner
 from raypar.search.simulate import simulate
 
@@ -68,12 +69,21 @@ def test_the_winner_was_played_whole() -> None:
     assert entries[0].step_s == pytest.approx(best, rel=1e-9)
 
 
-@pytest.mark.parametrize(("memory_fraction", "played"), [(0.9, {2}), (1e-6, {2, 3})])
-def test_once_time_is_over_plans_are_played_until_one_fits(
-    memory_fraction: float, played: set[int]
+@pytest.mark.parametrize(
+    ("memory_fraction", "moment_s", "played"),
+    [(0.9, 0.0, {2}), (1e-6, 0.0, {2, 3}), (0.9, 1e9, {2, 3})],
+)
+def test_once_time_is_over_plans_are_played_until_one_fits_or_for_a_moment(
+    monkeypatch: pytest.MonkeyPatch, memory_fraction: float, moment_s: float, played: set[int]
 ) -> None:
+    lowered: set[int] = set()
+
+    def noted(graph: OpGraph, plan: Plan) -> LoweredPlan:
+        lowered.add(len(plan.stages))
+        return lowered_for_search(graph, plan)
+
+    monkeypatch.setattr("raypar.search.interop.contest.lowered_for_search", noted)
+    monkeypatch.setattr("raypar.search.interop.contest._MOMENT_S", moment_s)
     plans, calibration = [_plan(2), _plan(3)], table_calibration(CLUSTER)
-    entries = contest(
-        plans, _graph(), CLUSTER, calibration, memory_fraction=memory_fraction, until=0.0
-    )
-    assert {len(entry.plan.stages) for entry in entries} == played
+    contest(plans, _graph(), CLUSTER, calibration, memory_fraction=memory_fraction, until=0.0)
+    assert lowered == played

@@ -37,6 +37,8 @@ _CLOSE = 1.1
 _SURE = 1.05
 """A plan that fills so much of what it may, by a few microbatches, is not played whole to know that
 it does not fit. What is chosen was played whole."""
+_MOMENT_S = 6.0
+"""Where the stages of plans are known, several are played in so many seconds."""
 _MOST_OPS = 2000
 """Plans are lowered as long as they have so many ops together. Tracing the stages of a plan takes
 milliseconds for each op, so that a large model's plan takes seconds."""
@@ -84,14 +86,18 @@ def contest(
         schedule: The schedule of all plans, or ``auto``: each of `SCHEDULES` that takes them.
         optimizer_states: Tensors that the optimizer keeps per parameter (Adam: 2).
         memory_fraction: Share of a device's memory that may be filled.
-        until: `time.perf_counter()` after which no further plan is played, once one fits.
+        until: `time.perf_counter()` after which no further plan is played once one fits, unless
+            that takes a moment.
     """
     runs: list[_Run] = []
+    latest, took = max(until, time.perf_counter()) + _MOMENT_S, 0.0
     for plan in plans[: most_played(graph)]:
-        late = time.perf_counter() > until
+        began = time.perf_counter()
+        late = began + took > latest
         if late and any(_entry(run, memory_fraction).overfull <= 1.0 for run in runs):
             break
         runs += _runs_of(plan, graph, cluster, calibration, schedule, optimizer_states)
+        took = time.perf_counter() - began
     runs.sort(key=lambda run: run.likely.step_s)
     found: list[Entry] = []
     for run in runs:
