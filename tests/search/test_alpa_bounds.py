@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from raypar.mesh.calibration import table_calibration
 from raypar.mesh.cluster import Cluster, Node
 from raypar.mesh.devices import DEVICES
 from raypar.search.config import SearchConfig
-from raypar.search.interop.pipeline import best_pipeline
+from raypar.search.interop.pipeline import Places, best_pipeline
 from raypar.search.interop.space import Split, line_of_devices
 from raypar.search.interop.ways import Wish
 from raypar.search.interop.workbench import Workbench
@@ -77,9 +79,34 @@ def test_stages_of_several_sizes_are_timed_on_their_own_devices(
         found = best_pipeline(family, 8, 16, most_stages=8).stages
         assert found
         for index, stage in enumerate(found):
-            places = search.bench.tables(split, stage.devices, 1, wish)
-            seconds, _ = places[stage.place].at(len(found) - index)
+            table = search.bench.tables(split, stage.devices, 1, wish)[stage.place]
+            assert table is not None
+            seconds, _ = table.at(len(found) - index)
             assert stage.seconds == seconds[stage.first, stage.last - 1]
+
+
+def test_stages_begin_where_nodes_and_multiples_of_their_size_do() -> None:
+    unlike = ("A100-80", 1), ("A100-80", 0.25), ("A100-80", 1), ("A100-80", 1)
+    cluster = _cluster(*unlike, devices=4)
+    bench = Workbench(_graph(), cluster, SearchConfig(zero=0), table_calibration(cluster))
+    wish = Wish(recompute="none", axes=1)
+
+    def open_at(replicas: int, size: int) -> list[int]:
+        split = Split(replicas, 16, 4096, 16 // replicas)
+        places = bench.tables(split, size, 1, wish)
+        assert len(places) == split.devices
+        return [at for at, table in enumerate(places) if table is not None]
+
+    assert open_at(1, 2) == [at for at in range(15) if at % 4 != 3]
+    assert open_at(1, 4) == [0, 4, 8, 12]
+    assert open_at(1, 8) == [0, 4, 8]
+    assert open_at(2, 4) == [0, 2, 4]
+    # Three devices fill no node: besides lying within one, they begin at multiples of three.
+    assert open_at(1, 3) == [0, 1, 3, 4, 5, 6, 8, 9, 12, 13]
+    line = bench.line[2:]  # the first node of this line lacks devices
+    split = Split(1, 16, 4096, 14)
+    places = bench.tables(split, 4, 1, wish, line)
+    assert [at for at, table in enumerate(places) if table is not None] == [0, 2, 4, 6, 8, 10]
 
 
 def test_where_devices_differ_the_most_promising_microbatches_come_first(
@@ -93,6 +120,9 @@ def test_where_devices_differ_the_most_promising_microbatches_come_first(
     bench = Workbench(_graph(), cluster, SearchConfig(), table_calibration(cluster))
     by_size = {n: [Split(1, 65536 // n, n, 4)] for n in promised}
     assert bench.by_promise(by_size) == [4, 8, 16, 2, 1]
+    # What lies close together stays together, wherever other promises lie.
+    promised |= {1: 3.03, 2: 3.02, 4: 3.01}
+    assert bench.by_promise(by_size) == [8, 16, 1, 2, 4]
     promised = dict.fromkeys(promised, 0.0)
     assert bench.by_promise(by_size) == sorted(promised)
     tried: list[int] = []
@@ -119,3 +149,29 @@ def test_a_slow_node_is_not_the_pace_of_all() -> None:
 def test_devices_with_most_memory_stand_first() -> None:
     cluster = Cluster((Node.of(L4, 2, name="a"), Node.of(A100, 1, name="b")))
     assert line_of_devices(cluster) == [2, 0, 1]
+
+
+def test_a_search_with_less_memory_reads_what_is_solved_once_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = _cluster(("A100-80", 1), ("A100-80", 0.25), devices=4)
+    config = SearchConfig(microbatches=16)
+    search = AlpaSearch(_graph(), cluster, config, table_calibration(cluster))
+    best, *_ = search.search()
+    solved = search.bench.maker.solved
+    axes: set[int | None] = set()
+    real = Workbench.tables
+
+    def noted(
+        self: Workbench, split: Split, size: int, unit: int, wish: Wish, *rest: Any
+    ) -> Places:
+        assert split == best.split
+        axes.add(wish.axes)
+        return real(self, split, size, unit, wish, *rest)
+
+    monkeypatch.setattr(Workbench, "tables", noted)
+    search._deadline, search._before, search.kept = 0.0, best, []
+    again, *_ = search.search()
+    assert again.step_s == best.step_s
+    assert axes == {1, None}
+    assert search.bench.maker.solved == solved

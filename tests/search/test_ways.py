@@ -13,12 +13,12 @@ from raypar import capture
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.calibration import table_calibration
 from raypar.mesh.cluster import Cluster, Node
-from raypar.mesh.devices import device_kind
+from raypar.mesh.devices import DeviceKind, device_kind
 from raypar.search.config import SearchConfig
 from raypar.search.interop.pipeline import Way
 from raypar.search.interop.shardings import LEAN
 from raypar.search.interop.space import Split
-from raypar.search.interop.ways import WayKey
+from raypar.search.interop.ways import WayKey, Wish
 from raypar.search.interop.workbench import Workbench
 
 WIDTH, LAYERS, SAMPLES, DEVICES, MICROBATCHES = 1024, 6, 8192, 4, 128
@@ -33,14 +33,20 @@ def _graph() -> OpGraph:
     return capture(model, (rows, torch.zeros(SAMPLES, dtype=torch.long)), F.cross_entropy)
 
 
+SPLIT = Split(1, MICROBATCHES, SAMPLES // MICROBATCHES, DEVICES)
+
+
+def _bench(*kinds: DeviceKind) -> Workbench:
+    nodes = [Node.of(kind, DEVICES, name=f"node{i}") for i, kind in enumerate(kinds)]
+    cluster = Cluster(tuple(nodes))
+    config = SearchConfig(zero=0, recompute="none", memory_fraction=1.0)
+    return Workbench(_graph(), cluster, config, table_calibration(cluster))
+
+
 def _ways(memory: int) -> dict[str, Way]:
     """Mode → the way without ZeRO and recomputation, over one axis of all devices."""
-    kind = dataclasses.replace(device_kind("L4"), memory=memory)
-    cluster = Cluster((Node.of(kind, DEVICES, name="node0"),))
-    config = SearchConfig(zero=0, recompute="none", memory_fraction=1.0)
-    bench = Workbench(_graph(), cluster, config, table_calibration(cluster))
-    split = Split(1, MICROBATCHES, SAMPLES // MICROBATCHES, DEVICES)
-    found = bench.maker.ways(split, DEVICES, bench.line)
+    bench = _bench(dataclasses.replace(device_kind("L4"), memory=memory))
+    found = bench.maker.ways(SPLIT, DEVICES, bench.line)
     keys = [(way, cast(WayKey, way.key)) for way in found]
     return {key.modes[0]: way for way, key in keys if len(key.shape) == 1}
 
@@ -54,3 +60,28 @@ def test_where_memory_is_tight_some_ways_store_less() -> None:
 
 def test_where_there_is_room_no_way_has_to_be_lean() -> None:
     assert set(_ways(memory=64 << 30)) == {"free", "tensor"}
+
+
+def test_once_time_is_over_only_solved_programs_are_told() -> None:
+    bench = _bench(device_kind("L4"))
+
+    def shapes(wish: Wish) -> list[tuple[int, ...]]:
+        return [cast(WayKey, w.key).shape for w in bench.maker.ways(SPLIT, 4, bench.line, wish)]
+
+    assert shapes(Wish(until=0.0)) == []
+    assert set(shapes(Wish(axes=1))) == {(4,)}
+    assert set(shapes(Wish(until=0.0))) == {(4,)}
+    assert set(shapes(Wish())) == {(4,), (2, 2)}
+    assert set(shapes(Wish(until=0.0))) == {(4,), (2, 2)}
+
+
+def test_programs_of_two_axes_are_solved_for_the_first_kind_of_devices() -> None:
+    bench = _bench(device_kind("A100-80"), device_kind("L4"))
+    assert not bench.alike
+    seconds = []
+    for first in (0, DEVICES):
+        devices = bench.line[first : first + DEVICES]
+        found = bench.maker.ways(SPLIT, DEVICES, devices)
+        seconds.append([w.seconds.sum() for w in found if len(cast(WayKey, w.key).shape) == 2])
+        assert bench.maker.solved == (3 if first == 0 else 5)
+    assert all(fast < slow for fast, slow in zip(*seconds, strict=True))

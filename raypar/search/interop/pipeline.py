@@ -209,7 +209,15 @@ def _most(values: Array) -> Array:
     return result
 
 
-Tables = Mapping[int, Sequence[WayTable]]
+Places = Sequence[WayTable | None]
+"""For every place its table, or a single one where all places are alike; None where no stage may
+begin. The first place has one."""
+Tables = Mapping[int, Places]
+
+
+def tables_of(places: Places) -> list[WayTable]:
+    """The tables of places, each once."""
+    return list({id(table): table for table in places if table is not None}.values())
 
 
 def best_pipeline(
@@ -224,9 +232,8 @@ def best_pipeline(
     """The fastest pipeline.
 
     Args:
-        tables: Devices of a stage (of one replica) → its table, one for every place where it may
-            begin (counted in the smallest size), or a single one where all places are alike. Every
-            size is a multiple of the smallest.
+        tables: Devices of a stage (of one replica) → its tables; places are counted in the
+            smallest size, of which every size is a multiple.
         devices: Devices of one replica; some may stay idle.
         microbatches: M.
         most_stages: Largest number of stages.
@@ -283,11 +290,12 @@ def _least_sum(
 ) -> list[Stage] | None:
     """Stages with the least sum of times, none slower than `bound`."""
     unit = min(tables)
-    n = tables[unit][0].n_units
+    first = tables_of(tables[unit])[0]
+    n = first.n_units
     slots = devices // unit
     most = min(most_stages, n, slots)
     if len(tables) == 1 and len(tables[unit]) == 1:
-        return _one_size(unit, tables[unit][0], most, bound, exactly)
+        return _one_size(unit, first, most, bound, exactly)
     # least[d][i]: least time of units i... in s stages on the last d slots; built up over s.
     least = np.tile(_only_end(n), (slots + 1, 1))
     picks: list[npt.NDArray[np.int32]] = []
@@ -305,6 +313,8 @@ def _least_sum(
                 if width > d or not possible[d - width]:
                     continue
                 table = places[slots - d] if len(places) > 1 else places[0]
+                if table is None:
+                    continue
                 if id(table) not in times:
                     time, _ = table.at(s)
                     times[id(table)] = np.where(time <= bound, time, np.inf)
@@ -341,6 +351,7 @@ def _unroll(
         if size:
             places = tables[size]
             table = places[slots - left] if len(places) > 1 else places[0]
+            assert table is not None
             found.append(_stage(table, at, end, size, stages, (slots - left) * unit))
             stages -= 1
         at, left = end, left - max(size // unit, 1)

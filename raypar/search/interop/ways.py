@@ -6,7 +6,9 @@ Shardings come from the intra-op integer program on the short graph
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -38,6 +40,7 @@ class Wish:
         recompute: The recompute policy; ``auto``: every one.
         zero: The ZeRO level; ``auto``: every one that can pay.
         axes: Most axes that a mesh may have besides the replicas'; None: any number.
+        until: `time.perf_counter()` after which only ways of solved programs are told.
     """
 
     modes: str | None = None
@@ -45,6 +48,7 @@ class Wish:
     recompute: str = "auto"
     zero: int | Literal["auto"] = "auto"
     axes: int | None = None
+    until: float = math.inf
 
 
 ANY = Wish()
@@ -141,7 +145,10 @@ class WayMaker:
             )
             machine = machine_of(self.cluster, mesh, self.calibration)
             wanted = _modes(shape) if wish.modes is None else [(wish.modes,) * len(shape)]
-            if wish.modes is None and len(shape) == 1 and self._is_tight(split, size, machine):
+            told = self._told(split, machine, wish)
+            wanted = [modes for modes in wanted if told(modes)]
+            free = wish.modes is None and ("free",) in wanted and told((LEAN,))
+            if free and self._is_tight(split, size, machine):
                 wanted.append((LEAN,))
             for modes in wanted:
                 solved = self._shardings.find(split, shape, modes, machine, wish.forms)
@@ -150,6 +157,13 @@ class WayMaker:
                     key = WayKey(shape, modes, wish.forms, zero, "", solved.texts)
                     found += self._assemble(split, size, machine, key, solved, state, wish)
         return found
+
+    def _told(
+        self, split: Split, machine: MeshMachine, wish: Wish
+    ) -> Callable[[tuple[str, ...]], bool]:
+        """Whether there is time for what the integer program may do on each axis."""
+        late = time.perf_counter() > wish.until
+        return lambda modes: not late or self._shardings.knows(split, modes, machine, wish.forms)
 
     def _is_tight(self, split: Split, size: int, machine: MeshMachine) -> bool:
         """Whether the fastest sharding over one axis may store more than stages have room for."""

@@ -6,7 +6,6 @@ and the rungs of a ladder share them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -19,7 +18,7 @@ from raypar.mesh.calibration_files import load_calibration
 from raypar.mesh.cluster import Cluster
 from raypar.plan import DATA, MemoryPolicy, MeshSlice, Plan, StagePlan
 from raypar.search.config import SearchConfig
-from raypar.search.interop.pipeline import Stage, WayTable
+from raypar.search.interop.pipeline import Places, Stage, WayTable
 from raypar.search.interop.space import AXIS_NAMES, Split, alike, line_of_devices
 from raypar.search.interop.units import Units, find_units
 from raypar.search.interop.ways import ANY, WayKey, WayMaker, Wish, op_sharding
@@ -27,7 +26,7 @@ from raypar.sharding.strategies import fold_patterns
 
 MOST_STAGES = 128
 _CLOSE = 1.03
-"""Bounds of sizes of microbatches, as multiples of the least, that promise about the same."""
+"""Sizes of microbatches whose bounds differ by no more than this factor promise about the same."""
 
 
 class Workbench:
@@ -83,7 +82,7 @@ class Workbench:
         wish: Wish = ANY,
         line: Sequence[int] = (),
         schedule: str = "1f1b",
-    ) -> list[WayTable]:
+    ) -> Places:
         """Stage times on meshes of `size` devices: one table, or one for every place.
 
         Args:
@@ -95,16 +94,20 @@ class Workbench:
             schedule: Says how many microbatches a stage holds.
 
         Returns:
-            One table where all nodes are alike, else one for every place; none where there is a
-            place at which no way fits.
+            One table where all nodes are alike, else one for every place; a stage begins at a
+            multiple of its size, and wherever it has whole nodes or lies within one. Nothing where
+            there is a place at which no way fits.
         """
         line = line or self.line
         width = split.replicas * size
         places = [0] if self.alike else range(0, split.devices - size + 1, unit)
         made: dict[object, WayTable | None] = {}
-        found: list[WayTable] = []
+        found: list[WayTable | None] = []
         for place in places:
             devices = line[place * split.replicas :][:width]
+            if not (place % size == 0 or self._within_nodes(devices)):
+                found.append(None)
+                continue
             key = self._kinds_of(devices)
             if key not in made:
                 ways = self.maker.ways(split, size, devices, wish)
@@ -114,8 +117,13 @@ class Workbench:
                 return []
             found.append(table)
         if not self.alike:
-            found += [found[-1]] * (split.devices // unit - len(found))
+            found += [None] * (split.devices // unit - len(found))
         return found
+
+    def _within_nodes(self, devices: Sequence[int]) -> bool:
+        """Whether devices are all of one node, or all those of several."""
+        nodes = {self.cluster.device(d)[0] for d in devices}
+        return len(nodes) == 1 or len(devices) == sum(self.cluster.nodes[n].devices for n in nodes)
 
     def least_seconds(self, split: Split) -> np.ndarray:
         """Per unit, seconds of one microbatch on one device that nothing shares or recomputes.
@@ -157,10 +165,13 @@ class Workbench:
         for size, group in by_size.items():
             split = min(group, key=lambda split: split.replicas)
             least[size] = self.least_step_s(split, min(self.per_node, split.devices))
-        best = min(least.values())
-        if best <= 0.0:
-            return sorted(least)
-        return sorted(least, key=lambda size: (int(math.log(least[size] / best, _CLOSE)), size))
+        found: list[int] = []
+        while least:
+            best = min(least.values())
+            close = sorted(size for size, seconds in least.items() if seconds <= _CLOSE * best)
+            found += close
+            least = {size: least[size] for size in least if size not in close}
+        return found
 
     def _alone(self, split: Split) -> list[tuple[np.ndarray, int]]:
         """For every kind of device what the units take on one of them, and how many there are."""

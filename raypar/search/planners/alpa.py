@@ -22,7 +22,7 @@ from raypar.plan import Plan
 from raypar.search.bounds.memory import usable_bytes
 from raypar.search.config import SearchConfig
 from raypar.search.interop.contest import best_that_fits, most_played
-from raypar.search.interop.pipeline import Pipeline, WayTable, best_pipeline
+from raypar.search.interop.pipeline import Pipeline, Places, Tables, best_pipeline
 from raypar.search.interop.space import (
     MIXED_SLOTS,
     Split,
@@ -126,8 +126,9 @@ class AlpaSearch:
         self._before = self.kept[0] if self.kept and late else None
         self.kept = []
         found = self.search()
-        late = time.perf_counter() > self._deadline
-        return [self.build(c) for c in found[: most_played(self.graph, least=1 if late else 2)]]
+        first_of_all = share == 1.0 and time.perf_counter() > self._deadline
+        least = 1 if first_of_all else 2  # it may not fit: then time is better spent on others
+        return [self.build(c) for c in found[: most_played(self.graph, least=least)]]
 
     def search(self) -> list[Candidate]:
         """The best pipelines, fastest first; once time is over, of what was tried until then.
@@ -165,9 +166,9 @@ class AlpaSearch:
         reached: dict[int, float] = {}
         for size, group in groups:
             before = self._limit()
-            promising = self._promising([s for s in group if not self._too_late(s, wish)])
+            promising = self._promising([s for s in group if not self._too_late(s)])
             for _, split, sizes in sorted(promising, key=lambda p: self._turn(p[1], p[0])):
-                if not self._too_late(split, wish):
+                if not self._too_late(split):
                     self._try(split, sizes, wish)
             own = [c.step_s for c in self.kept if c.split.local_batch == size]
             reached[size] = min(own, default=float("inf"))
@@ -193,8 +194,8 @@ class AlpaSearch:
         """Whether there is a pipeline, and no time to look for a better one."""
         return bool(self.kept) and time.perf_counter() > self._deadline
 
-    def _too_late(self, split: Split, wish: Wish) -> bool:
-        return self._over() and (wish == ANY or not self._led_before(split))
+    def _too_late(self, split: Split) -> bool:
+        return self._over() and not self._led_before(split)
 
     def _led_before(self, split: Split) -> bool:
         """Whether it was the best with more memory; or is that in smaller microbatches."""
@@ -228,7 +229,7 @@ class AlpaSearch:
                 yield min(least.values()), split, least
 
     def _try(self, split: Split, sizes: Mapping[int, float], wish: Wish) -> None:
-        tables: dict[int, list[WayTable]] = {}
+        tables: dict[int, Places] = {}
         smallest = min(sizes)
         if min(sizes.values()) >= self._worst():
             return
@@ -243,10 +244,9 @@ class AlpaSearch:
                 continue  # over nodes only where that was best before
             if least >= self._worst() and split.devices // smallest > MIXED_SLOTS:
                 continue
-            late = time.perf_counter() > self._deadline
-            if (self.kept or tables) and late and size not in again:
-                break
-            found = self.bench.tables(split, size, smallest, wish)
+            hurry = (self.kept or tables) and size not in again
+            until = self._deadline if hurry else math.inf
+            found = self.bench.tables(split, size, smallest, replace(wish, until=until))
             if found:
                 tables[size] = found
         if not tables:
@@ -256,13 +256,11 @@ class AlpaSearch:
                 if pipeline.stages and pipeline.step_s < self._worst():
                     self._keep(Candidate(split, pipeline))
 
-    def _pipelines(
-        self, tables: Mapping[int, Sequence[WayTable]], split: Split
-    ) -> Iterable[Pipeline]:
+    def _pipelines(self, tables: Tables, split: Split) -> Iterable[Pipeline]:
         """Pipelines of stages of some sizes, that are worth a closer look.
 
         Args:
-            tables: Devices of a stage → its tables, one for every place or a single one.
+            tables: Devices of a stage → its tables.
             split: How the batch is cut.
         """
         most = min(self.most_stages, split.devices // min(tables), len(self.bench.units))
@@ -275,13 +273,11 @@ class AlpaSearch:
             limit_s=self._worst(),
         )
 
-    def _families(
-        self, tables: Mapping[int, Sequence[WayTable]], split: Split, unit: int
-    ) -> list[dict[int, Sequence[WayTable]]]:
+    def _families(self, tables: Tables, split: Split, unit: int) -> list[dict[int, Places]]:
         """Sizes that are tried together: each alone, and those that mix where that is affordable.
 
         Args:
-            tables: Devices of a stage → its tables, one for every place or a single one.
+            tables: Devices of a stage → its tables.
             split: How the batch is cut.
             unit: Places are counted in so many devices; in a family, in its smallest size.
         """

@@ -14,7 +14,7 @@ Where devices differ, every unit costs what it costs on the slowest mesh.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -24,15 +24,22 @@ from raypar.mesh.cluster import Cluster
 from raypar.plan import Plan
 from raypar.search.config import SearchConfig
 from raypar.search.exact.piper import PiperSetting, PiperStage, solve_piper
-from raypar.search.interop.pipeline import Pipeline, Stage, Way, WayTable, best_pipeline
+from raypar.search.interop.pipeline import (
+    Pipeline,
+    Places,
+    Stage,
+    Tables,
+    Way,
+    WayTable,
+    best_pipeline,
+    tables_of,
+)
 from raypar.search.interop.space import Split
 from raypar.search.interop.ways import WayKey
 from raypar.search.planners.alpa import AlpaSearch
 from raypar.search.planners.base import Planner, register_planner
 
 _PATIENCE_S = 2.0  # CPU seconds for one program; most take a tenth of one
-
-Tables = Mapping[int, Sequence[WayTable]]
 
 
 @register_planner
@@ -79,10 +86,11 @@ def _workloads(tables: Tables, microbatches: int) -> Iterator[tuple[LayerWorkloa
     """The model as a chain of layers, with the bytes of a device, for every ZeRO level.
 
     Args:
-        tables: Devices of a stage → its tables, one for every place or a single one.
+        tables: Devices of a stage → its tables.
         microbatches: M.
     """
-    levels = sorted({_key(way).zero for ts in tables.values() for t in ts for way in t.ways})
+    every_table = [table for places in tables.values() for table in tables_of(places)]
+    levels = sorted({_key(way).zero for table in every_table for way in table.ways})
     for level in levels:
         chosen = {size: _policies(found, level) for size, found in tables.items()}
         chosen = {size: ways for size, ways in chosen.items() if ways}
@@ -108,11 +116,12 @@ def _workloads(tables: Tables, microbatches: int) -> Iterator[tuple[LayerWorkloa
         yield LayerWorkload(layers, edges), memory
 
 
-def _policies(tables: Sequence[WayTable], level: int) -> list[Way]:
+def _policies(places: Places, level: int) -> list[Way]:
     """The fastest sharding at a ZeRO level (or the nearest one), with every recompute policy.
 
     Where places differ, with the most of every figure over all of them.
     """
+    tables = tables_of(places)
     first = tables[0]
     nearest = min({_key(way).zero for way in first.ways}, key=lambda zero: abs(zero - level))
     groups: dict[object, list[Way]] = {}
@@ -128,7 +137,7 @@ def _slowest(way: Way, tables: Sequence[WayTable]) -> Way:
     key = _key(way)
     wanted = (key.shape, key.modes, key.zero, key.recompute)
     alike = [way]
-    for table in {id(t): t for t in tables}.values():
+    for table in tables:
         for other in table.ways:
             k = _key(other)
             if (k.shape, k.modes, k.zero, k.recompute) == wanted:
@@ -158,7 +167,13 @@ def _on_places(found: Sequence[PiperStage], tables: Tables) -> list[Stage]:
     for position, stage in enumerate(found):
         last = first + len(stage.layers)
         places = tables[stage.degree]
-        table = places[min(place // unit, len(places) - 1)]
+        table = places[0]
+        if len(places) > 1:  # devices before the next place where a stage may begin stay idle
+            later = range(place // unit, len(places))
+            place = unit * next((at for at in later if places[at] is not None), len(places))
+            table = places[place // unit] if place // unit < len(places) else None
+        if table is None:
+            return []
         time, way = table.at(len(found) - position)
         seconds = float(time[first, last - 1])
         if not np.isfinite(seconds):
