@@ -7,6 +7,7 @@ between trials.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,15 @@ from raypar.plan import Plan
 from raypar.schedules.interleaved_1f1b import warm_up
 from raypar.schedules.interleaved_zero_bubble import InterleavedZeroBubble
 from raypar.schedules.registry import get_schedule
-from raypar.search.interop.pipeline import Pipeline, Stage, Way, WayTable, best_pipeline
+from raypar.search.interop.pipeline import (
+    Pipeline,
+    Places,
+    Stage,
+    Way,
+    WayTable,
+    best_pipeline,
+    tables_of,
+)
 from raypar.search.interop.space import MIXED_SLOTS, Split, stage_sizes
 from raypar.search.interop.ways import WayKey, Wish
 from raypar.search.interop.workbench import MOST_STAGES, Workbench
@@ -83,7 +92,7 @@ class Drafter:
     def __init__(self, space: Space) -> None:
         self.space = space
         self.bench = space.bench
-        self._tables: OrderedDict[object, list[WayTable]] = OrderedDict()
+        self._tables: OrderedDict[object, Places] = OrderedDict()
 
     def draft(self, decisions: Decisions, share: float = 1.0, *, axes: int | None = None) -> Draft:
         """The best plan of these decisions, by the solvers' figures.
@@ -130,7 +139,7 @@ class Drafter:
         line: tuple[int, ...],
         schedule: str,
         share: float,
-    ) -> list[WayTable]:
+    ) -> Places:
         """See `Workbench.tables`; the last ones are kept."""
         key = (split, size, unit, wish, line if not self.bench.alike else None, schedule, share)
         if key not in self._tables:
@@ -165,14 +174,14 @@ class _Question:
         inside = [n for n in sizes if n <= per_node]
         return [n for n in inside if self.split.devices // n <= MIXED_SLOTS] or inside[-1:]
 
-    def _tables(self, size: int, unit: int, wish: Wish) -> list[WayTable]:
+    def _tables(self, size: int, unit: int, wish: Wish) -> Places:
         schedule = self.decisions.schedule
         return self.drafter.tables(self.split, size, unit, wish, self.line, schedule, self.share)
 
     def plain(self) -> tuple[list[Stage], int]:
         """One stage per rank group."""
         sizes = self.sizes()
-        tables: dict[int, list[WayTable]] = {}
+        tables: dict[int, Places] = {}
         for size in sizes:
             table = self._tables(size, sizes[0], self.wish)
             if table:
@@ -205,8 +214,11 @@ class _Question:
         if not tables:
             raise InfeasibleError("no way to run a stage on such devices")
         best = Pipeline()
-        shared: list[dict[tuple[int, ...], WayTable]] = [
-            _by_shape(table, groups, chunks, self.split.microbatches) for table in tables
+        # On meshes of one size, places that are counted in it are all open.
+        shared = [
+            _by_shape(table, groups, chunks, self.split.microbatches)
+            for table in tables
+            if table is not None
         ]
         for shape in shared[0]:
             if not all(shape in table for table in shared):
@@ -259,10 +271,11 @@ class _Question:
         found = []
         for i, stage in enumerate(stages):
             wish = wishes[i] if i < len(wishes) else self.wish
-            tables = self._tables(stage.devices, stage.devices, wish)
-            if not tables:
+            unit = math.gcd(stage.devices, stage.place)
+            tables = self._tables(stage.devices, unit, wish)
+            table = tables[0 if len(tables) == 1 else stage.place // unit] if tables else None
+            if table is None:
                 raise InfeasibleError("no way to run a stage on such devices")
-            table = tables[0 if len(tables) == 1 else stage.place // stage.devices]
             if chunks > 1:
                 assert isinstance(stage.way.key, WayKey)
                 groups = len(stages) // chunks
@@ -276,12 +289,12 @@ class _Question:
             found.append(replace(stage, way=chosen, seconds=took))
         return found
 
-    def _need(self, found: Pipeline, tables: Iterable[Sequence[WayTable]]) -> None:
+    def _need(self, found: Pipeline, tables: Iterable[Places]) -> None:
         """Tells why there are no stages."""
         if found.stages:
             return
         slots = self.split.devices / min(self.sizes())
-        table = next(iter(tables))[0]
+        table = tables_of(next(iter(tables)))[0]
         over = table.least_bytes() / (slots * max(way.memory for way in table.ways))
         if over > 1.0:
             words = f"needs {over:.2f} times the memory that these devices have"
@@ -289,14 +302,13 @@ class _Question:
         raise InfeasibleError("no stages with these decisions fit the memory", 1.05)
 
 
-def _smaller(tables: Sequence[WayTable], share: float) -> list[WayTable]:
+def _smaller(places: Places, share: float) -> Places:
     """The same tables for devices with less memory."""
     made: dict[int, WayTable] = {}
-    for table in tables:
-        if id(table) not in made:
-            ways = [replace(way, memory=way.memory * share) for way in table.ways]
-            made[id(table)] = WayTable(ways, table.microbatches, table.schedule, table.most_held)
-    return [made[id(table)] for table in tables]
+    for table in tables_of(places):
+        ways = [replace(way, memory=way.memory * share) for way in table.ways]
+        made[id(table)] = WayTable(ways, table.microbatches, table.schedule, table.most_held)
+    return [None if table is None else made[id(table)] for table in places]
 
 
 def held_per_chunk(schedule: str, groups: int, chunks: int, microbatches: int) -> int:

@@ -28,6 +28,9 @@ _LATEST_SEED, _LATEST_END = 1.1, 1.3
 """Shares of the budget: no planner is asked after the first, and no further regular plan looked at
 that would take until the second."""
 
+_CLOSE = 1.2
+"""Regular plans that take so much longer than the best may be faster under another schedule."""
+
 Write = Callable[[Asked, list[tuple[str, Outcome]]], None]
 
 
@@ -114,11 +117,18 @@ class Seeding:
                 took = max(took, time.perf_counter() - began)
             self.known[decisions] = best_of(looked)
             self.write(self.proposals.near_plan(outcome.plan, REGULAR), looked)
-            if self.best() is self.known[decisions].plan:
+            if self._may_lead(self.known[decisions]):
                 self._other_schedules(decisions, axes)
 
+    def _may_lead(self, outcome: Outcome) -> bool:
+        """Whether a plan is near enough to the best one to overtake it by its schedule."""
+        best = self.best()
+        if best is None or outcome.plan is None or outcome.state != "kept":
+            return False
+        return outcome.plan.predicted["step_s"] <= _CLOSE * best.predicted["step_s"]
+
     def _other_schedules(self, decisions: Decisions, axes: int | None) -> None:
-        """Looks at the best plan under other schedules, while there is time.
+        """Looks at a plan under other schedules, while there is time.
 
         Its stages are lowered already; but where another schedule holds too much, they are
         sharded and lowered anew.

@@ -204,6 +204,24 @@ def test_the_best_is_looked_at_under_the_other_schedules_at_once() -> None:
         assert played.schedule.name == name
 
 
+@pytest.mark.parametrize(("close", "asked"), [(1e9, True), (0.0, False)])
+def test_plans_near_the_best_are_looked_at_under_the_other_schedules_too(
+    monkeypatch: pytest.MonkeyPatch, close: float, asked: bool
+) -> None:
+    monkeypatch.setattr(seeding, "_CLOSE", close)
+    judge = _judge()
+    its, _ = _that_tells_the_best(judge)
+    its.regular()
+    found = regular_plans(judge.drafter)
+    looked = [d for d in found if its.known[d].state == "kept"]
+    assert len(looked) > 1
+    for decisions in looked:
+        interleaved = decisions.chunks > 1
+        names = judge.space.interleaved if interleaved else judge.space.schedules
+        others = {replace(decisions, schedule=n) for n in names} - {decisions}
+        assert (others <= set(its.known)) is asked
+
+
 def test_other_schedules_are_left_out_when_time_is_over() -> None:
     its, written = _that_tells_the_best(_judge(), ago_s=79.0)
     its.regular()
