@@ -7,7 +7,7 @@ TORCH ?= torch>=2.11,<2.14
 WORKERS ?= 2
 # What is imported is compiled once, not by each of the many processes that tests start.
 unexport PYTHONDONTWRITEBYTECODE
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --max-worker-restart=1 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help venv demo test test-all lint format dist clean
 

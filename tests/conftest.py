@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import signal
@@ -48,10 +49,13 @@ settings.register_profile(
 settings.load_profile("raypar")
 
 
+_SHARED_RAY = contextlib.ExitStack()
+
+
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of the same name
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        needs_ray = "ray_session" in getattr(item, "fixturenames", ())
+        needs_ray = _shares_ray(item)
         if needs_ray:
             item.add_marker(pytest.mark.ray)
             if item.get_closest_marker("timeout") is None:
@@ -63,9 +67,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         own_ray = item.path.stem.endswith("_ray")
         group = "ray" if needs_ray else str(item.path.parent if own_ray else item.path)
         item.add_marker(pytest.mark.xdist_group(group))
-    if hasattr(config, "workerinput"):
-        # The longest group comes first, so that nobody waits for it at the end.
-        items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    # The longest group comes first, so that nobody waits for it at the end.
+    items.sort(key=lambda item: not _shares_ray(item))
+
+
+@pytest.hookimpl(trylast=True)  # when the test's own fixtures are gone
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """The shared Ray ends with the last test that uses it: it would only burden what follows."""
+    if _shares_ray(item) and not (nextitem and _shares_ray(nextitem)):
+        _SHARED_RAY.close()
+
+
+def _shares_ray(item: pytest.Item) -> bool:
+    return "ray_session" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -76,8 +90,14 @@ def _one_torch_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[str]:
-    """One local Ray with 16 CPUs for all tests that ask for it; yields its address.
+def ray_session() -> str:
+    """The address of one local Ray with 16 CPUs for all tests that ask for it."""
+    return _SHARED_RAY.enter_context(_one_ray())
+
+
+@contextlib.contextmanager
+def _one_ray() -> Iterator[str]:
+    """A local Ray; yields its address.
 
     Its workers have the project's root on their path, so that functions and actors defined in
     test modules can be shipped. At the end nothing may be left: no placement group, and no process

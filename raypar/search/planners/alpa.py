@@ -126,9 +126,9 @@ class AlpaSearch:
         self._before = self.kept[0] if self.kept and late else None
         self.kept = []
         found = self.search()
-        first_of_all = share == 1.0 and time.perf_counter() > self._deadline
-        least = 1 if first_of_all else 2  # it may not fit: then time is better spent on others
-        return [self.build(c) for c in found[: most_played(self.graph, least=least)]]
+        # With all the memory the best may not fit: then time is better spent on a second search.
+        alone = share == 1.0 and time.perf_counter() > self._deadline
+        return [self.build(c) for c in found[: most_played(self.graph, least=1 if alone else 2)]]
 
     def search(self) -> list[Candidate]:
         """The best pipelines, fastest first; once time is over, of what was tried until then.
@@ -244,8 +244,9 @@ class AlpaSearch:
                 continue  # over nodes only where that was best before
             if least >= self._worst() and split.devices // smallest > MIXED_SLOTS:
                 continue
-            hurry = (self.kept or tables) and size not in again
-            until = self._deadline if hurry else math.inf
+            # What there has to be is solved however late it is; the rest is then only read.
+            needed = size in again or not (self.kept or tables)
+            until = math.inf if needed else self._deadline
             found = self.bench.tables(split, size, smallest, replace(wish, until=until))
             if found:
                 tables[size] = found
