@@ -191,7 +191,7 @@ def _cluster() -> list[Finding]:
         found = f"{said}: a run starts a Ray of its own on this machine"
         return [Finding("Ray cluster", OK, found)]
     if address == "auto":
-        from raypar.compat import ray_address_on_this_machine
+        from raypar.compat_ray import ray_address_on_this_machine
 
         here = ray_address_on_this_machine()
         if here is None:

@@ -19,7 +19,7 @@ from typing import Self
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from raypar.compat import ray_autoscaler
+from raypar.compat_ray import ray_autoscaler
 
 _LOOK_S = 0.25
 _QUIET_S = 20.0

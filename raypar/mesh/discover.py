@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from raypar.compat import ray_address_on_this_machine, ray_node_on_this_machine
+from raypar.compat_ray import ray_address_on_this_machine, ray_node_on_this_machine
 from raypar.errors import ClusterError
 from raypar.mesh._memory import machine_memory
 from raypar.mesh._probe import probe, split_address

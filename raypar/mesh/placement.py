@@ -26,7 +26,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from raypar.compat import ray_free_by_node
+from raypar.compat_ray import ray_free_by_node
 from raypar.errors import ClusterError
 from raypar.mesh._feasible import (
     Holder,

@@ -316,9 +316,14 @@ class Driver:
         except queue.Empty:
             return found
 
-    def call(self, method: str, args: tuple[Any, ...]) -> list[Any]:
-        """References to what a method of every rank answers; the answers never come here."""
-        return [actor.call.remote(method, args) for actor in self._actors]
+    def call(self, method: str, args: list[Any]) -> list[Any]:
+        """References to what a method of every rank answers; the answers never come here.
+
+        Args:
+            method: Its name.
+            args: A reference to its arguments, in a list.
+        """
+        return [actor.call.remote(method, args[0]) for actor in self._actors]
 
     @ray.method(concurrency_group="control")
     def request_stop(self) -> None:

@@ -15,7 +15,7 @@ import time
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
-from raypar.compat import ray_workers
+from raypar.compat_ray import ray_workers
 
 _OF_A_DRIVER = re.compile(r"raypar/(.+)/(?:stages?-[\d,]+|ranks)")
 """Names of groups that driver actors make (`raypar.mesh.device_mesh`, `raypar.stages.seats`)."""

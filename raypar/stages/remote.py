@@ -186,7 +186,9 @@ class RayRun(Run):
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """See `Run.call`."""
-        refs = self._ask(self._open().call.remote(method, args))
+        # In a list Ray leaves the reference as it is: what is in the arguments is none of the
+        # driver's business, which would import torch to hold it.
+        refs = self._ask(self._open().call.remote(method, [ray.put(args)]))
         answers = self._ask(refs)
         failures = tuple(a for a in answers if isinstance(a, Failure))
         if failures:

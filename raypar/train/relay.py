@@ -19,7 +19,6 @@ from ray.util.queue import Full, Queue
 from raypar.errors import DataError
 from raypar.graph.batchspec import BatchSpec
 from raypar.train.data import Data, DataPosition, Opened, SampledBatches
-from raypar.train.data.stream import Mark
 from raypar.train.feed import AHEAD, Batches, RemadeBatches, Source
 
 _PUT_S = 0.5
@@ -83,12 +82,12 @@ class RelayedBatches:
     def read(self, size: int, start: DataPosition = _FRESH, epochs: int | None = None) -> Batches:
         """The batches as they arrive, from where the relay was told to begin."""
         while True:
-            kind, value, mark = self._queue.get()
+            kind, value = self._queue.get()
             if kind == "error":
                 raise DataError(value)
             if kind == "end":
                 return
-            yield ray.get(value), mark
+            yield ray.get(value)
 
 
 class _Relay:
@@ -114,7 +113,8 @@ class _Relay:
                 if found is None:
                     self._put("end", None)
                     return
-                if not self._put("batch", ray.put(found[0]), found[1]):
+                # All of it by reference: the queue's actor would import torch to hold any.
+                if not self._put("batch", ray.put(found)):
                     return
         except DataError as error:
             self._put("error", str(error))
@@ -123,11 +123,11 @@ class _Relay:
         except BaseException as error:
             self._put("error", f"reading the data failed with {type(error).__name__}: {error}")
 
-    def _put(self, kind: str, value: Any, mark: Mark | DataPosition | None = None) -> bool:
+    def _put(self, kind: str, value: Any) -> bool:
         """Hands one item over, waiting for room; False when the run is over."""
         while not self._ended.is_set():
             try:
-                self._queue.put((kind, value, mark), timeout=_PUT_S)
+                self._queue.put((kind, value), timeout=_PUT_S)
                 return True
             except Full:
                 continue

@@ -2,12 +2,12 @@
 
     python release/gpu/names.py [--out DIR] [--torch FOLDER]
 
-Reads `raypar/compat.py` without importing it: a name that is missing is told with its line, where
-an import would end at the first. Each ``from torch… import name`` is looked up, each chain like
-``torch._C.DisableTorchFunction``, and each function that compat wraps around an object of torch
-(an operator's schema, a fake mode, the mode of a trace) is called. `--torch` looks at the sources
-in a folder instead (an unpacked wheel of any platform): then only what has a source is checked,
-and the rest is listed as unknown. Ray's names are checked where Ray is installed.
+Reads `raypar/compat.py` and `compat_ray.py` without importing them: a name that is missing is told
+with its line, where an import would end at the first. Each ``from torch… import name`` is looked
+up, each chain like ``torch._C.DisableTorchFunction``, and each function that compat wraps around an
+object of torch (an operator's schema, a fake mode, the mode of a trace) is called. `--torch` looks
+at the sources in a folder instead (an unpacked wheel of any platform): then only what has a source
+is checked, and the rest is listed as unknown. Ray's names are checked where Ray is installed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 from release.gpu import kit
 
-COMPAT = kit.ROOT / "raypar" / "compat.py"
+COMPAT = tuple(kit.ROOT / "raypar" / name for name in ("compat.py", "compat_ray.py"))
 LIBRARIES = ("torch", "ray")
 
 
@@ -33,27 +33,34 @@ class Use(NamedTuple):
     """A name of a library that compat mentions.
 
     Attributes:
-        line: Where.
+        file: Where.
+        line: Where in it.
         module: What it is imported from, or the library itself for a chain of attributes.
         name: The name, or the attributes joined by dots.
     """
 
+    file: str
     line: int
     module: str
     name: str
 
 
-def uses(source: str) -> list[Use]:
-    """Every import and every attribute chain of torch and Ray in a source text."""
+def all_uses() -> list[Use]:
+    """Every private name that raypar uses."""
+    return [use for path in COMPAT for use in uses(path.read_text(), path.name)]
+
+
+def uses(source: str, file: str) -> list[Use]:
+    """Every import and every attribute chain of torch and Ray in a file's text."""
     tree = ast.parse(source)
     found: set[Use] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and _library(node.module) in LIBRARIES:
-            found |= {Use(node.lineno, str(node.module), a.name) for a in node.names}
+            found |= {Use(file, node.lineno, str(node.module), a.name) for a in node.names}
         elif isinstance(node, ast.Attribute):
             chain = _chain(node)
             if chain and chain[0] in LIBRARIES:
-                found.add(Use(node.lineno, chain[0], ".".join(chain[1:])))
+                found.add(Use(file, node.lineno, chain[0], ".".join(chain[1:])))
     longest = [u for u in found if not any(o != u and _begins(o, u) for o in found)]
     return sorted(longest)
 
@@ -93,7 +100,7 @@ def missing_here(found: list[Use]) -> tuple[list[str], list[str]]:
         try:
             _look_up(use)
         except (ImportError, AttributeError) as error:
-            wrong.append(f"compat.py:{use.line}: {use.module} has no {use.name}: {error}")
+            wrong.append(f"{use.file}:{use.line}: {use.module} has no {use.name}: {error}")
     return wrong, absent
 
 
@@ -124,7 +131,7 @@ def missing_in(folder: Path, found: list[Use]) -> tuple[list[str], list[str]]:
         if path is None:
             unknown.append(f"{use.module}.{use.name}")
         elif names and names[0] not in _defined(folder, path):
-            wrong.append(f"compat.py:{use.line}: {path.relative_to(folder)} has no {names[0]}")
+            wrong.append(f"{use.file}:{use.line}: {path.relative_to(folder)} has no {names[0]}")
     return wrong, unknown
 
 
@@ -247,7 +254,7 @@ def main() -> int:
     parser = kit.parser(__doc__)
     parser.add_argument("--torch", type=Path, help="folder that holds torch/ as sources")
     options = parser.parse_args()
-    found = uses(COMPAT.read_text())
+    found = all_uses()
     figures: dict[str, Any] = {"names": len(found)}
     if options.torch is not None:
         wrong, unknown = missing_in(options.torch, found)

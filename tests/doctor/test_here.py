@@ -130,12 +130,12 @@ def test_an_address_that_means_the_ray_of_this_machine_is_looked_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    monkeypatch.setattr("raypar.compat.ray_address_on_this_machine", lambda: None)
+    monkeypatch.setattr("raypar.compat_ray.ray_address_on_this_machine", lambda: None)
     (none,) = here._cluster()
     assert (none.status, "no Ray was started" in none.found) == (FAIL, True)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         dead = f"127.0.0.1:{listener.getsockname()[1]}"
-    monkeypatch.setattr("raypar.compat.ray_address_on_this_machine", lambda: dead)
+    monkeypatch.setattr("raypar.compat_ray.ray_address_on_this_machine", lambda: dead)
     (gone,) = here._cluster()
     assert (gone.status, dead in gone.found) == (FAIL, True)
 

@@ -19,12 +19,13 @@ FOLDER = Path(kit.ROOT) / "release" / "gpu"
 
 
 def test_all_private_names_are_there_and_a_missing_one_is_told() -> None:
-    found = names.uses(names.COMPAT.read_text())
+    found = names.all_uses()
+    assert {use.file for use in found} == {"compat.py", "compat_ray.py"}
     assert len(found) > 30
     assert names.missing_here(found) == ([], [])
     assert names.failing() == []
     text = "import torch\nfrom torch._ops import OpOverload, Gone\ntorch._C._gone_too(1)\n"
-    told, _ = names.missing_here(names.uses(text))
+    told, _ = names.missing_here(names.uses(text, "a.py"))
     assert [line.split(":")[1] for line in told] == ["2", "3"]
     assert "torch._ops has no Gone" in told[0]
     assert "torch has no _C._gone_too" in told[1]
@@ -39,7 +40,7 @@ def test_names_are_looked_up_in_sources_too(tmp_path: Path) -> None:
         "from torch._ops import OpOverload, Gone\ntorch._C.here()\ntorch._C.away()\ntorch.here()\n"
         "from torch.built.in_c import anything\n"
     )
-    wrong, unknown = names.missing_in(tmp_path, names.uses(text))
+    wrong, unknown = names.missing_in(tmp_path, names.uses(text, "a.py"))
     assert [line.rsplit(" ", 1)[1] for line in sorted(wrong)] == ["Gone", "away"]
     assert unknown == ["torch.built.in_c.anything"]
 

@@ -101,13 +101,27 @@ def test_a_generator_that_cannot_travel_is_relayed_and_its_error_arrives(
         yield from batches(4)
         raise PermissionError("the tape is locked")
 
+    class Look(rp.Callback):
+        holders: list[str] | None = None
+
+        def on_step(self, line: dict[str, Any]) -> None:
+            if line["step"] == 3 and Path("/proc/self/maps").exists():  # after a checkpoint
+                self.holders = torch_holders("_QueueActor", "ray::Driver")
+
+    look = Look()
     small = {
         "scaling_config": rp.ScalingConfig(num_workers=1),
         "search_config": rp.SearchConfig(stages=1),
-    }
+        "run_config": rp.RunConfig(
+            name="run", storage_path=tmp_path, log_every=0, callbacks=[look],
+            checkpoint_config=rp.CheckpointConfig(every_steps=2),
+        ),
+    }  # fmt: skip
     with pytest.raises(rp.DataError, match=r"PermissionError.*step 4: the tape is locked"):
         trainer(tmp_path, data=source(), **small).fit()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+    if Path("/proc/self/maps").exists():
+        assert look.holders == []  # those that only pass things on start fast, and stay small
     assert not held_groups()
 
 
@@ -211,6 +225,22 @@ def descendants(of: int) -> set[int]:
         found.update(children)
         queue.extend(children)
     return found
+
+
+def torch_holders(*names: str) -> list[str]:
+    """Which of the shared Ray's processes of such names, of which there are some, loaded torch."""
+    own = descendants(os.getpid())
+    found = {
+        pid: command
+        for pid, (_, command) in processes().items()
+        if pid in own and any(name in command for name in names)
+    }
+    assert found
+    return [
+        command
+        for pid, command in found.items()
+        if "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+    ]
 
 
 def all_gone(pids: set[int], patience_s: float = 30.0) -> bool:
