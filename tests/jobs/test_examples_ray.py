@@ -69,7 +69,8 @@ def test_the_entrypoint_of_the_rayjob_trains_on_a_head(head: str, tmp_path: Path
     entrypoint = spec["entrypoint"].replace("/opt/raypar", str(ROOT))
     entrypoint = entrypoint.replace("/mnt/runs", str(tmp_path))
     client = JobSubmissionClient(head)
-    name = submitted(client, smaller(entrypoint, 4, 1), yaml.safe_load(spec["runtimeEnvYAML"]))
+    # Actors of a job are those of `test_submit_ray`: here its own process trains.
+    name = submitted(client, smaller(entrypoint, 4, 0), yaml.safe_load(spec["runtimeEnvYAML"]))
     end = time.monotonic() + 240
     while not client.get_job_status(name).is_terminal() and time.monotonic() < end:
         time.sleep(0.5)

@@ -271,7 +271,9 @@ def test_the_usual_deadline_holds_after_the_first_step(monkeypatch: pytest.Monke
     assert sorted(seen) == [(usual, usual)] * 2 + [(compiled.COMPILING_S, usual)] * 2
 
 
-@pytest.mark.parametrize("engine", ["compiled", "cuda_graph"])
+@pytest.mark.parametrize(
+    "engine", ["compiled", pytest.param("cuda_graph", marks=pytest.mark.thorough)]
+)
 def test_what_has_data_dependent_sizes_runs_as_it_is(
     engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
