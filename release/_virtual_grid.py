@@ -149,6 +149,7 @@ def _of_split(bench: Workbench, split: Split, tensor: int, groups: int) -> Itera
                     {tensor: [table]},
                     stages * tensor,
                     split.microbatches,
+                    unit=tensor,
                     most_stages=stages,
                     exactly=stages,
                 )

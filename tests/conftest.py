@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,8 +52,9 @@ settings.load_profile("raypar")
 _SHARED_RAY = contextlib.ExitStack()
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of the same name
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# First of all, since pytest-xdist reads the groups in a hook of this name; the order comes last.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
     for item in items:
         needs_ray = _shares_ray(item)
         if needs_ray:
@@ -67,7 +68,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         own_ray = item.path.stem.endswith("_ray")
         group = "ray" if needs_ray else str(item.path.parent if own_ray else item.path)
         item.add_marker(pytest.mark.xdist_group(group))
-    # The longest group comes first, so that nobody waits for it at the end.
+    yield
+    # The longest group comes first, so that nobody waits for it at the end, and stays together.
     items.sort(key=lambda item: not _shares_ray(item))
 
 
@@ -90,9 +92,10 @@ def _one_torch_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> str:
+def ray_session() -> Iterator[str]:
     """The address of one local Ray with 16 CPUs for all tests that ask for it."""
-    return _SHARED_RAY.enter_context(_one_ray())
+    yield _SHARED_RAY.enter_context(_one_ray())
+    _SHARED_RAY.close()  # where it is still there: the tests were interrupted
 
 
 @contextlib.contextmanager

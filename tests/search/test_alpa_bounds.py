@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from raypar import capture
+from raypar import capture, plan
 from raypar.graph.opgraph import OpGraph
 from raypar.mesh.calibration import table_calibration
 from raypar.mesh.cluster import Cluster, Node
@@ -70,19 +70,31 @@ def test_stages_of_several_sizes_are_timed_on_their_own_devices(
     wish = Wish(recompute="none", axes=1)
     tables = {n: search.bench.tables(split, n, 1, wish) for n in (1, 2, 4)}
     families = search._families(tables, split, 1)
-    assert {frozenset(family) for family in families} == {
+    assert {frozenset(family) for _, family in families} == {
         2: {frozenset({1}), frozenset({2}), frozenset({4})},  # one size mixes with none
         4: {frozenset({1}), frozenset({2}), frozenset({4}), frozenset({2, 4})},
         8: {frozenset({1, 2, 4})},
     }[slots]
-    for family in families:
-        found = best_pipeline(family, 8, 16, most_stages=8).stages
+    for unit, family in families:
+        found = best_pipeline(family, 8, 16, unit=unit, most_stages=8).stages
         assert found
         for index, stage in enumerate(found):
             table = search.bench.tables(split, stage.devices, 1, wish)[stage.place]
             assert table is not None
             seconds, _ = table.at(len(found) - index)
             assert stage.seconds == seconds[stage.first, stage.last - 1]
+
+
+@pytest.mark.parametrize("planner", ["alpa", "piper"])
+@pytest.mark.parametrize("unlike", [True, False])
+def test_nodes_of_three_devices_are_planned(planner: str, unlike: bool) -> None:
+    """A stage of three beside stages of two: neither is a multiple of the other."""
+    kinds = [("A100-80", 1), ("A100-80", 0.5 if unlike else 1)] * 3
+    cluster = _cluster(*kinds, devices=3)
+    config = SearchConfig(planner=planner, microbatches=8, replicas=1, zero=0)
+    found = plan(_graph(layers=4, width=1024, batch=4608), cluster, config)
+    taken = [d for stage in found.stages for d in stage.mesh.devices]
+    assert len(set(taken)) == len(taken) > 6
 
 
 def test_stages_begin_where_nodes_and_multiples_of_their_size_do() -> None:

@@ -153,7 +153,7 @@ def test_a_second_search_without_time_begins_with_the_best_of_the_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With less memory: what is otherwise tried first may fit, and be far slower."""
-    tried: list[tuple[Split, list[int]]] = []
+    tried: list[tuple[Split, int | None, list[int]]] = []
     real = AlpaSearch._try
 
     def noted(self: AlpaSearch, split: Any, sizes: Any, wish: Any) -> None:
@@ -168,7 +168,7 @@ def test_a_second_search_without_time_begins_with_the_best_of_the_first(
         with monkeypatch.context() as patch:
             patch.setattr(self.bench, "tables", counted)
             real(self, split, sizes, wish)
-        tried.append((split, solved))
+        tried.append((split, wish.axes, solved))
 
     monkeypatch.setattr(AlpaSearch, "_try", noted)
     search = AlpaSearch(captured("gpt"), nodes((slow("one"), 4)), rp.SearchConfig())
@@ -180,11 +180,13 @@ def test_a_second_search_without_time_begins_with_the_best_of_the_first(
     tried.clear()
     search.kept, search._deadline = [best], 0.0
     search._plans(0.9)
-    (split, solved), *rest = tried
+    (split, axes, solved), *rest = tried
     assert split == best.split
-    assert set(solved) == sizes
+    assert (axes, set(solved)) == (1, sizes)
     # Smaller microbatches hold less; besides, only what is solved over two axes is read again.
-    others = [other for other, _ in rest]
+    others = [other for other, _, _ in rest]
+    assert [solved for _, axes, solved in rest if axes is None]
+    assert not any(solved for _, axes, solved in rest if axes is None)
     assert all(s.replicas == split.replicas and s.local_batch <= split.local_batch for s in others)
     assert any(s.local_batch < split.local_batch for s in others)
     assert search.kept[0].split in [split, *others]

@@ -58,7 +58,7 @@ def test_the_pipeline_is_the_best_of_all(unequal: bool, memory: float) -> None:
             ]
             for size in (1, 2, 4)
         }
-        found = best_pipeline(tables, slots, microbatches, most_stages=slots)
+        found = best_pipeline(tables, slots, microbatches, unit=1, most_stages=slots)
         assert found.step_s == pytest.approx(_brute(tables, slots, microbatches), rel=5e-3)
         taken = [d for s in found.stages for d in range(s.place, s.place + s.devices)]
         assert len(set(taken)) == len(taken)
@@ -67,7 +67,23 @@ def test_the_pipeline_is_the_best_of_all(unequal: bool, memory: float) -> None:
 
 def test_without_memory_there_is_no_pipeline() -> None:
     table = WayTable([_way(random.Random(0), 4, 1, 0.5)], 4)
-    assert not best_pipeline({1: [table]}, 4, 4, most_stages=4).stages
+    assert not best_pipeline({1: [table]}, 4, 4, unit=1, most_stages=4).stages
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+def test_sizes_that_are_no_multiples_of_the_smallest_share_no_device(unequal: bool) -> None:
+    """Nodes of 6 devices give stages of 4 and of 6: places are counted in what divides both."""
+    rng = random.Random(f"{unequal}")
+    for devices, sizes in ((6, (2, 3)), (7, (2, 3)), (9, (2, 3, 9)), (8, (3, 4))):
+        tables = {
+            size: [WayTable([_way(rng, 4, size, 9.0)], 4) for _ in range(devices if unequal else 1)]
+            for size in sizes
+        }
+        found = best_pipeline(tables, devices, 4, unit=1, most_stages=devices)
+        assert found.step_s == pytest.approx(_brute(tables, devices, 4), rel=5e-3)
+        taken = [d for s in found.stages for d in range(s.place, s.place + s.devices)]
+        assert len(set(taken)) == len(taken)
+        assert all(d < devices for d in taken)
 
 
 @pytest.mark.parametrize("name", ["gpt", "t5", "unet", "albert", "hf_llama"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
+import time
+from typing import Any, cast
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -15,7 +17,7 @@ from raypar.mesh.calibration import table_calibration
 from raypar.mesh.cluster import Cluster, Node
 from raypar.mesh.devices import DeviceKind, device_kind
 from raypar.search.config import SearchConfig
-from raypar.search.interop.pipeline import Way
+from raypar.search.interop.pipeline import Way, tables_of
 from raypar.search.interop.shardings import LEAN
 from raypar.search.interop.space import Split
 from raypar.search.interop.ways import WayKey, Wish
@@ -75,13 +77,36 @@ def test_once_time_is_over_only_solved_programs_are_told() -> None:
     assert set(shapes(Wish(until=0.0))) == {(4,), (2, 2)}
 
 
-def test_programs_of_two_axes_are_solved_for_the_first_kind_of_devices() -> None:
-    bench = _bench(device_kind("A100-80"), device_kind("L4"))
+@pytest.mark.parametrize(("nodes", "programs"), [(2, 5), (1, 6)], ids=["many", "few"])
+def test_programs_of_two_axes_are_solved_for_the_first_of_many_unlike_devices(
+    nodes: int, programs: int
+) -> None:
+    fast, slow = device_kind("A100-80"), device_kind("L4")
+    bench = _bench(*[fast] * nodes, *[slow] * nodes)
     assert not bench.alike
     seconds = []
-    for first in (0, DEVICES):
+    for first in (0, nodes * DEVICES):
         devices = bench.line[first : first + DEVICES]
         found = bench.maker.ways(SPLIT, DEVICES, devices)
         seconds.append([w.seconds.sum() for w in found if len(cast(WayKey, w.key).shape) == 2])
-        assert bench.maker.solved == (3 if first == 0 else 5)
+        assert bench.maker.solved == (3 if first == 0 else programs)
+    assert seconds[0]
     assert all(fast < slow for fast, slow in zip(*seconds, strict=True))
+
+
+def test_a_table_that_is_begun_in_time_has_a_way_at_every_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = _bench(device_kind("A100-80"), device_kind("L4"))
+    real, ends = bench.maker.ways, time.perf_counter() + 1e3
+
+    def slowly(split: Split, size: int, devices: Any, wish: Wish) -> list[Way]:
+        found = real(split, size, devices, wish)
+        monkeypatch.setattr(time, "perf_counter", lambda: ends + 1)  # over with the first place
+        return found
+
+    monkeypatch.setattr(bench.maker, "ways", slowly)
+    split = Split(1, MICROBATCHES, SAMPLES // MICROBATCHES, 2 * DEVICES)
+    places = bench.tables(split, DEVICES, DEVICES, Wish(axes=1, until=ends))
+    assert len(tables_of(places)) == 2
+    assert not bench.tables(split, 2, 2, Wish(axes=1, until=ends))  # begun too late

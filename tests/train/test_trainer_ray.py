@@ -228,14 +228,14 @@ def descendants(of: int) -> set[int]:
 
 
 def torch_holders(*names: str) -> list[str]:
-    """Which of the shared Ray's processes of such names, of which there are some, loaded torch."""
+    """Which of the shared Ray's processes of such names, one of each at least, loaded torch."""
     own = descendants(os.getpid())
     found = {
         pid: command
         for pid, (_, command) in processes().items()
         if pid in own and any(name in command for name in names)
     }
-    assert found
+    assert all(any(name in command for command in found.values()) for name in names)
     return [
         command
         for pid, command in found.items()

@@ -38,7 +38,8 @@ _SURE = 1.05
 """A plan that fills so much of what it may, by a few microbatches, is not played whole to know that
 it does not fit. What is chosen was played whole."""
 _MOMENT_S = 6.0
-"""Where the stages of plans are known, several are played in so many seconds."""
+"""Beyond its time, in which a contest may still play a second plan: where the stages of plans are
+known, several take less."""
 _MOST_OPS = 2000
 """Plans are lowered as long as they have so many ops together. Tracing the stages of a plan takes
 milliseconds for each op, so that a large model's plan takes seconds."""
@@ -86,8 +87,9 @@ def contest(
         schedule: The schedule of all plans, or ``auto``: each of `SCHEDULES` that takes them.
         optimizer_states: Tensors that the optimizer keeps per parameter (Adam: 2).
         memory_fraction: Share of a device's memory that may be filled.
-        until: `time.perf_counter()` after which no further plan is played once one fits, unless
-            that takes a moment.
+        until: Once one plan fits, no further one is begun that would end, if it takes as long as
+            the last one, more than a moment after this `time.perf_counter()`, or after now if that
+            is later.
     """
     runs: list[_Run] = []
     latest, took = max(until, time.perf_counter()) + _MOMENT_S, 0.0

@@ -211,7 +211,7 @@ def _most(values: Array) -> Array:
 
 Places = Sequence[WayTable | None]
 """For every place its table, or a single one where all places are alike; None where no stage may
-begin. The first place has one."""
+begin. The first place, a multiple of every size, has one."""
 Tables = Mapping[int, Places]
 
 
@@ -225,6 +225,7 @@ def best_pipeline(
     devices: int,
     microbatches: int,
     *,
+    unit: int,
     most_stages: int,
     exactly: int | None = None,
     limit_s: float = float("inf"),
@@ -232,10 +233,10 @@ def best_pipeline(
     """The fastest pipeline.
 
     Args:
-        tables: Devices of a stage (of one replica) → its tables; places are counted in the
-            smallest size, of which every size is a multiple.
+        tables: Devices of a stage (of one replica) → its tables.
         devices: Devices of one replica; some may stay idle.
         microbatches: M.
+        unit: Places are counted in so many devices, which divide every size.
         most_stages: Largest number of stages.
         exactly: The number of stages, where it is given.
         limit_s: Pipelines that take longer are of no interest.
@@ -249,7 +250,7 @@ def best_pipeline(
     def consider(bound: float) -> float | None:
         """Slowest stage of the least sum under a bound; None where there is none."""
         nonlocal best, least_sum
-        found = _least_sum(tables, devices, bound, most_stages, exactly)
+        found = _least_sum(tables, devices, unit, bound, most_stages, exactly)
         if found is None:
             return None
         slowest = max(s.seconds for s in found)
@@ -286,16 +287,17 @@ def best_pipeline(
 
 
 def _least_sum(
-    tables: Tables, devices: int, bound: float, most_stages: int, exactly: int | None
+    tables: Tables, devices: int, unit: int, bound: float, most_stages: int, exactly: int | None
 ) -> list[Stage] | None:
     """Stages with the least sum of times, none slower than `bound`."""
-    unit = min(tables)
-    first = tables_of(tables[unit])[0]
+    assert not any(size % unit for size in tables)
+    smallest = min(tables)
+    first = tables_of(tables[smallest])[0]
     n = first.n_units
     slots = devices // unit
-    most = min(most_stages, n, slots)
-    if len(tables) == 1 and len(tables[unit]) == 1:
-        return _one_size(unit, first, most, bound, exactly)
+    most = min(most_stages, n, devices // smallest)
+    if len(tables) == 1 and len(tables[smallest]) == 1:
+        return _one_size(smallest, first, most, bound, exactly)
     # least[d][i]: least time of units i... in s stages on the last d slots; built up over s.
     least = np.tile(_only_end(n), (slots + 1, 1))
     picks: list[npt.NDArray[np.int32]] = []
@@ -333,7 +335,7 @@ def _least_sum(
         least = after
         if after[slots, 0] < answer[0] and exactly in (None, s):
             answer = (float(after[slots, 0]), s)
-    return None if not np.isfinite(answer[0]) else _unroll(tables, picks, slots, answer[1])
+    return None if not np.isfinite(answer[0]) else _unroll(tables, unit, picks, slots, answer[1])
 
 
 def _only_end(n: int) -> Array:
@@ -343,9 +345,9 @@ def _only_end(n: int) -> Array:
 
 
 def _unroll(
-    tables: Tables, picks: Sequence[npt.NDArray[np.int32]], slots: int, stages: int
+    tables: Tables, unit: int, picks: Sequence[npt.NDArray[np.int32]], slots: int, stages: int
 ) -> list[Stage]:
-    found, at, unit, left = [], 0, min(tables), slots
+    found, at, left = [], 0, slots
     while stages:
         end, size = (int(v) for v in picks[stages - 1][:, left, at])
         if size:

@@ -1,6 +1,7 @@
 """How a short graph is sharded on a mesh, and what that costs.
 
-Integer programs are solved once for every microbatch size, mesh shape and kind of link.
+Integer programs are solved once for every microbatch size, mesh shape, and kinds of links and
+devices (`_program`); what their choices cost is added up for every mesh.
 """
 
 from __future__ import annotations
@@ -113,9 +114,12 @@ class Shardings:
         modes: tuple[str, ...],
         machine: MeshMachine,
         forms: tuple[tuple[str, str], ...] = (),
+        *,
+        any_kind: bool = False,
     ) -> bool:
         """Whether `find` has no program to solve for this."""
-        return not machine.mesh.inner or _program(split, modes, machine, forms) in self._chosen
+        program = _program(split, modes, machine, forms, any_kind)
+        return not machine.mesh.inner or program in self._chosen
 
     def find(
         self,
@@ -124,6 +128,8 @@ class Shardings:
         modes: tuple[str, ...],
         machine: MeshMachine,
         forms: tuple[tuple[str, str], ...] = (),
+        *,
+        any_kind: bool = False,
     ) -> Sharding:
         """The sharding on one mesh shape.
 
@@ -134,6 +140,9 @@ class Shardings:
                 `LEAN`.
             machine: The mesh.
             forms: What it is told besides (`raypar.search.intra.forms`).
+            any_kind: Whether programs of two axes are solved for the first kind of devices that is
+                asked for, and decide for all: they take seconds each. That costs 0.6 % of a step
+                for Wide-ResNet on A100 and L4, and up to 4 % of a stage.
         """
         links = tuple(
             machine.collective_s(name, "all_reduce", 1e6) for name, _ in machine.mesh.inner
@@ -141,10 +150,10 @@ class Shardings:
         kinds = tuple(kind.name for kind, _ in machine.kinds)
         forms = forms if shape else ()
         several = split.microbatches > 1  # their gradients are added up
-        key = (split.local_batch, several, shape, modes, forms, links, kinds)
+        key = (split.local_batch, several, shape, modes, forms, links, kinds, any_kind)
         known = self._solved.get(key)
         if known is None:
-            known = self._solved[key] = self._solve(split, modes, machine, forms)
+            known = self._solved[key] = self._solve(split, modes, machine, forms, any_kind)
         return known
 
     def settings(
@@ -171,11 +180,12 @@ class Shardings:
         modes: tuple[str, ...],
         machine: MeshMachine,
         forms: tuple[tuple[str, str], ...],
+        any_kind: bool,
     ) -> Sharding:
         short = self.short(split.local_batch)
         settings = self.settings(split, forms=forms)
         axes = machine.mesh.inner
-        found = self._choices(split, modes, machine, forms) if axes else {}
+        found = self._choices(split, modes, machine, forms, any_kind) if axes else {}
         chosen = {
             op: found.get(str(op.meta["id"])) or whole(op, len(axes)) for op in short.read.ops
         }
@@ -194,13 +204,14 @@ class Shardings:
         modes: tuple[str, ...],
         machine: MeshMachine,
         forms: tuple[tuple[str, str], ...],
+        any_kind: bool,
     ) -> Mapping[str, Strategy]:
         """What the integer program chooses: once for meshes whose axes cross nodes alike.
 
         How many devices of an axis share a node changes what a collective costs, which is priced
         for each mesh, but seldom what is best to do.
         """
-        key = _program(split, modes, machine, forms)
+        key = _program(split, modes, machine, forms, any_kind)
         known = self._chosen.get(key)
         if known is None:
             settings = self.settings(split, modes, forms=forms)
@@ -218,13 +229,11 @@ def _program(
     modes: tuple[str, ...],
     machine: MeshMachine,
     forms: tuple[tuple[str, str], ...],
+    any_kind: bool,
 ) -> object:
-    """What the choices of an integer program are taken to depend on.
-
-    Programs of two axes take seconds each: the first kind of devices that is asked for decides for
-    all, by 0.6 % of a step for Wide-ResNet on A100 and L4.
-    """
+    """What the choices of an integer program are taken to depend on."""
     axes = machine.mesh.inner
     crossing = tuple(machine.crosses_nodes(name) for name, _ in axes)
-    kinds = tuple(sorted(kind.name for kind, _ in machine.kinds)) if len(axes) == 1 else ()
-    return split.local_batch, tuple(n for _, n in axes), modes, forms, crossing, kinds
+    kinds = tuple(sorted(kind.name for kind, _ in machine.kinds))
+    told = () if any_kind and len(axes) > 1 else kinds
+    return split.local_batch, tuple(n for _, n in axes), modes, forms, crossing, told

@@ -17,6 +17,8 @@ AXIS_NAMES = ("x", "y", "z")
 """Names of a stage's mesh axes besides the replicas'."""
 MIXED_SLOTS = 16
 """Stages of unequal sizes are searched where so many of the smallest fill a replica's devices."""
+MANY_UNLIKE = 16
+"""Unequal devices, from which on integer programs of two axes are saved on."""
 
 
 @dataclass(frozen=True)

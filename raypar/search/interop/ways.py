@@ -24,7 +24,7 @@ from raypar.search.cost.machine import MeshMachine, machine_of, p2p_s
 from raypar.search.interop.costs import StateCosts, state_costs
 from raypar.search.interop.pipeline import Way
 from raypar.search.interop.shardings import LEAN, Sharding, Shardings
-from raypar.search.interop.space import AXIS_NAMES, Split, mesh_shapes
+from raypar.search.interop.space import AXIS_NAMES, MANY_UNLIKE, Split, mesh_shapes
 from raypar.search.interop.units import Units
 
 
@@ -147,11 +147,13 @@ class WayMaker:
             wanted = _modes(shape) if wish.modes is None else [(wish.modes,) * len(shape)]
             told = self._told(split, machine, wish)
             wanted = [modes for modes in wanted if told(modes)]
-            free = wish.modes is None and ("free",) in wanted and told((LEAN,))
-            if free and self._is_tight(split, size, machine):
+            may_be_lean = wish.modes is None and ("free",) in wanted and told((LEAN,))
+            if may_be_lean and self._is_tight(split, size, machine, wish.forms):
                 wanted.append((LEAN,))
             for modes in wanted:
-                solved = self._shardings.find(split, shape, modes, machine, wish.forms)
+                solved = self._shardings.find(
+                    split, shape, modes, machine, wish.forms, any_kind=self._any_kind
+                )
                 for zero in self._zeros(split.replicas * size, wish):
                     state = self._state(split, solved, machine, zero)
                     key = WayKey(shape, modes, wish.forms, zero, "", solved.texts)
@@ -163,11 +165,23 @@ class WayMaker:
     ) -> Callable[[tuple[str, ...]], bool]:
         """Whether there is time for what the integer program may do on each axis."""
         late = time.perf_counter() > wish.until
-        return lambda modes: not late or self._shardings.knows(split, modes, machine, wish.forms)
+        return lambda modes: (
+            not late
+            or self._shardings.knows(split, modes, machine, wish.forms, any_kind=self._any_kind)
+        )
 
-    def _is_tight(self, split: Split, size: int, machine: MeshMachine) -> bool:
+    @property
+    def _any_kind(self) -> bool:
+        """Whether programs of two axes are saved on; where devices are alike it says nothing."""
+        return self.cluster.n_devices >= MANY_UNLIKE
+
+    def _is_tight(
+        self, split: Split, size: int, machine: MeshMachine, forms: tuple[tuple[str, str], ...]
+    ) -> bool:
         """Whether the fastest sharding over one axis may store more than stages have room for."""
-        solved = self._shardings.find(split, (size,), ("free",), machine)
+        solved = self._shardings.find(
+            split, (size,), ("free",), machine, forms, any_kind=self._any_kind
+        )
         zero = min(1, max(self._zeros(split.replicas * size, ANY)))
         state = self._state(split, solved, machine, zero)
         stored = float(state.resident[np.asarray(self.units.twin)].sum())
@@ -198,7 +212,7 @@ class WayMaker:
             tuple(devices), (split.replicas, *shape), (DATA, *AXIS_NAMES[: len(shape)])
         )
         machine = machine_of(self.cluster, mesh, self.calibration)
-        return self._shardings.find(split, shape, modes, machine).texts
+        return self._shardings.find(split, shape, modes, machine, any_kind=self._any_kind).texts
 
     def _shapes(self, size: int) -> list[tuple[int, ...]]:
         per_node = max(node.devices for node in self.cluster.nodes)

@@ -6,6 +6,8 @@ and the rungs of a ladder share them.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -99,6 +101,8 @@ class Workbench:
             there is a place at which no way fits.
         """
         line = line or self.line
+        # What is begun in time has some way at every place, or all that was solved is lost.
+        least = replace(wish, until=math.inf) if time.perf_counter() <= wish.until else wish
         width = split.replicas * size
         places = [0] if self.alike else range(0, split.devices - size + 1, unit)
         made: dict[object, WayTable | None] = {}
@@ -111,6 +115,7 @@ class Workbench:
             key = self._kinds_of(devices)
             if key not in made:
                 ways = self.maker.ways(split, size, devices, wish)
+                ways = ways or self.maker.ways(split, size, devices, least)
                 made[key] = WayTable(ways, split.microbatches, schedule) if ways else None
             table = made[key]
             if table is None:
@@ -169,8 +174,8 @@ class Workbench:
         while least:
             best = min(least.values())
             close = sorted(size for size, seconds in least.items() if seconds <= _CLOSE * best)
-            found += close
-            least = {size: least[size] for size in least if size not in close}
+            found += close or sorted(least)  # that nothing can be said of
+            least = {size: least[size] for size in least if size not in found}
         return found
 
     def _alone(self, split: Split) -> list[tuple[np.ndarray, int]]:

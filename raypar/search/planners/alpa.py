@@ -127,8 +127,10 @@ class AlpaSearch:
         self.kept = []
         found = self.search()
         # With all the memory the best may not fit: then time is better spent on a second search.
-        alone = share == 1.0 and time.perf_counter() > self._deadline
-        return [self.build(c) for c in found[: most_played(self.graph, least=1 if alone else 2)]]
+        only_best = share == 1.0 and time.perf_counter() > self._deadline
+        return [
+            self.build(c) for c in found[: most_played(self.graph, least=1 if only_best else 2)]
+        ]
 
     def search(self) -> list[Candidate]:
         """The best pipelines, fastest first; once time is over, of what was tried until then.
@@ -230,7 +232,7 @@ class AlpaSearch:
 
     def _try(self, split: Split, sizes: Mapping[int, float], wish: Wish) -> None:
         tables: dict[int, Places] = {}
-        smallest = min(sizes)
+        smallest, unit = min(sizes), math.gcd(*sizes)
         if min(sizes.values()) >= self._worst():
             return
         again = set()
@@ -245,42 +247,51 @@ class AlpaSearch:
             if least >= self._worst() and split.devices // smallest > MIXED_SLOTS:
                 continue
             # What there has to be is solved however late it is; the rest is then only read.
-            needed = size in again or not (self.kept or tables)
+            nothing = not (self.kept or tables)
+            needed = nothing or (size in again and (wish.axes == 1 or not self.kept))
             until = math.inf if needed else self._deadline
-            found = self.bench.tables(split, size, smallest, replace(wish, until=until))
+            found = self.bench.tables(split, size, unit, replace(wish, until=until))
             if found:
                 tables[size] = found
         if not tables:
             return
-        for chosen in self._families(tables, split, smallest):
-            for pipeline in self._pipelines(chosen, split):
+        for own, chosen in self._families(tables, split, unit):
+            for pipeline in self._pipelines(chosen, split, own):
                 if pipeline.stages and pipeline.step_s < self._worst():
                     self._keep(Candidate(split, pipeline))
 
-    def _pipelines(self, tables: Tables, split: Split) -> Iterable[Pipeline]:
+    def _pipelines(self, tables: Tables, split: Split, unit: int) -> Iterable[Pipeline]:
         """Pipelines of stages of some sizes, that are worth a closer look.
 
         Args:
             tables: Devices of a stage → its tables.
             split: How the batch is cut.
+            unit: Places are counted in so many devices.
         """
         most = min(self.most_stages, split.devices // min(tables), len(self.bench.units))
         yield best_pipeline(
             tables,
             split.devices,
             split.microbatches,
+            unit=unit,
             most_stages=most,
             exactly=None if self.config.stages == "auto" else self.config.stages,
             limit_s=self._worst(),
         )
 
-    def _families(self, tables: Tables, split: Split, unit: int) -> list[dict[int, Places]]:
+    def _families(
+        self, tables: Tables, split: Split, unit: int
+    ) -> list[tuple[int, dict[int, Places]]]:
         """Sizes that are tried together: each alone, and those that mix where that is affordable.
 
         Args:
             tables: Devices of a stage → its tables.
             split: How the batch is cut.
-            unit: Places are counted in so many devices; in a family, in its smallest size.
+            unit: Their places are counted in so many devices.
+
+        Returns:
+            For every family what its places are counted in, the most that divides its sizes, and
+            its tables.
         """
         sizes = sorted(tables)
         if split.devices // sizes[0] <= MIXED_SLOTS:
@@ -290,7 +301,11 @@ class AlpaSearch:
             large = [n for n in sizes if split.devices // n <= MIXED_SLOTS]
             if len(large) > 1 and not self.bench.alike:
                 families.append(large)
-        return [{n: tables[n][:: family[0] // unit] for n in family} for family in families]
+        units = [math.gcd(*family) for family in families]
+        return [
+            (own, {n: tables[n][:: own // unit] for n in family})
+            for own, family in zip(units, families, strict=True)
+        ]
 
     def _keep(self, candidate: Candidate) -> None:
         found = candidate.split, candidate.step_s

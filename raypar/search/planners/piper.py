@@ -59,7 +59,7 @@ class PiperSearch(AlpaSearch):
 
     planner = PiperPlanner.name
 
-    def _pipelines(self, tables: Tables, split: Split) -> Iterator[Pipeline]:
+    def _pipelines(self, tables: Tables, split: Split, unit: int) -> Iterator[Pipeline]:
         """The program's pipelines, one for every ZeRO level."""
         exactly = None if self.config.stages == "auto" else self.config.stages
         most = min(self.most_stages, split.devices // min(tables), len(self.bench.units))
@@ -70,7 +70,7 @@ class PiperSearch(AlpaSearch):
             solved = solve_piper(workload, setting, replicas=[1], seconds=_PATIENCE_S)
             if exactly is not None and len(solved.stages) != exactly:
                 continue
-            stages = _on_places(solved.stages, tables)
+            stages = _on_places(solved.stages, tables, unit)
             if stages:
                 found = True
                 times = [stage.seconds for stage in stages]
@@ -78,7 +78,12 @@ class PiperSearch(AlpaSearch):
         if not found:
             # No policy fits a whole stage of theirs, or the load is least with fewer stages.
             yield best_pipeline(
-                tables, split.devices, split.microbatches, most_stages=most, exactly=exactly
+                tables,
+                split.devices,
+                split.microbatches,
+                unit=unit,
+                most_stages=most,
+                exactly=exactly,
             )
 
 
@@ -159,19 +164,19 @@ def _variant(way: Way, unit: int, microbatches: int) -> LayerVariant:
     )
 
 
-def _on_places(found: Sequence[PiperStage], tables: Tables) -> list[Stage]:
+def _on_places(found: Sequence[PiperStage], tables: Tables, unit: int) -> list[Stage]:
     """Stages on their devices, each with its fastest way that fits; none where one has no way."""
-    unit = min(tables)
     stages: list[Stage] = []
     first = place = 0
     for position, stage in enumerate(found):
         last = first + len(stage.layers)
         places = tables[stage.degree]
-        table = places[0]
+        at = 0  # of all places, where they are alike
         if len(places) > 1:  # devices before the next place where a stage may begin stay idle
             later = range(place // unit, len(places))
-            place = unit * next((at for at in later if places[at] is not None), len(places))
-            table = places[place // unit] if place // unit < len(places) else None
+            at = next((at for at in later if places[at] is not None), len(places))
+            place = at * unit
+        table = places[at] if at < len(places) else None
         if table is None:
             return []
         time, way = table.at(len(found) - position)

@@ -181,9 +181,10 @@ class _Question:
     def plain(self) -> tuple[list[Stage], int]:
         """One stage per rank group."""
         sizes = self.sizes()
+        unit = math.gcd(*sizes)
         tables: dict[int, Places] = {}
         for size in sizes:
-            table = self._tables(size, sizes[0], self.wish)
+            table = self._tables(size, unit, self.wish)
             if table:
                 tables[size] = table
         if not tables:
@@ -193,6 +194,7 @@ class _Question:
             tables,
             self.split.devices,
             self.split.microbatches,
+            unit=unit,
             most_stages=groups or MOST_STAGES,
             exactly=groups or None,
         )
@@ -230,6 +232,7 @@ class _Question:
                 {size: row},
                 groups * chunks * size,
                 self.split.microbatches * chunks,
+                unit=size,
                 most_stages=groups * chunks,
                 exactly=groups * chunks,
             )
@@ -271,6 +274,7 @@ class _Question:
         found = []
         for i, stage in enumerate(stages):
             wish = wishes[i] if i < len(wishes) else self.wish
+            # Where a stage may begin is the same, whatever places are counted in.
             unit = math.gcd(stage.devices, stage.place)
             tables = self._tables(stage.devices, unit, wish)
             table = tables[0 if len(tables) == 1 else stage.place // unit] if tables else None

@@ -23,6 +23,7 @@ from raypar.search.cost.rows import StepRow
 from raypar.search.cost.step_correction import step_features
 from raypar.search.cost.store import MeasurementStore
 from raypar.search.interop.contest import entry_of, in_words
+from raypar.search.interop.space import MANY_UNLIKE
 from raypar.search.interop.workbench import Workbench
 from raypar.search.lowering import lowered_for_search
 from raypar.search.measure import Measured, ProfiledStage
@@ -33,8 +34,6 @@ from raypar.search.study.draft import Drafter, InfeasibleError
 from raypar.search.study.obey import disobeyed
 from raypar.search.study.space import Decisions, Space
 
-_MANY_DEVICES = 16
-"""Unequal devices, from which on proposals have one axis of a stage's mesh."""
 _AGAIN, _NEAR, _MARGIN = 2, 1.5, 0.98
 """A plan that is nearly small enough is drafted again so often, for less memory than it needs."""
 
@@ -162,9 +161,9 @@ class Judge:
             decisions: What was proposed.
             limits: Fidelity → seconds of a step beyond which a plan cannot win.
             axes: As in `Drafter.draft`; None: one on large clusters of unequal devices, where
-                programs of two axes are solved anew for every kind of place, and any number else.
+                there are tables for every kind of place, and any number else.
         """
-        if axes is None and not self.bench.alike and self.bench.cluster.n_devices >= _MANY_DEVICES:
+        if axes is None and not self.bench.alike and self.bench.cluster.n_devices >= MANY_UNLIKE:
             axes = 1
         began = time.perf_counter()
         try:
