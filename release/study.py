@@ -1,7 +1,7 @@
 """Does the study earn its place? Its plans against other searches with as many measurements.
 
     python release/study.py [--models gpt,cnn,t5,mlp] [--seeds 0:5] [--budget 10]
-                            [--part search,settle,final] [--rounds 12] [--json FILE]
+                            [--part search,settle,final] [--rounds 12] [--starts 5] [--json FILE]
 
 Every search may run `budget` plans on two CPU devices, for every model and seed:
 
@@ -16,7 +16,8 @@ is measured once (the table beside the JSON file, which begins with the grid's o
 `release/regret.py`), so that they are told the same. Plans are measured minutes apart, and the
 machine's speed drifts by more than the best of them differ. Therefore ``settle`` runs the fastest
 plans of the table in turns, keeps these figures, and repeats all searches with them. ``final`` runs
-the plans that the searches chose again, in turns; these figures are compared. No search knows
+the plans that the searches chose again, in turns, with `starts` starts of processes; the medians of
+these figures are compared. No search knows
 measurements of an earlier one.
 
 Targets: the study's median over the seeds is at most every other's; without seeds within 1.05 of
@@ -288,19 +289,26 @@ def settle(name: str, book: Book, rounds: int) -> None:
     print(f"  {len(near)} plans run in turns, at {drift:.2f} of the seconds before", flush=True)
 
 
-def run_final(name: str, book: Book, rounds: int) -> None:
-    """Runs what the searches chose, in turns."""
+def run_final(name: str, book: Book, rounds: int, starts: int) -> None:
+    """Runs what the searches chose, in turns, and all of that in processes of their own again.
+
+    What a plan takes differs by some percent from one start of its processes to the next.
+    """
     table, model = book.table(name), book.of(name)
     chosen = sorted({s["plan"] for s in model["searches"].values()})
     plans = [table.rows[key].plan for key in chosen]
-    real = measurer(name, rounds)
-    try:
-        found = real.measure_together(plans, seconds=SECONDS * 2)
-    finally:
-        real.close()
-    model["final"] = {
-        key: one.step_s for key, one in zip(chosen, found, strict=True) if isinstance(one, Measured)
-    }
+    by_start: dict[str, list[float]] = {}
+    for _ in range(starts):
+        real = measurer(name, rounds)
+        try:
+            found = real.measure_together(plans, seconds=SECONDS * 2)
+        finally:
+            real.close()
+        for key, one in zip(chosen, found, strict=True):
+            if isinstance(one, Measured):
+                by_start.setdefault(key, []).append(one.step_s)
+    model["final_starts"] = by_start
+    model["final"] = {key: statistics.median(steps) for key, steps in by_start.items()}
     model["final_load"] = load()
     book.write()
 
@@ -352,6 +360,7 @@ def main() -> int:
     parser.add_argument("--budget", type=int, default=10)
     parser.add_argument("--part", default="search,settle,final")
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--starts", type=int, default=5, help="of processes, in `final`")
     parser.add_argument("--json", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -373,7 +382,7 @@ def main() -> int:
                 settle(name, book, args.rounds)
                 run_searches(name, book, range(first, last), args.budget, calibration)
             if "final" in args.part:
-                run_final(name, book, args.rounds)
+                run_final(name, book, args.rounds, args.starts)
             if book.of(name)["final"]:
                 missed += summary(name, book.of(name))
                 half = book.of(name)["half"]

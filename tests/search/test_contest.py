@@ -83,7 +83,9 @@ def test_once_time_is_over_plans_are_played_until_one_fits_or_for_a_moment(
         return lowered_for_search(graph, plan)
 
     monkeypatch.setattr("raypar.search.interop.contest.lowered_for_search", noted)
-    monkeypatch.setattr("raypar.search.interop.contest._MOMENT_S", moment_s)
     plans, calibration = [_plan(2), _plan(3)], table_calibration(CLUSTER)
-    contest(plans, _graph(), CLUSTER, calibration, memory_fraction=memory_fraction, until=0.0)
+    contest(
+        plans, _graph(), CLUSTER, calibration,
+        memory_fraction=memory_fraction, until=0.0, moment_s=moment_s,
+    )  # fmt: skip
     assert lowered == played

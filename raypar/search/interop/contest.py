@@ -37,9 +37,9 @@ _CLOSE = 1.1
 _SURE = 1.05
 """A plan that fills so much of what it may, by a few microbatches, is not played whole to know that
 it does not fit. What is chosen was played whole."""
-_MOMENT_S = 6.0
-"""Beyond its time, in which a contest may still play a second plan: where the stages of plans are
-known, several take less."""
+_MOMENT_S, _MOMENT = 6.0, 0.1
+"""A contest whose time is over may still play a second plan, if that likely takes no more seconds
+and no more of the budget: where the stages of plans are known, several take less."""
 _MOST_OPS = 2000
 """Plans are lowered as long as they have so many ops together. Tracing the stages of a plan takes
 milliseconds for each op, so that a large model's plan takes seconds."""
@@ -76,6 +76,7 @@ def contest(
     optimizer_states: int = 2,
     memory_fraction: float = 0.9,
     until: float = math.inf,
+    moment_s: float = _MOMENT_S,
 ) -> list[Entry]:
     """Plays plans, the fastest that fits first; those that do not fit come last.
 
@@ -90,9 +91,10 @@ def contest(
         until: Once one plan fits, no further one is begun that would end, if it takes as long as
             the last one, more than a moment after this `time.perf_counter()`, or after now if that
             is later.
+        moment_s: Seconds of that moment.
     """
     runs: list[_Run] = []
-    latest, took = max(until, time.perf_counter()) + _MOMENT_S, 0.0
+    latest, took = max(until, time.perf_counter()) + moment_s, 0.0
     for plan in plans[: most_played(graph)]:
         began = time.perf_counter()
         late = began + took > latest
@@ -148,6 +150,7 @@ def best_that_fits(
     Raises:
         NothingFitsError: Nothing is found, or nothing fits.
     """
+    budget_s = math.inf if config.budget_s == "auto" else config.budget_s
     share = 1.0
     for _ in range(_ATTEMPTS):
         plans = plans_of(share)
@@ -162,6 +165,7 @@ def best_that_fits(
             optimizer_states=config.optimizer_states,
             memory_fraction=config.memory_fraction,
             until=until,
+            moment_s=min(_MOMENT_S, _MOMENT * budget_s),
         )
         if entries[0].overfull <= 1.0:
             plan = winner(entries)

@@ -101,7 +101,8 @@ class Seeding:
         least = time.perf_counter() + _REGULAR_LEAST_SHARE * self.budget_s
         deadline = max(least, self.began + _REGULAR_SHARE * self.budget_s)
         took = 0.0
-        for index, decisions in enumerate(regular_plans(self.judge.drafter, deadline)):
+        found = regular_plans(self.judge.drafter, deadline)
+        for index, decisions in enumerate(found):
             latest = self.began + _LATEST_END * self.budget_s - took
             if self.room() <= 0 or (index and time.perf_counter() > latest):
                 return
@@ -119,7 +120,7 @@ class Seeding:
             self.known[decisions] = best_of(looked)
             self.write(self.proposals.near_plan(outcome.plan, REGULAR), looked)
             if self._may_lead(self.known[decisions]):
-                self._other_schedules(decisions, axes)
+                self._other_schedules(decisions, axes, spare=len(found) - 1 - index)
 
     def _may_lead(self, outcome: Outcome) -> bool:
         """Whether a plan is near enough to the best one to overtake it by its schedule."""
@@ -128,18 +129,23 @@ class Seeding:
             return False
         return outcome.plan.predicted["step_s"] <= _CLOSE * best.predicted["step_s"]
 
-    def _other_schedules(self, decisions: Decisions, axes: int | None) -> None:
+    def _other_schedules(self, decisions: Decisions, axes: int | None, spare: int) -> None:
         """Looks at a plan under other schedules, while there is time.
 
         Its stages are lowered already; but where another schedule holds too much, they are
         sharded and lowered anew.
+
+        Args:
+            decisions: The plan's.
+            axes: As in `Drafter.draft`.
+            spare: Trials that are left for the regular plans to come.
         """
         space = self.judge.space
         for name in space.schedules if decisions.chunks == 1 else space.interleaved:
             other = replace(decisions, schedule=name)
             if other in self.known:
                 continue
-            if self.room() <= 0 or time.perf_counter() > self.began + self.budget_s:
+            if self.room() <= spare or time.perf_counter() > self.began + self.budget_s:
                 return
             outcome = self.known[other] = self.judge.look(other, axes=axes)
             if outcome.plan is not None:

@@ -222,6 +222,19 @@ def test_plans_near_the_best_are_looked_at_under_the_other_schedules_too(
         assert (others <= set(its.known)) is asked
 
 
+def test_other_schedules_leave_trials_for_the_regular_plans_to_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(seeding, "_CLOSE", 1e9)
+    monkeypatch.setattr(seeding, "_two_axes", lambda plan: False)
+    judge = _judge()
+    found = regular_plans(judge.drafter)
+    its, written = _that_tells_the_best(judge)
+    its.room = lambda: len(found) - len(written)
+    its.regular()
+    assert list(its.known) == found
+
+
 def test_other_schedules_are_left_out_when_time_is_over() -> None:
     its, written = _that_tells_the_best(_judge(), ago_s=79.0)
     its.regular()
