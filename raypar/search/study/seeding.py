@@ -17,7 +17,7 @@ from raypar.search.study.space import Decisions
 
 FRUGAL = "frugal"
 """Who proposes what is tried where nothing else fits."""
-_SEED_SHARE, _LESS_SEED_SHARE = 0.5, 0.4
+_SEED_SHARE, _LESS_SEED_SHARE = 0.6, 0.4
 """Of the budget, that the planners of seeds may take together; the second where devices are alike
 and regular plans are looked at, which are the better ones of large clusters."""
 _REGULAR_SHARE = 0.8
