@@ -17,8 +17,7 @@ is measured once (the table beside the JSON file, which begins with the grid's o
 machine's speed drifts by more than the best of them differ. Therefore ``settle`` runs the fastest
 plans of the table in turns, keeps these figures, and repeats all searches with them. ``final`` runs
 the plans that the searches chose again, in turns, with `starts` starts of processes; the medians of
-these figures are compared. No search knows
-measurements of an earlier one.
+these figures are compared. No search knows measurements of an earlier one.
 
 Targets: the study's median over the seeds is at most every other's; without seeds within 1.05 of
 it; and it reaches TPE's last value in at most half as many measurements, on 3 of 4 models.

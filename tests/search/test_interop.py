@@ -86,6 +86,14 @@ def test_sizes_that_are_no_multiples_of_the_smallest_share_no_device(unequal: bo
         assert all(d < devices for d in taken)
 
 
+def test_places_may_be_counted_in_whatever_divides_every_size() -> None:
+    rng = random.Random(0)
+    tables = {size: [WayTable([_way(rng, 6, size, 9.0)], 4)] for size in (4, 6)}
+    one, two = (best_pipeline(tables, 24, 4, unit=unit, most_stages=6) for unit in (1, 2))
+    assert one.stages
+    assert one == two
+
+
 @pytest.mark.parametrize("name", ["gpt", "t5", "unet", "albert", "hf_llama"])
 def test_a_short_graph_stands_for_every_unit(name: str) -> None:
     case = models.case(name)

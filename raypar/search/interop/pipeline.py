@@ -220,6 +220,11 @@ def tables_of(places: Places) -> list[WayTable]:
     return list({id(table): table for table in places if table is not None}.values())
 
 
+def table_at(places: Places, index: int) -> WayTable | None:
+    """The table of a place."""
+    return places[index] if len(places) > 1 else places[0]
+
+
 def best_pipeline(
     tables: Tables,
     devices: int,
@@ -314,7 +319,7 @@ def _least_sum(
                 width = size // unit
                 if width > d or not possible[d - width]:
                     continue
-                table = places[slots - d] if len(places) > 1 else places[0]
+                table = table_at(places, slots - d)
                 if table is None:
                     continue
                 if id(table) not in times:
@@ -351,8 +356,7 @@ def _unroll(
     while stages:
         end, size = (int(v) for v in picks[stages - 1][:, left, at])
         if size:
-            places = tables[size]
-            table = places[slots - left] if len(places) > 1 else places[0]
+            table = table_at(tables[size], slots - left)
             assert table is not None
             found.append(_stage(table, at, end, size, stages, (slots - left) * unit))
             stages -= 1

@@ -151,9 +151,7 @@ class WayMaker:
             if may_be_lean and self._is_tight(split, size, machine, wish.forms):
                 wanted.append((LEAN,))
             for modes in wanted:
-                solved = self._shardings.find(
-                    split, shape, modes, machine, wish.forms, any_kind=self._any_kind
-                )
+                solved = self._find(split, shape, modes, machine, wish.forms)
                 for zero in self._zeros(split.replicas * size, wish):
                     state = self._state(split, solved, machine, zero)
                     key = WayKey(shape, modes, wish.forms, zero, "", solved.texts)
@@ -170,6 +168,16 @@ class WayMaker:
             or self._shardings.knows(split, modes, machine, wish.forms, any_kind=self._any_kind)
         )
 
+    def _find(
+        self,
+        split: Split,
+        shape: tuple[int, ...],
+        modes: tuple[str, ...],
+        machine: MeshMachine,
+        forms: tuple[tuple[str, str], ...] = (),
+    ) -> Sharding:
+        return self._shardings.find(split, shape, modes, machine, forms, any_kind=self._any_kind)
+
     @property
     def _any_kind(self) -> bool:
         """Whether programs of two axes are saved on; where devices are alike it says nothing."""
@@ -179,9 +187,7 @@ class WayMaker:
         self, split: Split, size: int, machine: MeshMachine, forms: tuple[tuple[str, str], ...]
     ) -> bool:
         """Whether the fastest sharding over one axis may store more than stages have room for."""
-        solved = self._shardings.find(
-            split, (size,), ("free",), machine, forms, any_kind=self._any_kind
-        )
+        solved = self._find(split, (size,), ("free",), machine, forms)
         zero = min(1, max(self._zeros(split.replicas * size, ANY)))
         state = self._state(split, solved, machine, zero)
         stored = float(state.resident[np.asarray(self.units.twin)].sum())
@@ -212,7 +218,7 @@ class WayMaker:
             tuple(devices), (split.replicas, *shape), (DATA, *AXIS_NAMES[: len(shape)])
         )
         machine = machine_of(self.cluster, mesh, self.calibration)
-        return self._shardings.find(split, shape, modes, machine, any_kind=self._any_kind).texts
+        return self._find(split, shape, modes, machine).texts
 
     def _shapes(self, size: int) -> list[tuple[int, ...]]:
         per_node = max(node.devices for node in self.cluster.nodes)

@@ -102,7 +102,7 @@ class Workbench:
         """
         line = line or self.line
         # What is begun in time has some way at every place, or all that was solved is lost.
-        least = replace(wish, until=math.inf) if time.perf_counter() <= wish.until else wish
+        anyway = replace(wish, until=math.inf) if time.perf_counter() <= wish.until else wish
         width = split.replicas * size
         places = [0] if self.alike else range(0, split.devices - size + 1, unit)
         made: dict[object, WayTable | None] = {}
@@ -115,7 +115,7 @@ class Workbench:
             key = self._kinds_of(devices)
             if key not in made:
                 ways = self.maker.ways(split, size, devices, wish)
-                ways = ways or self.maker.ways(split, size, devices, least)
+                ways = ways or self.maker.ways(split, size, devices, anyway)
                 made[key] = WayTable(ways, split.microbatches, schedule) if ways else None
             table = made[key]
             if table is None:

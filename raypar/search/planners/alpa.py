@@ -301,11 +301,11 @@ class AlpaSearch:
             large = [n for n in sizes if split.devices // n <= MIXED_SLOTS]
             if len(large) > 1 and not self.bench.alike:
                 families.append(large)
-        units = [math.gcd(*family) for family in families]
-        return [
-            (own, {n: tables[n][:: own // unit] for n in family})
-            for own, family in zip(units, families, strict=True)
-        ]
+        found = []
+        for family in families:
+            own = math.gcd(*family)
+            found.append((own, {n: tables[n][:: own // unit] for n in family}))
+        return found
 
     def _keep(self, candidate: Candidate) -> None:
         found = candidate.split, candidate.step_s

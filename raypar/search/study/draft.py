@@ -24,6 +24,7 @@ from raypar.search.interop.pipeline import (
     Way,
     WayTable,
     best_pipeline,
+    table_at,
     tables_of,
 )
 from raypar.search.interop.space import MIXED_SLOTS, Split, stage_sizes
@@ -277,7 +278,7 @@ class _Question:
             # Where a stage may begin is the same, whatever places are counted in.
             unit = math.gcd(stage.devices, stage.place)
             tables = self._tables(stage.devices, unit, wish)
-            table = tables[0 if len(tables) == 1 else stage.place // unit] if tables else None
+            table = table_at(tables, stage.place // unit) if tables else None
             if table is None:
                 raise InfeasibleError("no way to run a stage on such devices")
             if chunks > 1:

@@ -61,8 +61,8 @@ class Seeding:
     def __post_init__(self) -> None:
         self.refused: dict[str, RayparError] = {}  # planner → why it had no plan
         self._regular = False  # whether regular plans were looked at
-        # Where devices differ, there are tables for every kind of place: those of two axes take
-        # more of the budget than they bring.
+        # Where devices differ, there are tables for every kind of place: those of one axis take
+        # little of the budget.
         self._axes = None if self.judge.bench.alike else 1
 
     def exact(self) -> None:
